@@ -1,0 +1,1 @@
+//! The stages of the codec that encoder and decoder share, both directions side by side. No I/O.

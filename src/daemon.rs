@@ -1,0 +1,1 @@
+//! The mounted process: readiness, signals, shutdown.

@@ -1,0 +1,1 @@
+//! FUSE adapter: a request becomes a vfs call, its answer a reply.

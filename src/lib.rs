@@ -1,0 +1,64 @@
+//! **mcwcfs** stores model checkpoints as `.mcwc` archives and mounts them as ordinary `.safetensors` files that are
+//! decoded on demand. The codec is Motion-Compensated Weight Compression (MCWC, arXiv 2605.24754): depth is
+//! treated as a video, a layer is predicted from the decoded layer before it, and quantized residuals are entropy-coded.
+//!
+//! # The map
+//!
+//! A `.mcwc` file is bytes ([`format`]). Bytes become weights through stages that encoder and decoder share ([`codec`]).
+//! Engines run the decoding stages, all to the same bits ([`decode`]). [`materialize`] gives any byte range of any mounted
+//! file from an opened [`archive`], through a [`cache`]. Two products stand on it: [`vfs`] serves the bytes as files,
+//! [`pack`] makes archives. [`fuse`] and [`telemetry`] face Linux; [`daemon`] and [`cli`] are the process and its front door.
+//!
+//! *If this line were wrong, what would break?* The file cannot be read: `format`. It reads but decodes to other weights:
+//! `codec` or `decode`. It only got bigger or less accurate: `pack`. Only the mounted files are wrong: `vfs`. Only the
+//! terminal: `cli`.
+//!
+//! The groups of `pub mod` below are floors, lowest first: a room uses floors below its own, never its own floor or one
+//! above. `tests/layers.rs` reads this file and fails where that is not so.
+//!
+//! # Where to start reading
+//!
+//! `src/format/SPEC.md` is the archive, byte by byte. [`decode::reference`] is the paper's Algorithm 1 read aloud.
+//! [`pack::encode`] is its other half. [`vfs`] is the file system without FUSE.
+//!
+//! # Words
+//!
+//! | word | meaning here |
+//! |---|---|
+//! | archive | one `.mcwc` file: one checkpoint, one or more safetensors files |
+//! | checkpoint | the input: safetensors files and their sidecars |
+//! | block | what a permutation moves: an attention head, an FFN unit (section 4.1) |
+//! | block type | which blocks: FFN units, attention heads (t in the paper) |
+//! | record | one (layer, block type) in the archive (Eq. 50) |
+//! | part | one tensor of a record: its codes are read alone |
+//! | run | the consecutive elements of a part that share an entropy table, usually one row |
+//! | strip | whole runs coded together: the entropy coder's independent piece |
+//! | chain | records of one block type from a keyframe to the next |
+//! | segment | the layers from one keyframe to the next |
+//! | reference | what a prediction starts from: the decoded part one layer below |
+//! | verbatim | carried bit-exact |
+//! | engine | an implementation of decoding; all give the reference decoder's bytes |
+
+pub mod cache;
+pub mod numerics;
+pub mod tensor;
+
+pub mod format;
+pub mod safetensors;
+
+pub mod codec;
+
+pub mod archive;
+pub mod decode;
+
+pub mod materialize;
+
+pub mod pack;
+pub mod vfs;
+
+pub mod fuse;
+pub mod telemetry;
+
+pub mod daemon;
+
+pub mod cli;

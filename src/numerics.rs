@@ -1,0 +1,1 @@
+//! Bit-exact rounding and single-operation arithmetic that every engine repeats.

@@ -1,0 +1,4 @@
+//! The offline encoder: alignment, mode decision, quantization, entropy coding, rate control.
+pub mod encode {
+    //! The encoding loop.
+}
