@@ -102,7 +102,7 @@ impl Flight {
 /// Ends a flight on every way out of its maker: by result, or by unwinding.
 struct Pilot<'a, K: Hash + Eq> {
     cache: &'a Cache<K>,
-    key: &'a K,
+    key: K,
     flight: &'a Flight,
     landing: Landing,
 }
@@ -110,7 +110,7 @@ struct Pilot<'a, K: Hash + Eq> {
 impl<K: Hash + Eq> Drop for Pilot<'_, K> {
     fn drop(&mut self) {
         // First out of the table, then the news: a woken waiter that retries must not find this flight again.
-        lock(&self.cache.state).in_flight.remove(self.key);
+        lock(&self.cache.state).in_flight.remove(&self.key);
         self.flight.land(std::mem::replace(&mut self.landing, Landing::Abandoned));
     }
 }
@@ -155,7 +155,7 @@ impl<K: Hash + Eq + Clone> Cache<K> {
                     state.in_flight.insert(key.clone(), Arc::clone(&flight));
                     state.stats.misses += 1;
                     drop(state);
-                    return self.make(&key, &flight, make);
+                    return self.make(key, &flight, make);
                 }
             };
             if let Some(result) = flight.wait() {
@@ -181,7 +181,7 @@ impl<K: Hash + Eq + Clone> Cache<K> {
 
     fn make<E: Clone + Send + 'static>(
         &self,
-        key: &K,
+        key: K,
         flight: &Flight,
         make: impl FnOnce() -> Result<Arc<[u8]>, E>,
     ) -> Result<Arc<[u8]>, E> {
@@ -189,7 +189,7 @@ impl<K: Hash + Eq + Clone> Cache<K> {
         let result = make();
         match &result {
             Ok(value) => {
-                self.keep(key, value);
+                self.keep(&pilot.key, value);
                 pilot.landing = Landing::Made(Arc::clone(value));
             }
             Err(error) => pilot.landing = Landing::Failed(Box::new(error.clone())),
