@@ -1,0 +1,70 @@
+//! What the file system needs of an opened archive.
+
+use std::sync::Arc;
+
+use crate::archive::{Archive, ArchivedFile};
+use crate::materialize::Materializer;
+
+/// Why an archive cannot be opened or decoded. Opaque here: it is logged, and the reader gets an I/O error.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The files of one archive and their bytes: [`DecodedArchive`] in a mount, bytes in memory in tests.
+pub trait Checkpoint: Send + Sync + std::fmt::Debug {
+    /// Names the decoded content: equal archives of equal weights share it.
+    fn content_id(&self) -> [u8; 32];
+
+    /// Length of the `.mcwc` file in bytes.
+    fn stored_bytes(&self) -> u64;
+
+    /// Elements over all tensors.
+    fn parameters(&self) -> u64;
+
+    /// Whether any decoded byte may differ from the source.
+    fn is_lossy(&self) -> bool;
+
+    /// The safetensors files it holds.
+    fn files(&self) -> &[ArchivedFile];
+
+    /// Fills `out` with the bytes of file `file` from `offset_bytes` on; returns how many that was. Blocks while decoding.
+    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError>;
+}
+
+/// An archive and what decodes it.
+#[derive(Debug)]
+pub struct DecodedArchive {
+    archive: Arc<Archive>,
+    materializer: Arc<Materializer>,
+}
+
+impl DecodedArchive {
+    /// The files of `archive`, decoded by `materializer`, which all archives of a mount share.
+    pub fn new(archive: Arc<Archive>, materializer: Arc<Materializer>) -> Self {
+        Self { archive, materializer }
+    }
+}
+
+impl Checkpoint for DecodedArchive {
+    fn content_id(&self) -> [u8; 32] {
+        self.archive.content_id()
+    }
+
+    fn stored_bytes(&self) -> u64 {
+        self.archive.stored_bytes()
+    }
+
+    fn parameters(&self) -> u64 {
+        self.archive.parameters()
+    }
+
+    fn is_lossy(&self) -> bool {
+        self.archive.is_lossy()
+    }
+
+    fn files(&self) -> &[ArchivedFile] {
+        self.archive.files()
+    }
+
+    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError> {
+        Ok(self.materializer.read(&self.archive, file, offset_bytes, out)?)
+    }
+}
