@@ -8,5 +8,6 @@
 pub mod entropy;
 pub mod integers;
 pub mod lossless;
+pub mod motion;
 pub mod predictor;
 pub mod quantizer;
