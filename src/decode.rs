@@ -1,4 +1,84 @@
-//! Engines: decoding stages run on real hardware, all to the bits of the reference.
-pub mod reference {
-    //! Algorithm 1 read aloud.
+//! Engines: the decoding stages run on real hardware. Whatever the engine, an archive gives the same bytes; the
+//! [`reference`] decoder says which.
+//!
+//! A part is checked once, as a [`PreparedPart`]; after that an engine sees one strip at a time and whatever is wrong with
+//! its bytes is a [`DecodeError`], never a panic.
+
+pub mod prepared;
+pub mod reference;
+
+pub use prepared::PreparedPart;
+
+use crate::codec::entropy::LaneError;
+use crate::format::FormatError;
+
+/// Why a part does not decode.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// The part's header contradicts the tensor, or itself.
+    #[error("{field}: found {found}, expected {expected}")]
+    Inconsistent {
+        /// Name of the field in `SPEC.md`.
+        field: &'static str,
+        /// What it says.
+        found: String,
+        /// What would fit.
+        expected: String,
+    },
+    /// An array of the side information does not decode.
+    #[error("{field}: {error}")]
+    SideInformation {
+        /// Name of the field in `SPEC.md`.
+        field: &'static str,
+        /// What is wrong with it.
+        error: FormatError,
+    },
+    /// The bytes of a strip are not what was packed.
+    #[error("strip {strip}: CRC-32C is {found:#010x}, expected {expected:#010x}: the archive is damaged")]
+    StripChecksum {
+        /// Strip of the part.
+        strip: usize,
+        /// Checksum of the bytes as read.
+        found: u32,
+        /// Checksum that the side information states.
+        expected: u32,
+    },
+    /// The lanes of a strip do not decode to an end.
+    #[error("strip {strip}: {error}")]
+    Lanes {
+        /// Strip of the part.
+        strip: usize,
+        /// What the lanes did.
+        error: LaneError,
+    },
+    /// An exception lies outside its strip or out of order.
+    #[error("strip {strip}: exception position {position} is not after the one before it and under {symbols}")]
+    ExceptionPosition {
+        /// Strip of the part.
+        strip: usize,
+        /// The position found.
+        position: u16,
+        /// Symbols of the strip.
+        symbols: usize,
+    },
+}
+
+/// Decodes strips. One per process, shared by all threads.
+pub trait Engine: Send + Sync + std::fmt::Debug {
+    /// Name for logs and `--engine`.
+    fn name(&self) -> &'static str;
+
+    /// Decodes strip number `strip` of `part` from its stored bytes into the tensor's bytes for the elements it holds.
+    ///
+    /// `stored` is what [`PreparedPart::strip_range`] covers and `out` is [`PreparedPart::strip_output_bytes`] long.
+    /// `reference` is the whole decoded reference tensor where the part is predicted. The checksum is checked first.
+    /// After an error the content of `out` means nothing.
+    fn decode_strip(
+        &self,
+        part: &PreparedPart,
+        strip: usize,
+        stored: &[u8],
+        reference: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError>;
 }

@@ -1,0 +1,419 @@
+//! A part checked and ready for any engine: everything its header says, against the tensor it must fill.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::DecodeError;
+use crate::codec::entropy::CodingTable;
+use crate::codec::integers::{self, Integers};
+use crate::codec::lossless::carrier_bits;
+use crate::codec::motion::Motion;
+use crate::codec::predictor::RunPredictor;
+use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
+use crate::format::limits;
+use crate::format::part::{
+    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams,
+};
+use crate::format::strip::StripLayout;
+use crate::tensor::{Dtype, TensorInfo};
+
+/// A part ready for decoding.
+#[derive(Debug)]
+pub struct PreparedPart {
+    dtype: Dtype,
+    element_bytes: usize,
+    length_bytes: u64,
+    kind: PartKind,
+    strips: Vec<PreparedStrip>,
+}
+
+/// One strip of a prepared part.
+#[derive(Clone, Copy, Debug)]
+struct PreparedStrip {
+    /// First stored byte, counted from the first strip of the part.
+    offset: u64,
+    /// Stored bytes.
+    length: u64,
+    crc: u32,
+    words: usize,
+    exceptions: usize,
+}
+
+/// How the elements of a part are coded.
+#[derive(Debug)]
+pub enum PartKind {
+    /// Bytes as they are.
+    Raw,
+    /// Bit-exact, see `codec::lossless`.
+    Split {
+        /// The type that is split.
+        carrier: Carrier,
+        /// Bits of a carrier element.
+        carrier_bits: u32,
+        /// The symbols.
+        symbols: Symbols,
+    },
+    /// Quantized, see `codec::quantizer`.
+    Quantized {
+        /// The symbols.
+        symbols: Symbols,
+        /// Step, scales, means.
+        quantizer: Quantizer,
+        /// Present in predicted parts.
+        prediction: Option<Prediction>,
+    },
+}
+
+/// Layout and tables of coded symbols.
+#[derive(Debug)]
+pub struct Symbols {
+    /// Symbols of one run.
+    pub run_elements: usize,
+    /// Runs of one strip.
+    pub runs_per_strip: usize,
+    /// Raw low bits per symbol.
+    pub raw_bits: u32,
+    tables: Vec<Arc<CodingTable>>,
+    table_of_run: Integers,
+}
+
+impl Symbols {
+    /// The entropy table of a run.
+    pub fn table_of_run(&self, run: usize) -> &CodingTable {
+        &self.tables[self.table_of_run.get(run) as usize]
+    }
+}
+
+/// Quantizer side information, decoded.
+#[derive(Debug)]
+pub struct Quantizer {
+    step: f32,
+    scales: Option<Integers>,
+    means: Option<(f32, Integers)>,
+}
+
+impl Quantizer {
+    /// The step of a run: the part's step times the run's multiplier.
+    pub fn step_of_run(&self, run: usize) -> f32 {
+        match &self.scales {
+            Some(scales) => self.step * scale_multiplier(scales.get(run)),
+            None => self.step,
+        }
+    }
+
+    /// The mean of a run.
+    pub fn mean_of_run(&self, run: usize) -> Option<f32> {
+        self.means.as_ref().map(|(step, means)| step * means.get(run) as f32)
+    }
+}
+
+/// Prediction side information, decoded.
+#[derive(Debug)]
+pub struct Prediction {
+    /// Which part of the reference record.
+    pub reference_part: u32,
+    /// Where elements find their reference; absent where it is their own place.
+    pub motion: Option<Motion>,
+    coefficients: Coefficients,
+}
+
+#[derive(Debug)]
+enum Coefficients {
+    ScaledCopy(f32),
+    RowAffine { gain_step: f32, offset_step: f32, gains: Integers, offsets: Integers },
+}
+
+impl Prediction {
+    /// The predictor of a run.
+    pub fn of_run(&self, run: usize) -> RunPredictor {
+        match &self.coefficients {
+            Coefficients::ScaledCopy(gain) => RunPredictor::ScaledCopy { gain: *gain },
+            Coefficients::RowAffine { gain_step, offset_step, gains, offsets } => RunPredictor::RowAffine {
+                gain: gain_step * gains.get(run) as f32,
+                offset: offset_step * offsets.get(run) as f32,
+            },
+        }
+    }
+}
+
+/// Means, gains and offsets are integers that binary32 holds exactly.
+const COEFFICIENT_RANGE: (i32, i32) = (-(1 << 24), 1 << 24);
+
+impl PreparedPart {
+    /// Checks `header` against the tensor it fills. `tables` is the archive's pool. `motion` is what the record's permutation
+    /// does to this tensor; it is used only if the header asks for it.
+    pub fn new(
+        tensor: &TensorInfo,
+        header: &PartHeader,
+        tables: &[Arc<CodingTable>],
+        motion: Option<Motion>,
+    ) -> Result<Self, DecodeError> {
+        let element_bits = tensor.dtype.bits().unwrap_or(8);
+        let mut part = Self {
+            dtype: tensor.dtype.clone(),
+            element_bytes: element_bits.div_ceil(8) as usize,
+            length_bytes: tensor.length_bytes,
+            kind: PartKind::Raw,
+            strips: Vec::new(),
+        };
+        let Some(streams) = &header.streams else {
+            part.prepare_raw_strips(&header.strip_crcs)?;
+            return Ok(part);
+        };
+        let whole = matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64));
+        if !whole {
+            return Err(inconsistent("part coding", "coded symbols", format!("raw bytes for {}", tensor.dtype)));
+        }
+        let elements = tensor.elements();
+        let run_elements = u64::from(streams.run_elements);
+        let runs = elements.div_ceil(run_elements);
+        let expected_strips = runs.div_ceil(streams.runs_per_strip.into());
+        if header.strip_crcs.len() as u64 != expected_strips {
+            return Err(inconsistent("strips", header.strip_crcs.len(), expected_strips));
+        }
+        let (raw_bits, exception_value_bytes) = match &header.coding {
+            Coding::Split { carrier, raw_bits } => {
+                let bits = carrier_bits(*carrier, element_bits as u32);
+                if *carrier != Carrier::Own && tensor.dtype != Dtype::F32 {
+                    return Err(inconsistent("carrier", format!("{carrier:?} in {}", tensor.dtype), "F32"));
+                }
+                if u32::from(*raw_bits) > bits {
+                    return Err(inconsistent("raw bits", raw_bits, format!("1 to {bits}")));
+                }
+                let symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs)?;
+                part.kind = PartKind::Split { carrier: *carrier, carrier_bits: bits, symbols };
+                (usize::from(*raw_bits), bits as usize / 8)
+            }
+            Coding::Quantized(info) => {
+                if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                    return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
+                }
+                let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs)?;
+                part.kind = prepare_quantized(info, symbols, motion, runs)?;
+                (usize::from(info.raw_bits), 2)
+            }
+            Coding::Raw => unreachable!("raw parts have no streams"),
+        };
+        part.prepare_symbol_strips(streams, &header.strip_crcs, elements, raw_bits, exception_value_bytes)?;
+        Ok(part)
+    }
+
+    fn prepare_raw_strips(&mut self, crcs: &[u32]) -> Result<(), DecodeError> {
+        let expected = self.length_bytes.div_ceil(limits::RAW_STRIP_BYTES);
+        if crcs.len() as u64 != expected {
+            return Err(inconsistent("strips", crcs.len(), expected));
+        }
+        for (strip, &crc) in crcs.iter().enumerate() {
+            let offset = strip as u64 * limits::RAW_STRIP_BYTES;
+            let length = limits::RAW_STRIP_BYTES.min(self.length_bytes - offset);
+            self.strips.push(PreparedStrip { offset, length, crc, words: 0, exceptions: 0 });
+        }
+        Ok(())
+    }
+
+    fn prepare_symbol_strips(
+        &mut self,
+        streams: &SymbolStreams,
+        crcs: &[u32],
+        elements: u64,
+        raw_bits: usize,
+        exception_value_bytes: usize,
+    ) -> Result<(), DecodeError> {
+        let count = crcs.len() as u64;
+        let strip_symbols = u64::from(streams.run_elements) * u64::from(streams.runs_per_strip);
+        let words = decode_integers("strip words", &streams.strip_words, count, 0, 1 << 17)?;
+        let most = limits::STRIP_SYMBOLS as i32;
+        let exceptions = decode_integers("strip exceptions", &streams.strip_exceptions, count, 0, most)?;
+        let mut offset = 0;
+        for (strip, &crc) in crcs.iter().enumerate() {
+            let first = strip as u64 * strip_symbols;
+            let layout = StripLayout {
+                symbols: strip_symbols.min(elements - first) as usize,
+                run_elements: streams.run_elements as usize,
+                words: words.get(strip) as usize,
+                raw_bits,
+                exceptions: exceptions.get(strip) as usize,
+                exception_value_bytes,
+            };
+            if layout.exceptions > layout.symbols {
+                let expected = format!("at most {}", layout.symbols);
+                return Err(inconsistent("strip exceptions", layout.exceptions, expected));
+            }
+            let length = layout.bytes() as u64;
+            let StripLayout { words, exceptions, .. } = layout;
+            self.strips.push(PreparedStrip { offset, length, crc, words, exceptions });
+            offset += length;
+        }
+        Ok(())
+    }
+
+    /// How the elements are coded.
+    pub fn kind(&self) -> &PartKind {
+        &self.kind
+    }
+
+    /// Element type of the tensor.
+    pub fn dtype(&self) -> &Dtype {
+        &self.dtype
+    }
+
+    /// Number of strips.
+    pub fn strips(&self) -> usize {
+        self.strips.len()
+    }
+
+    /// Stored length of all strips in bytes.
+    pub fn body_bytes(&self) -> u64 {
+        self.strips.last().map_or(0, |strip| strip.offset + strip.length)
+    }
+
+    /// Where the stored bytes of a strip lie, counted from the part's first strip.
+    pub fn strip_range(&self, strip: usize) -> Range<u64> {
+        let PreparedStrip { offset, length, .. } = self.strips[strip];
+        offset..offset + length
+    }
+
+    /// Length of the tensor in bytes.
+    pub fn length_bytes(&self) -> u64 {
+        self.length_bytes
+    }
+
+    /// Tensor bytes of a full strip; the last may have fewer.
+    pub fn full_strip_output_bytes(&self) -> u64 {
+        match self.symbols() {
+            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.element_bytes) as u64,
+            None => limits::RAW_STRIP_BYTES,
+        }
+    }
+
+    /// Tensor bytes of one strip.
+    pub fn strip_output_bytes(&self, strip: usize) -> usize {
+        let full = self.full_strip_output_bytes();
+        full.min(self.length_bytes - strip as u64 * full) as usize
+    }
+
+    /// The prediction, where the part is predicted.
+    pub fn prediction(&self) -> Option<&Prediction> {
+        match &self.kind {
+            PartKind::Quantized { prediction, .. } => prediction.as_ref(),
+            PartKind::Raw | PartKind::Split { .. } => None,
+        }
+    }
+
+    /// Layout and tables, where symbols are coded.
+    pub fn symbols(&self) -> Option<&Symbols> {
+        match &self.kind {
+            PartKind::Raw => None,
+            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => Some(symbols),
+        }
+    }
+
+    /// Layout of one strip; `None` in raw parts.
+    pub fn layout(&self, strip: usize) -> Option<StripLayout> {
+        let symbols = self.symbols()?;
+        let exception_value_bytes = match &self.kind {
+            PartKind::Split { carrier_bits, .. } => *carrier_bits as usize / 8,
+            PartKind::Raw | PartKind::Quantized { .. } => 2,
+        };
+        Some(StripLayout {
+            symbols: self.strip_output_bytes(strip) / self.element_bytes,
+            run_elements: symbols.run_elements,
+            words: self.strips[strip].words,
+            raw_bits: symbols.raw_bits as usize,
+            exceptions: self.strips[strip].exceptions,
+            exception_value_bytes,
+        })
+    }
+
+    /// Checks the stored bytes of a strip; every engine starts with this.
+    pub fn check_strip(&self, strip: usize, stored: &[u8]) -> Result<(), DecodeError> {
+        let found = crc32c::crc32c(stored);
+        let expected = self.strips[strip].crc;
+        if found != expected {
+            return Err(DecodeError::StripChecksum { strip, found, expected });
+        }
+        Ok(())
+    }
+}
+
+fn inconsistent(field: &'static str, found: impl ToString, expected: impl ToString) -> DecodeError {
+    DecodeError::Inconsistent { field, found: found.to_string(), expected: expected.to_string() }
+}
+
+fn decode_integers(
+    field: &'static str,
+    stored: &StoredIntegers,
+    count: u64,
+    low: i32,
+    high: i32,
+) -> Result<Integers, DecodeError> {
+    integers::decode(stored, count, low, high).map_err(|error| DecodeError::SideInformation { field, error })
+}
+
+fn prepare_symbols(
+    streams: &SymbolStreams,
+    raw_bits: u32,
+    pool: &[Arc<CodingTable>],
+    runs: u64,
+) -> Result<Symbols, DecodeError> {
+    let tables = streams
+        .tables
+        .iter()
+        .map(|&number| {
+            let table = pool.get(usize::from(number));
+            table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let table_of_run = match tables.len() {
+        0 if runs > 0 => return Err(inconsistent("part tables", 0, "one table at least")),
+        0 | 1 => Integers::Constant(0),
+        count => decode_integers("table of run", &streams.table_of_run, runs, 0, count as i32 - 1)?,
+    };
+    Ok(Symbols {
+        run_elements: streams.run_elements as usize,
+        runs_per_strip: streams.runs_per_strip as usize,
+        raw_bits,
+        tables,
+        table_of_run,
+    })
+}
+
+fn prepare_quantized(
+    info: &QuantizerInfo,
+    symbols: Symbols,
+    motion: Option<Motion>,
+    runs: u64,
+) -> Result<PartKind, DecodeError> {
+    let coefficients = |field, stored| decode_integers(field, stored, runs, COEFFICIENT_RANGE.0, COEFFICIENT_RANGE.1);
+    let scales = match &info.scales {
+        Some(scales) => Some(decode_integers("scales", scales, runs, SCALE_RANGE.0, SCALE_RANGE.1)?),
+        None => None,
+    };
+    let means = match &info.means {
+        Some((step, means)) => Some((*step, coefficients("means", means)?)),
+        None => None,
+    };
+    let prediction = match &info.prediction {
+        None => None,
+        Some(stored) => {
+            let motion = match &stored.placement {
+                Some(_) if motion.is_none() => {
+                    return Err(inconsistent("placement", "a placement", "a permutation in the record that it fits"));
+                }
+                Some(_) => motion,
+                None => None,
+            };
+            let coefficients = match &stored.predictor {
+                StoredPredictor::ScaledCopy { gain } => Coefficients::ScaledCopy(*gain),
+                StoredPredictor::RowAffine { gain_step, offset_step, gains, offsets } => Coefficients::RowAffine {
+                    gain_step: *gain_step,
+                    offset_step: *offset_step,
+                    gains: coefficients("gains", gains)?,
+                    offsets: coefficients("offsets", offsets)?,
+                },
+            };
+            Some(Prediction { reference_part: stored.reference_part, motion, coefficients })
+        }
+    };
+    Ok(PartKind::Quantized { symbols, quantizer: Quantizer { step: info.step, scales, means }, prediction })
+}

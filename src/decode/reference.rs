@@ -1,0 +1,204 @@
+//! The reference decoder: Algorithm 1 read aloud, one symbol after another. It is the oracle every other engine is compared
+//! with, so it is written to be read; nothing in it is fast.
+
+use super::prepared::{PartKind, Prediction, Quantizer, Symbols};
+use super::{DecodeError, Engine, PreparedPart};
+use crate::codec::entropy::{LaneReader, decode_run};
+use crate::codec::lossless::{join_element, widen};
+use crate::codec::quantizer::{dequantize, join_code};
+use crate::format::part::Carrier;
+use crate::format::strip::{LANES, STATE_BYTES, StripLayout};
+use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
+use crate::tensor::Dtype;
+
+/// The portable engine that defines what an archive decodes to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReferenceEngine;
+
+impl Engine for ReferenceEngine {
+    fn name(&self) -> &'static str {
+        "reference"
+    }
+
+    fn decode_strip(
+        &self,
+        part: &PreparedPart,
+        strip: usize,
+        stored: &[u8],
+        reference: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        part.check_strip(strip, stored)?;
+        let Some(layout) = part.layout(strip) else {
+            out.copy_from_slice(stored);
+            return Ok(());
+        };
+        let strip = StripView { number: strip, stored, layout };
+        match part.kind() {
+            PartKind::Raw => unreachable!("raw parts have no symbol layout"),
+            PartKind::Split { carrier, carrier_bits, symbols } => {
+                strip.decode_split(symbols, *carrier, *carrier_bits, out)
+            }
+            PartKind::Quantized { symbols, quantizer, prediction } => {
+                let prediction = prediction.as_ref().map(|prediction| {
+                    (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
+                });
+                strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
+            }
+        }
+    }
+}
+
+/// The stored bytes of one strip and where its pieces lie.
+struct StripView<'a> {
+    number: usize,
+    stored: &'a [u8],
+    layout: StripLayout,
+}
+
+impl StripView<'_> {
+    /// The first run of the strip, counted in the part.
+    fn first_run(&self, symbols: &Symbols) -> usize {
+        self.number * symbols.runs_per_strip
+    }
+
+    /// Entropy-decodes the table position of every symbol.
+    fn positions(&self, symbols: &Symbols) -> Result<Vec<u8>, DecodeError> {
+        let states = self.stored[..STATE_BYTES].try_into().expect("the layout starts with the states");
+        let mut reader = LaneReader::new(states, &self.stored[self.layout.words_range()]);
+        let mut positions = vec![0; self.layout.symbols];
+        for (run, positions) in positions.chunks_mut(self.layout.run_elements).enumerate() {
+            decode_run(&mut reader, symbols.table_of_run(self.first_run(symbols) + run), positions);
+        }
+        reader.finish().map_err(|error| DecodeError::Lanes { strip: self.number, error })?;
+        Ok(positions)
+    }
+
+    /// The raw bits of every symbol: whole bytes from the byte planes, the bits above them from the bit planes.
+    fn raw(&self) -> Vec<u64> {
+        let layout = &self.layout;
+        let mut raw = vec![0; layout.symbols];
+        for plane in 0..layout.byte_planes() {
+            for (raw, &byte) in raw.iter_mut().zip(&self.stored[layout.byte_plane_range(plane)]) {
+                *raw |= u64::from(byte) << (8 * plane);
+            }
+        }
+        let mut words = self.stored[layout.bit_planes_range()].as_chunks().0.iter().copied().map(u32::from_le_bytes);
+        if layout.bit_planes() > 0 {
+            for run in raw.chunks_mut(layout.run_elements) {
+                for vector in run.chunks_mut(LANES) {
+                    for plane in 0..layout.bit_planes() {
+                        let lanes = words.next().expect("the layout has a word per vector and plane");
+                        for (lane, raw) in vector.iter_mut().enumerate() {
+                            *raw |= u64::from(lanes >> lane & 1) << (8 * layout.byte_planes() + plane);
+                        }
+                    }
+                }
+            }
+        }
+        raw
+    }
+
+    /// Position and value bytes of every exception, checked to be in order and inside the strip.
+    fn exceptions(&self) -> Result<Vec<(usize, &[u8])>, DecodeError> {
+        let layout = &self.layout;
+        let (positions, values) = self.stored[layout.exceptions_range()].split_at(2 * layout.exceptions);
+        let mut exceptions: Vec<(usize, &[u8])> = Vec::with_capacity(layout.exceptions);
+        for (&position, value) in positions.as_chunks().0.iter().zip(values.chunks(layout.exception_value_bytes)) {
+            let position = u16::from_le_bytes(position);
+            let ordered = exceptions.last().is_none_or(|&(before, _)| before < position.into());
+            if !ordered || usize::from(position) >= layout.symbols {
+                return Err(DecodeError::ExceptionPosition { strip: self.number, position, symbols: layout.symbols });
+            }
+            exceptions.push((position.into(), value));
+        }
+        Ok(exceptions)
+    }
+
+    fn decode_split(
+        &self,
+        symbols: &Symbols,
+        carrier: Carrier,
+        carrier_bits: u32,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let positions = self.positions(symbols)?;
+        let raw = self.raw();
+        let mut elements: Vec<u64> = Vec::with_capacity(self.layout.symbols);
+        for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
+            let run = self.first_run(symbols) + index / self.layout.run_elements;
+            let symbol = symbols.table_of_run(run).code(position) as u16; // codes of magnitudes are not negative
+            elements.push(join_element(symbol.into(), raw, carrier_bits, symbols.raw_bits));
+        }
+        for (position, value) in self.exceptions()? {
+            let mut bytes = [0; 8];
+            bytes[..value.len()].copy_from_slice(value);
+            elements[position] = u64::from_le_bytes(bytes);
+        }
+        let element_bytes = out.len() / self.layout.symbols;
+        for (out, element) in out.chunks_mut(element_bytes).zip(elements) {
+            out.copy_from_slice(&widen(carrier, element).to_le_bytes()[..element_bytes]);
+        }
+        Ok(())
+    }
+
+    fn decode_quantized(
+        &self,
+        symbols: &Symbols,
+        quantizer: &Quantizer,
+        prediction: Option<(&Prediction, &[u8])>,
+        dtype: &Dtype,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let positions = self.positions(symbols)?;
+        let mut points: Vec<f32> = Vec::with_capacity(self.layout.symbols);
+        if symbols.raw_bits == 0 {
+            for (index, &position) in positions.iter().enumerate() {
+                let run = self.first_run(symbols) + index / self.layout.run_elements;
+                points.push(symbols.table_of_run(run).points()[usize::from(position)]);
+            }
+        } else {
+            for (index, (&position, raw)) in positions.iter().zip(self.raw()).enumerate() {
+                let run = self.first_run(symbols) + index / self.layout.run_elements;
+                let symbol = symbols.table_of_run(run).code(position);
+                points.push(join_code(symbol, raw as u32, symbols.raw_bits) as f32);
+            }
+        }
+        for (position, value) in self.exceptions()? {
+            points[position] = i16::from_le_bytes([value[0], value[1]]).into();
+        }
+
+        let first_element = self.first_run(symbols) * self.layout.run_elements;
+        let element_bytes = out.len() / self.layout.symbols;
+        for (index, (out, &point)) in out.chunks_mut(element_bytes).zip(&points).enumerate() {
+            let run = self.first_run(symbols) + index / self.layout.run_elements;
+            // Eqs. 68-69: the keyframe value or the residual.
+            let mut value = dequantize(point, quantizer.step_of_run(run), quantizer.mean_of_run(run));
+            if let Some((prediction, reference)) = prediction {
+                let element = first_element + index;
+                let source = prediction.motion.as_ref().map_or(element, |motion| motion.reference_of(element));
+                let reference = read_element(dtype, &reference[source * element_bytes..][..element_bytes]);
+                value += prediction.of_run(run).predict(reference); // Eqs. 70-71
+            }
+            write_element(dtype, value, out);
+        }
+        Ok(())
+    }
+}
+
+/// A decoded element as the predictor sees it: the deployed weight.
+fn read_element(dtype: &Dtype, bytes: &[u8]) -> f32 {
+    match dtype {
+        Dtype::BF16 => f32_from_bf16(u16::from_le_bytes([bytes[0], bytes[1]])),
+        Dtype::F16 => f32_from_f16(u16::from_le_bytes([bytes[0], bytes[1]])),
+        _ => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+    }
+}
+
+fn write_element(dtype: &Dtype, value: f32, out: &mut [u8]) {
+    match dtype {
+        Dtype::BF16 => out.copy_from_slice(&bf16_from_f32(value).to_le_bytes()),
+        Dtype::F16 => out.copy_from_slice(&f16_from_f32(value).to_le_bytes()),
+        _ => out.copy_from_slice(&value.to_le_bytes()),
+    }
+}

@@ -1,0 +1,277 @@
+//! The index: everything needed to find and decode any tensor, in one range read (SPEC.md section 3; Eqs. 51-57).
+//!
+//! The original safetensors headers are the paper's `ParamShapes`: names, types, shapes and order, said once. The index
+//! is stored as one raw deflate stream.
+
+use std::io::{Read, Write};
+
+use super::bytes::{Reader, Writer};
+use super::error::FormatError;
+use super::limits;
+use super::preamble::Preamble;
+use super::record::RecordEntry;
+use super::table::Table;
+
+const SECTION: &str = "index";
+
+/// One packed safetensors file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileEntry {
+    /// File name without directories.
+    pub name: String,
+    /// The file's first bytes: header length and JSON, exactly as they were.
+    pub header: Vec<u8>,
+    /// SHA-256 of the decoded file.
+    pub decoded_sha256: [u8; 32],
+    /// SHA-256 of the file that was packed.
+    pub source_sha256: [u8; 32],
+}
+
+/// An archive that predicted records refer to. Version 1 allows none; later ones announce it with a feature bit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseReference {
+    /// Content id of the base archive.
+    pub content_id: [u8; 32],
+    /// A name for people.
+    pub name: String,
+}
+
+/// The index's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Index {
+    /// Model family whose block rules the encoder used (`ArchID`), for example `bert`; `unknown` where it knew none.
+    pub architecture: String,
+    /// Number of layers (L).
+    pub layers: u32,
+    /// Keyframe interval (K).
+    pub keyframe_interval: u32,
+    /// SHA-256 over the decoded digests of all files, in order: the archive's identity.
+    pub content_id: [u8; 32],
+    /// Packed files.
+    pub files: Vec<FileEntry>,
+    /// Entropy tables that parts refer to by number (`EntropySpec`).
+    pub tables: Vec<Table>,
+    /// Names that records refer to by number.
+    pub block_types: Vec<String>,
+    /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
+    pub records: Vec<RecordEntry>,
+    /// Archives that records are predicted from.
+    pub bases: Vec<BaseReference>,
+    /// How the archive came to be: tool, version, options.
+    pub provenance: Vec<(String, String)>,
+}
+
+impl Index {
+    /// Checks, inflates and reads the stored index that the preamble describes.
+    pub fn parse(stored: &[u8], preamble: &Preamble) -> Result<Self, FormatError> {
+        let found = crc32c::crc32c(stored);
+        if found != preamble.index_crc {
+            return Err(FormatError::Checksum { section: SECTION, found, expected: preamble.index_crc });
+        }
+        let bytes = inflate(stored, preamble.index_inflated_bytes)?;
+        let mut reader = Reader::new(SECTION, &bytes);
+        let index = Self::parse_fields(&mut reader)?;
+        reader.end()?;
+        Ok(index)
+    }
+
+    fn parse_fields(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let architecture = reader.text("architecture", limits::TEXT_BYTES)?;
+        let layers = reader.varint("layers", limits::LAYERS)? as u32;
+        let keyframe_interval = reader.varint("keyframe interval", limits::CHAIN_RECORDS)? as u32;
+        let content_id = reader.digest("content id")?;
+        let count = reader.count("files", limits::FILES)?;
+        let mut files = Vec::with_capacity(count);
+        for _ in 0..count {
+            let offset = reader.position();
+            let name = reader.text("file name", limits::TEXT_BYTES)?;
+            if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+                return Err(reader.invalid("file name", offset, format!("{name:?}"), "a name without directories"));
+            }
+            if files.iter().any(|file: &FileEntry| file.name == name) {
+                return Err(reader.invalid("file name", offset, format!("{name:?} again"), "different names"));
+            }
+            files.push(FileEntry {
+                name,
+                header: reader.blob("file header", limits::HEADER_BYTES)?.to_vec(),
+                decoded_sha256: reader.digest("decoded SHA-256")?,
+                source_sha256: reader.digest("source SHA-256")?,
+            });
+        }
+        let count = reader.count("tables", limits::TABLES)?;
+        let tables = (0..count).map(|_| Table::parse(reader)).collect::<Result<Vec<_>, _>>()?;
+        let count = reader.count("block types", limits::BLOCK_TYPES)?;
+        let block_types =
+            (0..count).map(|_| reader.text("block type", limits::TEXT_BYTES)).collect::<Result<Vec<_>, _>>()?;
+        let count = reader.count("records", limits::RECORDS)?;
+        let mut records: Vec<RecordEntry> = Vec::new();
+        for _ in 0..count {
+            records.push(RecordEntry::parse(reader, &records, block_types.len())?);
+        }
+        let offset = reader.position();
+        if reader.count("bases", limits::FILES)? != 0 {
+            return Err(reader.invalid("bases", offset, "a base archive", "none in version 1"));
+        }
+        let count = reader.count("provenance", limits::PROVENANCE)?;
+        let mut provenance = Vec::with_capacity(count);
+        for _ in 0..count {
+            provenance.push((
+                reader.text("provenance key", limits::TEXT_BYTES)?,
+                reader.text("provenance value", limits::TEXT_BYTES)?,
+            ));
+        }
+        Ok(Self {
+            architecture,
+            layers,
+            keyframe_interval,
+            content_id,
+            files,
+            tables,
+            block_types,
+            records,
+            bases: Vec::new(),
+            provenance,
+        })
+    }
+
+    /// The index before deflation.
+    fn write_fields(&self) -> Writer {
+        let mut writer = Writer::new();
+        writer.text(&self.architecture);
+        writer.varint(self.layers.into());
+        writer.varint(self.keyframe_interval.into());
+        writer.raw(&self.content_id);
+        writer.varint(self.files.len() as u64);
+        for file in &self.files {
+            writer.text(&file.name);
+            writer.blob(&file.header);
+            writer.raw(&file.decoded_sha256);
+            writer.raw(&file.source_sha256);
+        }
+        writer.varint(self.tables.len() as u64);
+        for table in &self.tables {
+            table.write(&mut writer);
+        }
+        writer.varint(self.block_types.len() as u64);
+        for name in &self.block_types {
+            writer.text(name);
+        }
+        writer.varint(self.records.len() as u64);
+        for (ordinal, record) in self.records.iter().enumerate() {
+            record.write(&mut writer, ordinal);
+        }
+        writer.varint(self.bases.len() as u64);
+        writer.varint(self.provenance.len() as u64);
+        for (key, value) in &self.provenance {
+            writer.text(key);
+            writer.text(value);
+        }
+        writer
+    }
+
+    /// The stored index and the preamble of a file in which it follows `index_offset` bytes.
+    pub fn write(&self, index_offset: u64) -> (Preamble, Vec<u8>) {
+        let fields = self.write_fields().into_bytes();
+        let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
+        encoder.write_all(&fields).expect("a vector takes every byte");
+        let stored = encoder.finish().expect("a vector takes every byte");
+        let preamble = Preamble {
+            required_features: 0,
+            file_bytes: index_offset + stored.len() as u64,
+            index_offset,
+            index_inflated_bytes: fields.len() as u64,
+            index_crc: crc32c::crc32c(&stored),
+        };
+        (preamble, stored)
+    }
+}
+
+fn inflate(stored: &[u8], length: u64) -> Result<Vec<u8>, FormatError> {
+    let invalid = |found: String| FormatError::Invalid {
+        section: SECTION,
+        field: "deflate stream",
+        offset: 0,
+        found,
+        expected: format!("{length} bytes after inflation"),
+    };
+    // The preamble has bounded `length` by what a stream of this size can expand to.
+    let mut bytes = Vec::with_capacity(length as usize);
+    let mut decoder = flate2::bufread::DeflateDecoder::new(stored);
+    decoder.by_ref().take(length + 1).read_to_end(&mut bytes).map_err(|error| invalid(error.to_string()))?;
+    if bytes.len() as u64 != length {
+        return Err(invalid(format!("{} bytes or more", bytes.len())));
+    }
+    if decoder.total_in() != stored.len() as u64 {
+        return Err(invalid(format!("{} bytes after the stream's end", stored.len() as u64 - decoder.total_in())));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::{PartEntry, RecordEntry};
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(super) fn sample() -> Index {
+        let record = |layer, reference| RecordEntry {
+            layer,
+            block_type: 1,
+            reference,
+            side_bytes: 40,
+            side_crc: 99,
+            parts: vec![PartEntry { file: 0, tensor: 3, body_bytes: 1000 }],
+        };
+        Index {
+            architecture: "bert".into(),
+            layers: 2,
+            keyframe_interval: 4,
+            content_id: [7; 32],
+            files: vec![FileEntry {
+                name: "model.safetensors".into(),
+                header: vec![1, 2, 3],
+                decoded_sha256: [1; 32],
+                source_sha256: [2; 32],
+            }],
+            tables: vec![Table { codes: vec![0, 1], frequencies: vec![4000, 96], point_offsets: vec![] }],
+            block_types: vec!["global".into(), "ffn".into()],
+            records: vec![record(Some(0), None), record(Some(1), Some(0))],
+            bases: vec![],
+            provenance: vec![("tool".into(), "mcwcfs".into())],
+        }
+    }
+
+    #[test]
+    fn an_index_comes_back() {
+        let index = sample();
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+    }
+
+    #[test]
+    fn bytes_after_the_deflate_stream_are_an_error() {
+        let (mut preamble, mut stored) = sample().write(5000);
+        stored.push(0);
+        preamble.index_crc = crc32c::crc32c(&stored);
+        assert!(Index::parse(&stored, &preamble).is_err());
+    }
+
+    #[test]
+    fn a_file_name_with_a_directory_is_an_error() {
+        let mut index = sample();
+        index.files[0].name = "../model.safetensors".into();
+        let (preamble, stored) = index.write(5000);
+        let error = Index::parse(&stored, &preamble).expect_err("it would leave the directory");
+        assert!(error.to_string().contains("file name"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_fields_are_errors_or_another_index_never_a_panic(position: prop::sample::Index, value: u8) {
+            let mut fields = sample().write_fields().into_bytes();
+            let position = position.index(fields.len());
+            fields[position] = value;
+            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields));
+        }
+    }
+}

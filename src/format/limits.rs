@@ -1,0 +1,38 @@
+//! The largest counts and sizes an archive may state. Every one is checked before memory is taken for it.
+
+/// Bytes of the index after inflation.
+pub const INDEX_BYTES: u64 = 1 << 28;
+/// Deflate cannot expand more than this; an index that claims to is a lie found before inflating.
+pub const DEFLATE_RATIO: u64 = 1032;
+/// Safetensors files in one archive.
+pub const FILES: u64 = 1 << 16;
+/// Bytes of a name or a provenance value.
+pub const TEXT_BYTES: u64 = 1 << 16;
+/// Bytes of one safetensors header, length prefix included (the safetensors library's own limit).
+pub const HEADER_BYTES: u64 = 100_000_008;
+/// Entropy tables in one archive.
+pub const TABLES: u64 = 1 << 16;
+/// Coded positions of one entropy table: 64 less the three that the vector lookup keeps.
+pub const TABLE_POSITIONS: u64 = 61;
+/// Block types.
+pub const BLOCK_TYPES: u64 = 256;
+/// Layers.
+pub const LAYERS: u64 = 1 << 20;
+/// Records.
+pub const RECORDS: u64 = 1 << 22;
+/// Parts of one record.
+pub const PARTS: u64 = 1 << 22;
+/// Layers from a keyframe to the last record predicted from it.
+pub const CHAIN_RECORDS: u64 = 256;
+/// Provenance entries.
+pub const PROVENANCE: u64 = 1 << 10;
+/// Bytes of one record's side information.
+pub const SIDE_BYTES: u64 = 1 << 30;
+/// Symbols of one strip: a position must fit 16 bits.
+pub const STRIP_SYMBOLS: u64 = 1 << 16;
+/// Bytes of one strip of a raw part.
+pub const RAW_STRIP_BYTES: u64 = 1 << 17;
+/// Raw low bits per symbol.
+pub const RAW_BITS: u64 = 56;
+/// Blocks that one permutation moves.
+pub const BLOCKS: u64 = 1 << 20;

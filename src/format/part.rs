@@ -1,0 +1,377 @@
+//! The header of one part: how one tensor is coded, and everything its strips need (SPEC.md section 4.1; Eqs. 61-63).
+
+use super::bytes::{Reader, Writer};
+use super::error::FormatError;
+use super::limits;
+
+/// An array of small integers as stored; `codec::integers` understands it, the number of items follows from the context.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoredIntegers(pub Vec<u8>);
+
+impl StoredIntegers {
+    fn parse(reader: &mut Reader<'_>, field: &'static str) -> Result<Self, FormatError> {
+        Ok(Self(reader.blob(field, limits::SIDE_BYTES)?.to_vec()))
+    }
+}
+
+/// Where blocks lie along an axis of a tensor: index = ((repeat * blocks) + block) * unit + element (Eq. 56, `BlockAxis`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredPlacement {
+    /// Axis along which the blocks lie.
+    pub axis: u8,
+    /// How often the sequence of blocks repeats along it.
+    pub repeat: u32,
+    /// Whether a block is one member of a group, or else a whole group.
+    pub per_member: bool,
+    /// Consecutive indices of one block.
+    pub unit: u32,
+}
+
+/// The arithmetic that turns a decoded reference value into a prediction (Eq. 70, elementwise).
+#[derive(Clone, Debug, PartialEq)]
+pub enum StoredPredictor {
+    /// `gain * reference`.
+    ScaledCopy {
+        /// One gain for the part.
+        gain: f32,
+    },
+    /// `gain * reference + offset`, both per run.
+    RowAffine {
+        /// A run's gain is its integer times this.
+        gain_step: f32,
+        /// A run's offset is its integer times this.
+        offset_step: f32,
+        /// One integer per run.
+        gains: StoredIntegers,
+        /// One integer per run.
+        offsets: StoredIntegers,
+    },
+}
+
+/// How a predicted part finds and uses its reference.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredPrediction {
+    /// Which part of the reference record.
+    pub reference_part: u32,
+    /// Where the record's permutation moves this tensor; absent where it does not.
+    pub placement: Option<StoredPlacement>,
+    /// What is done with the reference value.
+    pub predictor: StoredPredictor,
+}
+
+/// Quantizer side information (Eq. 61).
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizerInfo {
+    /// Distance of two neighbouring codes, in weight units.
+    pub step: f32,
+    /// Raw low bits below every coded symbol.
+    pub raw_bits: u8,
+    /// Per run, an integer whose multiplier the step is taken times; absent where all runs share the step.
+    pub scales: Option<StoredIntegers>,
+    /// A run's mean is its integer times this, in weight units; absent where no run has one.
+    pub means: Option<(f32, StoredIntegers)>,
+    /// Present in predicted parts, absent in keyframe parts: the paper's mode flag (Eq. 64).
+    pub prediction: Option<StoredPrediction>,
+}
+
+/// A narrower type that holds every value of a wider tensor exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// The tensor's own type.
+    Own,
+    /// bfloat16 values in an F32 tensor.
+    Bf16,
+    /// binary16 values in an F32 tensor.
+    F16,
+}
+
+/// How the elements of a part are coded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Coding {
+    /// Bytes as they are, in strips of 128 KiB.
+    Raw,
+    /// Bit-exact: the upper magnitude bits (the exponent) entropy-coded, sign and the bits below raw.
+    Split {
+        /// The type that is split.
+        carrier: Carrier,
+        /// Raw bits per symbol: the sign and `raw_bits - 1` low magnitude bits.
+        raw_bits: u8,
+    },
+    /// Quantized codes, absolute (keyframe) or of a residual (predicted).
+    Quantized(QuantizerInfo),
+}
+
+/// How symbols of a part are grouped, and what their strips need.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SymbolStreams {
+    /// Elements of one run; the last may be shorter.
+    pub run_elements: u32,
+    /// Runs of one strip; the last may have fewer.
+    pub runs_per_strip: u32,
+    /// Numbers of the entropy tables used.
+    pub tables: Vec<u16>,
+    /// Which of `tables` each run uses; empty where there is one table.
+    pub table_of_run: StoredIntegers,
+    /// 16-bit words of each strip.
+    pub strip_words: StoredIntegers,
+    /// Exceptions of each strip.
+    pub strip_exceptions: StoredIntegers,
+}
+
+/// Bytes of a part header by stream of the rate (Eq. 8, Table 1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PartHeaderBytes {
+    /// Steps, scales, means, predictor coefficients.
+    pub quantizer: u64,
+    /// Table numbers and choices per run.
+    pub entropy_model: u64,
+    /// Everything else: modes, layout, strip lengths and checksums.
+    pub metadata: u64,
+}
+
+/// The header of one part.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PartHeader {
+    /// How the elements are coded.
+    pub coding: Coding,
+    /// Layout of the symbols; `None` for raw parts.
+    pub streams: Option<SymbolStreams>,
+    /// CRC-32C of each strip.
+    pub strip_crcs: Vec<u32>,
+    /// What the header itself costs; `parse` fills it in.
+    pub cost: PartHeaderBytes,
+}
+
+const CODING_RAW: u8 = 0;
+const CODING_SPLIT: u8 = 1;
+const CODING_QUANTIZED: u8 = 2;
+
+const HAS_SCALES: u8 = 1;
+const HAS_MEANS: u8 = 2;
+const HAS_PREDICTION: u8 = 4;
+
+const SCALED_COPY: u8 = 0;
+const ROW_AFFINE: u8 = 1;
+
+impl PartHeader {
+    /// Reads one header.
+    pub fn parse(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let start = reader.position();
+        let coding = match reader.u8("part coding")? {
+            CODING_RAW => Coding::Raw,
+            CODING_SPLIT => Self::parse_split(reader)?,
+            CODING_QUANTIZED => Coding::Quantized(QuantizerInfo::parse(reader)?),
+            other => return Err(FormatError::UnknownFeature { feature: format!("part coding {other}") }),
+        };
+        let quantizer = match &coding {
+            Coding::Quantized(_) => reader.position() - start - 1,
+            _ => 0,
+        };
+        let before_entropy = reader.position();
+        let mut entropy_model = 0;
+        let mut streams = None;
+        if coding != Coding::Raw {
+            let (parsed, entropy_end) = SymbolStreams::parse(reader)?;
+            entropy_model = entropy_end - before_entropy;
+            streams = Some(parsed);
+        }
+        let strips = reader.count("strips", u64::MAX)?;
+        let crcs = reader.take("strip checksums", 4 * strips as u64)?;
+        let strip_crcs = crcs.as_chunks::<4>().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect();
+        let metadata = reader.position() - start - quantizer - entropy_model;
+        Ok(Self { coding, streams, strip_crcs, cost: PartHeaderBytes { quantizer, entropy_model, metadata } })
+    }
+
+    fn parse_split(reader: &mut Reader<'_>) -> Result<Coding, FormatError> {
+        let offset = reader.position();
+        let carrier = match reader.u8("carrier")? {
+            0 => Carrier::Own,
+            1 => Carrier::Bf16,
+            2 => Carrier::F16,
+            other => return Err(reader.invalid("carrier", offset, other, "0, 1 or 2")),
+        };
+        let offset = reader.position();
+        let raw_bits = reader.u8("raw bits")?;
+        if !(1..=limits::RAW_BITS).contains(&raw_bits.into()) {
+            return Err(reader.invalid("raw bits", offset, raw_bits, "1 to 56"));
+        }
+        Ok(Coding::Split { carrier, raw_bits })
+    }
+
+    /// Writes the header.
+    pub fn write(&self, writer: &mut Writer) {
+        match &self.coding {
+            Coding::Raw => writer.u8(CODING_RAW),
+            Coding::Split { carrier, raw_bits } => {
+                writer.u8(CODING_SPLIT);
+                writer.u8(*carrier as u8);
+                writer.u8(*raw_bits);
+            }
+            Coding::Quantized(info) => {
+                writer.u8(CODING_QUANTIZED);
+                info.write(writer);
+            }
+        }
+        if let Some(streams) = &self.streams {
+            streams.write(writer);
+        }
+        writer.varint(self.strip_crcs.len() as u64);
+        for crc in &self.strip_crcs {
+            writer.u32(*crc);
+        }
+    }
+}
+
+impl QuantizerInfo {
+    fn parse(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let offset = reader.position();
+        let step = reader.finite_f32("step")?;
+        if step <= 0.0 {
+            return Err(reader.invalid("step", offset, step, "a positive number"));
+        }
+        let offset = reader.position();
+        let raw_bits = reader.u8("raw bits")?;
+        if raw_bits > 8 {
+            return Err(reader.invalid("raw bits", offset, raw_bits, "0 to 8"));
+        }
+        let offset = reader.position();
+        let flags = reader.u8("quantizer flags")?;
+        if flags & !(HAS_SCALES | HAS_MEANS | HAS_PREDICTION) != 0 {
+            return Err(FormatError::UnknownFeature {
+                feature: format!("quantizer flags {flags:#x} at byte {offset}"),
+            });
+        }
+        let scales = if flags & HAS_SCALES != 0 { Some(StoredIntegers::parse(reader, "scales")?) } else { None };
+        let means = if flags & HAS_MEANS != 0 {
+            Some((reader.finite_f32("mean step")?, StoredIntegers::parse(reader, "means")?))
+        } else {
+            None
+        };
+        let prediction = if flags & HAS_PREDICTION != 0 { Some(StoredPrediction::parse(reader)?) } else { None };
+        Ok(Self { step, raw_bits, scales, means, prediction })
+    }
+
+    fn write(&self, writer: &mut Writer) {
+        writer.f32(self.step);
+        writer.u8(self.raw_bits);
+        let flag = |present: bool, bit: u8| if present { bit } else { 0 };
+        writer.u8(flag(self.scales.is_some(), HAS_SCALES)
+            | flag(self.means.is_some(), HAS_MEANS)
+            | flag(self.prediction.is_some(), HAS_PREDICTION));
+        if let Some(scales) = &self.scales {
+            writer.blob(&scales.0);
+        }
+        if let Some((step, means)) = &self.means {
+            writer.f32(*step);
+            writer.blob(&means.0);
+        }
+        if let Some(prediction) = &self.prediction {
+            prediction.write(writer);
+        }
+    }
+}
+
+impl StoredPrediction {
+    fn parse(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let reference_part = reader.varint("reference part", limits::PARTS)? as u32;
+        let offset = reader.position();
+        let placement = match reader.u8("placement flag")? {
+            0 => None,
+            1 => {
+                let axis = reader.u8("placement axis")?;
+                let repeat = reader.varint("placement repeat", limits::BLOCKS)? as u32;
+                let offset = reader.position();
+                let per_member = match reader.u8("placement per member")? {
+                    0 => false,
+                    1 => true,
+                    other => return Err(reader.invalid("placement per member", offset, other, "0 or 1")),
+                };
+                let unit = reader.varint("placement unit", u32::MAX.into())? as u32;
+                Some(StoredPlacement { axis, repeat, per_member, unit })
+            }
+            other => return Err(reader.invalid("placement flag", offset, other, "0 or 1")),
+        };
+        let predictor = match reader.u8("predictor")? {
+            SCALED_COPY => StoredPredictor::ScaledCopy { gain: reader.finite_f32("gain")? },
+            ROW_AFFINE => StoredPredictor::RowAffine {
+                gain_step: reader.finite_f32("gain step")?,
+                offset_step: reader.finite_f32("offset step")?,
+                gains: StoredIntegers::parse(reader, "gains")?,
+                offsets: StoredIntegers::parse(reader, "offsets")?,
+            },
+            other => return Err(FormatError::UnknownFeature { feature: format!("predictor {other}") }),
+        };
+        Ok(Self { reference_part, placement, predictor })
+    }
+
+    fn write(&self, writer: &mut Writer) {
+        writer.varint(self.reference_part.into());
+        writer.u8(u8::from(self.placement.is_some()));
+        if let Some(placement) = &self.placement {
+            writer.u8(placement.axis);
+            writer.varint(placement.repeat.into());
+            writer.u8(u8::from(placement.per_member));
+            writer.varint(placement.unit.into());
+        }
+        match &self.predictor {
+            StoredPredictor::ScaledCopy { gain } => {
+                writer.u8(SCALED_COPY);
+                writer.f32(*gain);
+            }
+            StoredPredictor::RowAffine { gain_step, offset_step, gains, offsets } => {
+                writer.u8(ROW_AFFINE);
+                writer.f32(*gain_step);
+                writer.f32(*offset_step);
+                writer.blob(&gains.0);
+                writer.blob(&offsets.0);
+            }
+        }
+    }
+}
+
+impl SymbolStreams {
+    /// The streams, and where the entropy model's fields end in them.
+    fn parse(reader: &mut Reader<'_>) -> Result<(Self, u64), FormatError> {
+        let count = reader.count("part tables", limits::TABLES)?;
+        let mut tables = Vec::with_capacity(count);
+        for _ in 0..count {
+            tables.push(reader.varint("part table", limits::TABLES - 1)? as u16);
+        }
+        let table_of_run = match count {
+            0 | 1 => StoredIntegers::default(),
+            _ => StoredIntegers::parse(reader, "table of run")?,
+        };
+        let entropy_end = reader.position();
+        let offset = reader.position();
+        let run_elements = reader.varint("run elements", limits::STRIP_SYMBOLS)?;
+        let runs_per_strip = reader.varint("runs per strip", limits::STRIP_SYMBOLS)?;
+        let symbols = run_elements * runs_per_strip;
+        if !(1..=limits::STRIP_SYMBOLS).contains(&symbols) {
+            let expected = format!("1 to {}", limits::STRIP_SYMBOLS);
+            return Err(reader.invalid("runs per strip", offset, format!("{symbols} symbols a strip"), expected));
+        }
+        let streams = Self {
+            run_elements: run_elements as u32,
+            runs_per_strip: runs_per_strip as u32,
+            tables,
+            table_of_run,
+            strip_words: StoredIntegers::parse(reader, "strip words")?,
+            strip_exceptions: StoredIntegers::parse(reader, "strip exceptions")?,
+        };
+        Ok((streams, entropy_end))
+    }
+
+    fn write(&self, writer: &mut Writer) {
+        writer.varint(self.tables.len() as u64);
+        for &table in &self.tables {
+            writer.varint(table.into());
+        }
+        if self.tables.len() > 1 {
+            writer.blob(&self.table_of_run.0);
+        }
+        writer.varint(self.run_elements.into());
+        writer.varint(self.runs_per_strip.into());
+        writer.blob(&self.strip_words.0);
+        writer.blob(&self.strip_exceptions.0);
+    }
+}
