@@ -11,13 +11,13 @@ use rayon::prelude::*;
 
 use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::cache::{Cache, CacheStats};
-use crate::codec::blocks;
+use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
+use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
 use crate::decode::prepared::PartKind;
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::{DecodeError, Engine, PreparedPart};
 use crate::format::part::{Coding, StoredPlacement};
-use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
 
 /// Which engine decodes.
@@ -264,6 +264,7 @@ impl Materializer {
 /// Reads, checks and prepares all parts of a record.
 pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart>, MaterializeError> {
     let side = archive.side_information(record)?;
+    let permutation = if side.permutation.is_some() { decode_permutation(archive, record)? } else { None };
     let entry = archive.record(record);
     let mut parts = Vec::with_capacity(side.parts.len());
     for (ordinal, header) in side.parts.iter().enumerate() {
@@ -275,7 +276,7 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
                 && let Some(prediction) = &info.prediction
             {
                 check_reference(archive, address, prediction.reference_part)?;
-                if let (Some(permutation), Some(placement)) = (&side.permutation, &prediction.placement) {
+                if let (Some(permutation), Some(placement)) = (&permutation, &prediction.placement) {
                     motion = Some(motion_of(permutation, placement, tensor)?);
                 }
             }
@@ -310,14 +311,47 @@ fn check_reference(archive: &Archive, address: PartAddress, reference_part: u32)
     }
 }
 
+/// The permutation of a record. One coded as a difference needs the permutation of the record below it.
+fn decode_permutation(archive: &Archive, record: u32) -> Result<Option<GroupedPermutation>, MaterializeError> {
+    // From the record down to its keyframe; the index bounds the length of a chain.
+    let mut stored = Vec::new();
+    let mut at = Some(record);
+    while let Some(record) = at {
+        stored.push(archive.side_information(record)?.permutation);
+        at = archive.record(record).reference;
+    }
+    let mut permutation = None;
+    for stored in stored.into_iter().rev() {
+        permutation = match stored {
+            None => None,
+            Some(stored) => {
+                let symmetry = Symmetry { groups: stored.groups, members: stored.members };
+                let decoded = permutation::decode(&stored.coded, symmetry, permutation.as_ref());
+                Some(decoded.map_err(|error| {
+                    let error = DecodeError::Permutation(error);
+                    decode_error(archive, PartAddress { record, part: 0 }, error)
+                })?)
+            }
+        };
+    }
+    Ok(permutation)
+}
+
 /// What a record's permutation does to one tensor.
 fn motion_of(
-    permutation: &StoredPermutation,
+    permutation: &GroupedPermutation,
     placement: &StoredPlacement,
     tensor: &TensorInfo,
 ) -> Result<Motion, DecodeError> {
-    let _ = (permutation, placement, tensor, blocks::axis_map);
-    todo!()
+    let StoredPlacement { axis, repeat, per_member, unit } = *placement;
+    let placement = Placement { axis, repeat, per_member, unit };
+    placement.check(permutation.symmetry(), &tensor.shape).map_err(DecodeError::Placement)?;
+    let map = placement.index_map(permutation);
+    Motion::new(&tensor.shape, axis.into(), map).ok_or_else(|| DecodeError::Inconsistent {
+        field: "placement",
+        found: format!("axis {axis} of {:?}", tensor.shape),
+        expected: "an axis that the blocks fill".into(),
+    })
 }
 
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
