@@ -8,16 +8,16 @@
 //! `Vfs` has no state that a request changes, so it takes no locks and a request needs nothing but an [`Inode`]: there
 //! are no handles. A source file that changed after the snapshot is refused ([`VfsError::Changed`]), never served mixed.
 //!
-//! What decides between two files of one name in one directory: see [`tree`](self::tree). What a symbolic link becomes:
-//! see [`scan`](self::scan).
+//! What decides between two files of one name in one directory: see `vfs/tree.rs`. What a symbolic link becomes: see
+//! `vfs/scan.rs`.
 
 mod checkpoint;
 mod error;
 mod extended_attributes;
 mod inode;
-pub(crate) mod scan;
+mod scan;
 mod source;
-pub(crate) mod tree;
+mod tree;
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
@@ -121,7 +121,8 @@ impl Vfs {
     /// Finds `name` in the directory `parent`.
     pub fn lookup(&self, parent: Inode, name: &OsStr) -> Result<Attributes, VfsError> {
         let entries = self.directory(parent)?;
-        let at = entries.binary_search_by(|entry| entry.name.as_os_str().cmp(name)).map_err(|_| VfsError::NoSuchName)?;
+        let at =
+            entries.binary_search_by(|entry| entry.name.as_os_str().cmp(name)).map_err(|_| VfsError::NoSuchName)?;
         Ok(self.node(entries[at].inode)?.attributes)
     }
 

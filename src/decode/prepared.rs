@@ -11,9 +11,7 @@ use crate::codec::motion::Motion;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
 use crate::format::limits;
-use crate::format::part::{
-    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams,
-};
+use crate::format::part::{Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams};
 use crate::format::strip::StripLayout;
 use crate::tensor::{Dtype, TensorInfo};
 

@@ -75,9 +75,9 @@ mod tests {
     fn numbers_do_not_change_between_versions() {
         let path = Path::new("model/config.json");
         let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        assert_eq!(Inode::of_directory(path), Inode(0));
-        assert_eq!(Inode::of_sidecar(path, 17, modified), Inode(0));
-        assert_eq!(Inode::of_archived(path, &[7; 32]), Inode(0));
+        assert_eq!(Inode::of_directory(path), Inode(3_019_391_519_195_111_657));
+        assert_eq!(Inode::of_sidecar(path, 17, modified), Inode(3_618_924_063_705_992_598));
+        assert_eq!(Inode::of_archived(path, &[7; 32]), Inode(3_667_504_693_513_045_274));
     }
 
     #[test]

@@ -1,0 +1,337 @@
+//! The tree that is shown: what a [`Scan`] found, with every conflict decided.
+//!
+//! - An archived file wins over a sidecar, link or directory of its name: the archive is what the mount is for.
+//! - An archive is shown whole or not at all. Where two archives of a directory hold files of one name, the archive that
+//!   comes first in byte order is shown and the other is refused: shards of two checkpoints must never be mixed.
+//! - A shard index (`*.safetensors.index.json`) is shown only if all its shards are: servers have booted on
+//!   uninitialised weights because an index promised what was not there (contract line 15).
+//!
+//! Each decision that hides something is one log line.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use log::{error, warn};
+
+use super::checkpoint::{BoxError, Checkpoint};
+use super::scan::{Listing, Scan};
+use super::source::{Source, SourceFile};
+use super::{Attributes, DirectoryEntry, Inode, Kind, Totals, VfsError};
+use crate::archive::ArchivedFile;
+use crate::safetensors::ShardIndex;
+
+/// Every inode shown, by number. Immutable once built.
+#[derive(Debug)]
+pub(super) struct Tree {
+    nodes: HashMap<Inode, Node>,
+    totals: Totals,
+}
+
+/// One inode.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) attributes: Attributes,
+    /// From the root of the tree.
+    pub(super) path: PathBuf,
+    pub(super) content: Content,
+}
+
+/// Where an inode's content comes from.
+#[derive(Debug)]
+pub(super) enum Content {
+    Directory(Directory),
+    Link(PathBuf),
+    Sidecar(SourceFile),
+    Archived(Archived),
+}
+
+#[derive(Debug)]
+pub(super) struct Directory {
+    pub(super) parent: Inode,
+    /// Sorted by name.
+    pub(super) entries: Vec<DirectoryEntry>,
+}
+
+/// A file decoded from an archive.
+#[derive(Clone, Debug)]
+pub(super) struct Archived {
+    pub(super) checkpoint: Arc<dyn Checkpoint>,
+    /// Which of the checkpoint's files.
+    index: usize,
+    /// The `.mcwc` file, from the root of the source.
+    archive_path: PathBuf,
+    modified: SystemTime,
+}
+
+/// What one name of a directory stands for, once decided.
+enum Shown {
+    Subdirectory,
+    Link(PathBuf),
+    Sidecar(SourceFile),
+    Archived(Archived),
+}
+
+impl Archived {
+    pub(super) fn file(&self) -> &ArchivedFile {
+        &self.checkpoint.files()[self.index]
+    }
+
+    /// Fills `out`, which must lie inside the file, from `offset_bytes` on; `path` is the file's, for the error.
+    pub(super) fn read_exact_at(&self, path: &Path, offset_bytes: u64, out: &mut [u8]) -> Result<(), VfsError> {
+        let result = self.checkpoint.read(self.index, offset_bytes, out);
+        let source: BoxError = match result {
+            Ok(found) if found == out.len() => return Ok(()),
+            // The kernel would take it for the end of the file and show zeros.
+            Ok(found) => format!("{found} bytes decoded at byte {offset_bytes}, expected {}", out.len()).into(),
+            Err(error) => error,
+        };
+        let tensors = self.tensors(offset_bytes, out.len() as u64);
+        Err(VfsError::Decode { path: path.to_owned(), archive: self.archive_path.clone(), tensors, source })
+    }
+
+    /// Names the tensors that a range of the file touches.
+    fn tensors(&self, offset_bytes: u64, length_bytes: u64) -> String {
+        let file = self.file();
+        let data_offset = file.header.len() as u64;
+        let end = offset_bytes.saturating_add(length_bytes);
+        let names: Vec<&str> = file
+            .tensors
+            .iter()
+            .filter(|tensor| {
+                let from = data_offset.saturating_add(tensor.offset_bytes);
+                from < end && offset_bytes < from.saturating_add(tensor.length_bytes)
+            })
+            .map(|tensor| tensor.name.as_str())
+            .collect();
+        match names[..] {
+            [] => "header".to_owned(),
+            [only] => format!("tensor {only}"),
+            [first, .., last] => format!("tensors {first} to {last}"),
+        }
+    }
+}
+
+impl Tree {
+    /// Decides what is shown of `scan`; `source` is read for the shard indexes only.
+    pub(super) fn build(source: &Source, scan: Scan) -> Self {
+        let mut refused_archives = scan.refused_archives;
+        let mut archives = 0;
+        let mut shown: BTreeMap<PathBuf, BTreeMap<OsString, Shown>> = BTreeMap::new();
+        let mut modified = HashMap::new();
+        for (path, listing) in scan.directories {
+            modified.insert(path.clone(), listing.modified);
+            let found = listing.archives.len() as u64;
+            let (mut entries, refused) = decide(&path, listing);
+            hide_broken_indexes(source, &path, &mut entries);
+            archives += found - refused;
+            refused_archives += refused;
+            shown.insert(path, entries);
+        }
+        let mut builder = Builder { nodes: HashMap::new(), shown, modified };
+        builder.directory(Path::new(""), Inode::ROOT, Inode::ROOT);
+        let nodes = builder.nodes;
+        let files = nodes.values().filter(|node| node.attributes.kind == Kind::File);
+        let bytes = files.fold(0_u64, |sum, node| sum.saturating_add(node.attributes.length_bytes));
+        let totals = Totals { inodes: nodes.len() as u64, bytes, archives, refused_archives };
+        Self { nodes, totals }
+    }
+
+    pub(super) fn node(&self, inode: Inode) -> Option<&Node> {
+        self.nodes.get(&inode)
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        self.totals
+    }
+}
+
+/// What each name of the directory `path` stands for, and how many archives were refused.
+fn decide(path: &Path, listing: Listing) -> (BTreeMap<OsString, Shown>, u64) {
+    let Listing { subdirectories, links, sidecars, archives, .. } = listing;
+    let mut shown = BTreeMap::new();
+    shown.extend(subdirectories.into_iter().map(|name| (name, Shown::Subdirectory)));
+    shown.extend(links.into_iter().map(|(name, target)| (name, Shown::Link(relative(path, &target)))));
+    shown.extend(sidecars.into_iter().map(|(name, file)| (name, Shown::Sidecar(file))));
+    let mut refused = 0;
+    for (archive_name, found) in archives {
+        let archive_path = path.join(&archive_name);
+        if let Err(reason) = check_names(&shown, found.checkpoint.files()) {
+            error!("archive refused: {}: {reason}", archive_path.display());
+            refused += 1;
+            continue;
+        }
+        for (index, file) in found.checkpoint.files().iter().enumerate() {
+            let archived = Archived {
+                checkpoint: Arc::clone(&found.checkpoint),
+                index,
+                archive_path: archive_path.clone(),
+                modified: found.modified,
+            };
+            if shown.insert(file.name.clone().into(), Shown::Archived(archived)).is_some() {
+                let (hidden, archive) = (path.join(&file.name), archive_path.display());
+                warn!("hidden: {}: archive {archive} holds a file of this name", hidden.display());
+            }
+        }
+    }
+    (shown, refused)
+}
+
+/// Whether all files of an archive can be shown beside what is shown already.
+fn check_names(shown: &BTreeMap<OsString, Shown>, files: &[ArchivedFile]) -> Result<(), String> {
+    const MAX_NAME_BYTES: usize = 255; // NAME_MAX: the kernel asks for no longer one
+    let mut own = BTreeSet::new();
+    for file in files {
+        let name = file.name.as_str();
+        if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) || name.len() > MAX_NAME_BYTES {
+            return Err(format!("file name: {name:?}, expected 1 to {MAX_NAME_BYTES} bytes without directories"));
+        }
+        if !own.insert(name) {
+            return Err(format!("file name: {name:?} twice, expected different names"));
+        }
+        if let Some(Shown::Archived(other)) = shown.get(OsStr::new(name)) {
+            return Err(format!("file name: {name:?} is shown from {} already", other.archive_path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// Takes out each shard index of which a shard is missing, or that cannot be read and so promises who knows what.
+fn hide_broken_indexes(source: &Source, path: &Path, entries: &mut BTreeMap<OsString, Shown>) {
+    const MAX_INDEX_BYTES: u64 = 100 << 20; // the limit of a safetensors header, which lists the same names
+    let mut hidden = Vec::new();
+    for (name, entry) in entries.iter() {
+        let Shown::Sidecar(file) = entry else { continue };
+        if !name.as_bytes().ends_with(b".safetensors.index.json") {
+            continue;
+        }
+        let read = source.read_whole(file, MAX_INDEX_BYTES).map_err(|error| error.to_string());
+        let index = read.and_then(|bytes| ShardIndex::parse(&bytes).map_err(|error| error.to_string()));
+        let reason = match &index {
+            Ok(index) => index
+                .shards()
+                .into_iter()
+                .find(|shard| !matches!(entries.get(OsStr::new(shard)), Some(Shown::Sidecar(_) | Shown::Archived(_))))
+                .map(|missing| format!("its shard {missing} is missing")),
+            Err(error) => Some(error.clone()),
+        };
+        if let Some(reason) = reason {
+            error!("hidden: {}: {reason}", path.join(name).display());
+            hidden.push(name.clone());
+        }
+    }
+    for name in hidden {
+        entries.remove(&name);
+    }
+}
+
+/// How to get from the directory `from` to `to`, both from the root and free of links: `../../b/c`.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let up = from.components().skip(common).map(|_| OsStr::new(".."));
+    let down = to.components().skip(common).map(Component::as_os_str);
+    let path: PathBuf = up.chain(down).collect();
+    if path.as_os_str().is_empty() { PathBuf::from(".") } else { path }
+}
+
+/// Numbers the inodes and ties entries to them.
+struct Builder {
+    nodes: HashMap<Inode, Node>,
+    shown: BTreeMap<PathBuf, BTreeMap<OsString, Shown>>,
+    modified: HashMap<PathBuf, SystemTime>,
+}
+
+impl Builder {
+    /// Adds the directory `path` and all below it under the number `inode`.
+    ///
+    /// Recursive: the depth is that of the source's paths, which the system limits to 4096 bytes.
+    fn directory(&mut self, path: &Path, inode: Inode, parent: Inode) {
+        let modified = self.modified.get(path).copied().unwrap_or(SystemTime::UNIX_EPOCH);
+        let shown = self.shown.remove(path).unwrap_or_default();
+        // Reserves the number before the children take theirs.
+        self.add(inode, path.to_owned(), Kind::Directory, 0, modified, Content::Directory(Directory::empty(parent)));
+        let entries: Vec<_> = shown.into_iter().map(|(name, entry)| self.entry(path, inode, name, entry)).collect();
+        let subdirectories = entries.iter().filter(|entry| entry.kind == Kind::Directory).count();
+        let node = self.nodes.get_mut(&inode).expect("added above");
+        node.attributes.links = u32::try_from(2 + subdirectories).unwrap_or(u32::MAX);
+        node.content = Content::Directory(Directory { parent, entries });
+    }
+
+    fn entry(&mut self, directory: &Path, parent: Inode, name: OsString, shown: Shown) -> DirectoryEntry {
+        let path = directory.join(&name);
+        let (inode, kind) = match shown {
+            Shown::Subdirectory => {
+                let inode = self.free(Inode::of_directory(&path));
+                self.directory(&path, inode, parent);
+                (inode, Kind::Directory)
+            }
+            Shown::Link(target) => {
+                let inode = self.free(Inode::of_link(&path));
+                let length_bytes = target.as_os_str().len() as u64;
+                self.add(inode, path, Kind::Link, length_bytes, SystemTime::UNIX_EPOCH, Content::Link(target));
+                (inode, Kind::Link)
+            }
+            Shown::Sidecar(file) => {
+                let inode = self.free(Inode::of_sidecar(&path, file.length_bytes, file.modified));
+                self.add(inode, path, Kind::File, file.length_bytes, file.modified, Content::Sidecar(file));
+                (inode, Kind::File)
+            }
+            Shown::Archived(archived) => {
+                let inode = self.free(Inode::of_archived(&path, &archived.checkpoint.content_id()));
+                let (length_bytes, modified) = (archived.file().length_bytes, archived.modified);
+                self.add(inode, path, Kind::File, length_bytes, modified, Content::Archived(archived));
+                (inode, Kind::File)
+            }
+        };
+        DirectoryEntry { name, inode, kind }
+    }
+
+    /// `wanted`, or the next number that is not taken. Paths are visited in order, so a collision ends the same way
+    /// after every mount.
+    fn free(&self, mut wanted: Inode) -> Inode {
+        while self.nodes.contains_key(&wanted) {
+            wanted = wanted.next();
+        }
+        wanted
+    }
+
+    fn add(
+        &mut self,
+        inode: Inode,
+        path: PathBuf,
+        kind: Kind,
+        length_bytes: u64,
+        modified: SystemTime,
+        content: Content,
+    ) {
+        let attributes = Attributes { inode, kind, length_bytes, modified, links: 1 };
+        self.nodes.insert(inode, Node { attributes, path, content });
+    }
+}
+
+impl Directory {
+    fn empty(parent: Inode) -> Self {
+        Self { parent, entries: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_rewritten_relative_to_its_own_directory() {
+        for (from, to, expected) in [
+            ("", "a", "a"),
+            ("a", "a", "."),
+            ("a/b", "a/c/d", "../c/d"),
+            ("snapshots/main", "blobs", "../../blobs"),
+            ("a", "", ".."),
+        ] {
+            assert_eq!(relative(Path::new(from), Path::new(to)), Path::new(expected), "{from} to {to}");
+        }
+    }
+}
