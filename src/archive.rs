@@ -1,19 +1,63 @@
-//! An opened archive: its index, and its records as borrowed bytes read with `pread`.
+//! An opened archive: its index, checked against the safetensors headers it carries, and its records' bytes on request.
+//!
+//! Reads with `pread`: an I/O error must be an error of one read, not a SIGBUS of the daemon. Nothing is decoded here.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use sha2::{Digest, Sha256};
+
+use crate::codec::entropy::CodingTable;
+use crate::format::FormatError;
+use crate::format::index::Index;
+use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
+use crate::format::record::{RecordEntry, SideInformation};
+use crate::safetensors::{Header, SafetensorsError};
 use crate::tensor::TensorInfo;
 
 /// Why an archive cannot be opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
-    /// The operating system refused a read.
+    /// The operating system refused.
     #[error("{path}: {source}")]
     Io {
         /// The archive.
-        path: String,
+        path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// A structure of the archive is not what the format allows.
+    #[error("{path}: {error}")]
+    Format {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong.
+        error: FormatError,
+    },
+    /// A safetensors header in the index is not valid.
+    #[error("{path}: header of {file}: {error}")]
+    Header {
+        /// The archive.
+        path: PathBuf,
+        /// The safetensors file inside it.
+        file: String,
+        /// What is wrong.
+        error: SafetensorsError,
+    },
+    /// Two structures contradict each other.
+    #[error("{path}: {field}: found {found}, expected {expected}")]
+    Inconsistent {
+        /// The archive.
+        path: PathBuf,
+        /// Name of the field in `SPEC.md`.
+        field: &'static str,
+        /// What it says.
+        found: String,
+        /// What would fit.
+        expected: String,
     },
 }
 
@@ -34,17 +78,152 @@ pub struct ArchivedFile {
     pub source_sha256: [u8; 32],
 }
 
+/// Where a tensor is coded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartAddress {
+    /// Record, counted in the index.
+    pub record: u32,
+    /// Part of that record.
+    pub part: u32,
+}
+
 /// An opened archive.
 #[derive(Debug)]
 pub struct Archive {
+    path: PathBuf,
+    file: File,
+    instance: u64,
+    stored_bytes: u64,
+    index_stored_bytes: u64,
+    index: Index,
     files: Vec<ArchivedFile>,
+    tables: Vec<Arc<CodingTable>>,
+    /// First byte of each record.
+    record_offsets: Vec<u64>,
+    /// Whether a later record is predicted from it.
+    referenced: Vec<bool>,
+    /// Per file, per tensor.
+    addresses: Vec<Vec<PartAddress>>,
 }
 
 impl Archive {
-    /// Opens and checks preamble and index; decodes nothing.
+    /// Opens and checks preamble, index and headers; decodes nothing.
     pub fn open(path: &Path) -> Result<Self, ArchiveError> {
-        let _ = path;
-        Ok(Self { files: Vec::new() })
+        let io = |source| ArchiveError::Io { path: path.to_owned(), source };
+        let format = |error| ArchiveError::Format { path: path.to_owned(), error };
+        let file = File::open(path).map_err(io)?;
+        let stored_bytes = file.metadata().map_err(io)?.len();
+        let mut preamble = vec![0; PREAMBLE_BYTES.min(stored_bytes) as usize];
+        file.read_exact_at(&mut preamble, 0).map_err(io)?;
+        let preamble = Preamble::parse(&preamble, stored_bytes).map_err(format)?;
+        let index_stored_bytes = stored_bytes - preamble.index_offset;
+        let mut stored_index = vec![0; index_stored_bytes as usize]; // as long as the file says it is
+        file.read_exact_at(&mut stored_index, preamble.index_offset).map_err(io)?;
+        let index = Index::parse(&stored_index, &preamble).map_err(format)?;
+        Self::from_index(path, file, &preamble, index)
+    }
+
+    fn from_index(path: &Path, file: File, preamble: &Preamble, index: Index) -> Result<Self, ArchiveError> {
+        let inconsistent = |field, found: String, expected: String| ArchiveError::Inconsistent {
+            path: path.to_owned(),
+            field,
+            found,
+            expected,
+        };
+        let files = index
+            .files
+            .iter()
+            .map(|entry| {
+                let header = Header::parse(&entry.header).map_err(|error| ArchiveError::Header {
+                    path: path.to_owned(),
+                    file: entry.name.clone(),
+                    error,
+                })?;
+                Ok(ArchivedFile {
+                    name: entry.name.clone(),
+                    length_bytes: header.file_bytes(),
+                    header: header.bytes,
+                    tensors: header.tensors,
+                    decoded_sha256: entry.decoded_sha256,
+                    source_sha256: entry.source_sha256,
+                })
+            })
+            .collect::<Result<Vec<_>, ArchiveError>>()?;
+
+        let content_id = content_id(files.iter().map(|file| file.decoded_sha256));
+        if content_id != index.content_id {
+            let expected = format!("{content_id:02x?}, made of the decoded digests");
+            return Err(inconsistent("content id", format!("{:02x?}", index.content_id), expected));
+        }
+
+        let mut addresses: Vec<Vec<Option<PartAddress>>> =
+            files.iter().map(|file| vec![None; file.tensors.len()]).collect();
+        let mut record_offsets = Vec::with_capacity(index.records.len());
+        let mut referenced = vec![false; index.records.len()];
+        let mut offset = PREAMBLE_BYTES;
+        for (ordinal, record) in index.records.iter().enumerate() {
+            record_offsets.push(offset);
+            offset = offset.saturating_add(record.bytes());
+            if let Some(reference) = record.reference {
+                referenced[reference as usize] = true;
+            }
+            for (part_ordinal, part) in record.parts.iter().enumerate() {
+                let address = PartAddress { record: ordinal as u32, part: part_ordinal as u32 };
+                let slot = addresses.get_mut(part.file as usize).and_then(|file| file.get_mut(part.tensor as usize));
+                match slot {
+                    Some(slot @ None) => *slot = Some(address),
+                    Some(Some(_)) => {
+                        let found = format!("tensor {} of file {} again", part.tensor, part.file);
+                        return Err(inconsistent("part tensor", found, "every tensor once".into()));
+                    }
+                    None => {
+                        let found = format!("tensor {} of file {}", part.tensor, part.file);
+                        return Err(inconsistent("part tensor", found, "a tensor of the headers".into()));
+                    }
+                }
+            }
+        }
+        if offset != preamble.index_offset {
+            let expected = format!("{}, where the index starts", preamble.index_offset);
+            return Err(inconsistent("record lengths", format!("an end at byte {offset}"), expected));
+        }
+        let addresses = addresses
+            .into_iter()
+            .zip(&files)
+            .map(|(addresses, file)| {
+                let complete: Option<Vec<PartAddress>> = addresses.iter().copied().collect();
+                complete.ok_or_else(|| {
+                    let missing = addresses.iter().position(Option::is_none).unwrap_or(0);
+                    let found = format!("no part for {} of {}", file.tensors[missing].name, file.name);
+                    inconsistent("part tensor", found, "every tensor once".into())
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+
+        static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(0);
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
+            stored_bytes: preamble.file_bytes,
+            index_stored_bytes: preamble.file_bytes - preamble.index_offset,
+            tables: index.tables.iter().map(|table| Arc::new(CodingTable::new(table.clone()))).collect(),
+            index,
+            files,
+            record_offsets,
+            referenced,
+            addresses,
+        })
+    }
+
+    /// Where the archive lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A number that no other opened archive of this process has: the name of its bytes in a cache.
+    pub fn instance(&self) -> u64 {
+        self.instance
     }
 
     /// The safetensors files it holds.
@@ -52,23 +231,96 @@ impl Archive {
         &self.files
     }
 
+    /// The index as stored.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Length of the stored, deflated index in bytes.
+    pub fn index_stored_bytes(&self) -> u64 {
+        self.index_stored_bytes
+    }
+
+    /// The entropy tables, ready for coding.
+    pub fn tables(&self) -> &[Arc<CodingTable>] {
+        &self.tables
+    }
+
     /// SHA-256 that names the decoded content: equal archives of equal weights share it.
     pub fn content_id(&self) -> [u8; 32] {
-        [0; 32]
+        self.index.content_id
     }
 
     /// Length of the `.mcwc` file in bytes.
     pub fn stored_bytes(&self) -> u64 {
-        0
+        self.stored_bytes
     }
 
     /// Parameters of the checkpoint: elements over all tensors.
     pub fn parameters(&self) -> u64 {
-        0
+        self.files.iter().flat_map(|file| &file.tensors).map(TensorInfo::elements).sum()
     }
 
     /// Whether any decoded byte may differ from the source.
     pub fn is_lossy(&self) -> bool {
-        false
+        self.files.iter().any(|file| file.decoded_sha256 != file.source_sha256)
     }
+
+    /// The record entry in the index.
+    pub fn record(&self, record: u32) -> &RecordEntry {
+        &self.index.records[record as usize]
+    }
+
+    /// Whether a later record is predicted from this one.
+    pub fn is_referenced(&self, record: u32) -> bool {
+        self.referenced[record as usize]
+    }
+
+    /// The name of a record's block type.
+    pub fn block_type(&self, record: u32) -> &str {
+        &self.index.block_types[usize::from(self.record(record).block_type)]
+    }
+
+    /// Where a tensor is coded.
+    pub fn address(&self, file: usize, tensor: usize) -> PartAddress {
+        self.addresses[file][tensor]
+    }
+
+    /// The tensor that a part holds.
+    pub fn tensor(&self, address: PartAddress) -> &TensorInfo {
+        let part = &self.record(address.record).parts[address.part as usize];
+        &self.files[part.file as usize].tensors[part.tensor as usize]
+    }
+
+    /// Reads and checks the side information of a record.
+    pub fn side_information(&self, record: u32) -> Result<SideInformation, ArchiveError> {
+        let entry = self.record(record);
+        // The records' lengths add up to the file's, so this allocation is earned.
+        let mut bytes = vec![0; entry.side_bytes as usize];
+        self.read_at(&mut bytes, self.record_offsets[record as usize])?;
+        SideInformation::parse(&bytes, entry).map_err(|error| ArchiveError::Format { path: self.path.clone(), error })
+    }
+
+    /// Fills `out` with stored strip bytes of a part, from `offset` on, counted from its first strip.
+    ///
+    /// The range must lie in the part's body, whose length the index states.
+    pub fn read_body(&self, address: PartAddress, offset: u64, out: &mut [u8]) -> Result<(), ArchiveError> {
+        let entry = self.record(address.record);
+        let before: u64 = entry.parts[..address.part as usize].iter().map(|part| part.body_bytes).sum();
+        self.read_at(out, self.record_offsets[address.record as usize] + entry.side_bytes + before + offset)
+    }
+
+    fn read_at(&self, out: &mut [u8], offset: u64) -> Result<(), ArchiveError> {
+        let io = |source| ArchiveError::Io { path: self.path.clone(), source };
+        self.file.read_exact_at(out, offset).map_err(io)
+    }
+}
+
+/// The identity of decoded content: SHA-256 over the SHA-256 of every file, in order.
+pub fn content_id(decoded_digests: impl Iterator<Item = [u8; 32]>) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for digest in decoded_digests {
+        hash.update(digest);
+    }
+    hash.finalize().into()
 }

@@ -1,13 +1,16 @@
 //! The stages of the codec that encoder and decoder share, both directions side by side so that they cannot drift apart.
 //!
 //! The pipeline of the paper, in the order of decoding: entropy decoding ([`entropy`]), dequantization ([`quantizer`]),
-//! prediction ([`predictor`]) through motion ([`blocks`], [`permutation`]). [`lossless`] is the bit-exact path, [`integers`]
-//! codes side information, [`architecture`] says which tensors form which blocks. Choosing among them is the encoder's
-//! business: `pack`. Nothing here reads or writes files.
+//! prediction ([`predictor`]) through motion ([`motion`], [`blocks`], [`permutation`]). [`lossless`] is the bit-exact path,
+//! [`integers`] codes side information. Choosing among them is the encoder's business: `pack`. Nothing here reads or writes
+//! files.
 
+pub mod architecture;
+pub mod blocks;
 pub mod entropy;
 pub mod integers;
 pub mod lossless;
 pub mod motion;
+pub mod permutation;
 pub mod predictor;
 pub mod quantizer;

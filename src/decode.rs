@@ -9,7 +9,9 @@ pub mod reference;
 
 pub use prepared::PreparedPart;
 
+use crate::codec::blocks::BlocksError;
 use crate::codec::entropy::LaneError;
+use crate::codec::permutation::PermutationError;
 use crate::format::FormatError;
 
 /// Why a part does not decode.
@@ -33,6 +35,12 @@ pub enum DecodeError {
         /// What is wrong with it.
         error: FormatError,
     },
+    /// The record's permutation does not decode.
+    #[error(transparent)]
+    Permutation(PermutationError),
+    /// The record's blocks do not fill the tensor.
+    #[error(transparent)]
+    Placement(BlocksError),
     /// The bytes of a strip are not what was packed.
     #[error("strip {strip}: CRC-32C is {found:#010x}, expected {expected:#010x}: the archive is damaged")]
     StripChecksum {

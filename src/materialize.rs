@@ -1,8 +1,24 @@
 //! Any byte range of any mounted file, from an opened archive, an engine and the cache.
+//!
+//! What is decoded at once is a strip, or the whole tensor where prediction ties its strips together: a predicted part, and
+//! a part that others may be predicted from. No lock is held while decoding.
 
-use std::sync::Arc;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::archive::{Archive, ArchiveError};
+use lru::LruCache;
+use rayon::prelude::*;
+
+use crate::archive::{Archive, ArchiveError, PartAddress};
+use crate::cache::{Cache, CacheStats};
+use crate::codec::blocks::Placement;
+use crate::codec::motion::Motion;
+use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
+use crate::decode::prepared::PartKind;
+use crate::decode::reference::ReferenceEngine;
+use crate::decode::{DecodeError, Engine, PreparedPart};
+use crate::format::part::{Coding, StoredPlacement};
+use crate::tensor::TensorInfo;
 
 /// Which engine decodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -12,6 +28,15 @@ pub enum EngineChoice {
     Auto,
     /// The portable reference decoder.
     Reference,
+}
+
+impl EngineChoice {
+    /// The engine chosen.
+    pub fn engine(self) -> Arc<dyn Engine> {
+        match self {
+            Self::Auto | Self::Reference => Arc::new(ReferenceEngine),
+        }
+    }
 }
 
 /// How a [`Materializer`] works.
@@ -29,19 +54,71 @@ pub enum MaterializeError {
     /// The archive could not be read, or its bytes are not what they should be.
     #[error("{0}")]
     Archive(Arc<ArchiveError>),
+    /// A tensor does not decode.
+    #[error("{archive}: {tensor} (layer {layer}, {block_type}, record {record}): {error}")]
+    Decode {
+        /// File name of the archive.
+        archive: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// Layer of its record, `none` outside the layers.
+        layer: String,
+        /// Block type of its record.
+        block_type: String,
+        /// Record, counted in the index.
+        record: u32,
+        /// What is wrong.
+        error: DecodeError,
+    },
 }
+
+impl From<ArchiveError> for MaterializeError {
+    fn from(error: ArchiveError) -> Self {
+        Self::Archive(Arc::new(error))
+    }
+}
+
+/// What the cache keeps: one strip of a part, or all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct UnitKey {
+    archive: u64,
+    record: u32,
+    part: u32,
+    /// `None` for the whole tensor.
+    strip: Option<u32>,
+}
+
+type PreparedRecord = Vec<PreparedPart>;
+
+/// Prepared records kept: their side information is small beside what they decode to.
+const PREPARED_RECORDS: NonZeroUsize = NonZeroUsize::new(4096).expect("it is not zero");
 
 /// Decodes on demand, remembering what it decoded. Shared by all archives of a mount; every method takes `&self`.
 #[derive(Debug)]
 pub struct Materializer {
-    #[allow(dead_code)]
-    options: MaterializeOptions,
+    engine: Arc<dyn Engine>,
+    cache: Cache<UnitKey>,
+    prepared: Mutex<LruCache<(u64, u32), Arc<PreparedRecord>>>,
 }
 
 impl Materializer {
     /// Starts with an empty cache.
     pub fn new(options: MaterializeOptions) -> Self {
-        Self { options }
+        Self {
+            engine: options.engine.engine(),
+            cache: Cache::new(options.cache_bytes),
+            prepared: Mutex::new(LruCache::new(PREPARED_RECORDS)),
+        }
+    }
+
+    /// Name of the engine that decodes.
+    pub fn engine_name(&self) -> &'static str {
+        self.engine.name()
+    }
+
+    /// What the cache holds and has done.
+    pub fn cache_stats(&self) -> CacheStats {
+        self.cache.stats()
     }
 
     /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
@@ -53,7 +130,244 @@ impl Materializer {
         offset_bytes: u64,
         out: &mut [u8],
     ) -> Result<usize, MaterializeError> {
-        let _ = (archive, file, offset_bytes, out);
-        Ok(0)
+        let entry = &archive.files()[file];
+        let available = entry.length_bytes.saturating_sub(offset_bytes);
+        let length = available.min(out.len() as u64) as usize;
+        let mut out = &mut out[..length];
+        let header_bytes = entry.header.len() as u64;
+        if offset_bytes < header_bytes && !out.is_empty() {
+            let header = &entry.header[offset_bytes as usize..];
+            let (head, rest) = out.split_at_mut(header.len().min(out.len()));
+            head.copy_from_slice(&header[..head.len()]);
+            out = rest;
+        }
+        let mut data_offset = offset_bytes.max(header_bytes) - header_bytes;
+        // Tensors tile the data section, so the first one that ends after the offset holds it.
+        let mut tensor =
+            entry.tensors.partition_point(|tensor| tensor.offset_bytes + tensor.length_bytes <= data_offset);
+        while !out.is_empty() {
+            let info = &entry.tensors[tensor];
+            let within = data_offset - info.offset_bytes;
+            let wanted = (info.length_bytes - within).min(out.len() as u64) as usize;
+            let (piece, rest) = out.split_at_mut(wanted);
+            self.read_tensor(archive, archive.address(file, tensor), within, piece)?;
+            out = rest;
+            data_offset += wanted as u64;
+            tensor += 1;
+        }
+        Ok(length)
+    }
+
+    /// Fills `out` with the bytes of one tensor from `offset` on; they must lie inside it.
+    fn read_tensor(
+        &self,
+        archive: &Arc<Archive>,
+        address: PartAddress,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        let record = self.prepared(archive, address.record)?;
+        let part = &record[address.part as usize];
+        if is_decoded_whole(archive, address, part) {
+            let whole = self.whole(archive, address)?;
+            out.copy_from_slice(&whole[offset as usize..][..out.len()]);
+            return Ok(());
+        }
+        let strip_bytes = part.full_strip_output_bytes();
+        let mut offset = offset;
+        let mut out = out;
+        while !out.is_empty() {
+            let strip = (offset / strip_bytes) as usize;
+            let within = (offset % strip_bytes) as usize;
+            let decoded = self.strip(archive, address, part, strip)?;
+            let (piece, rest) = out.split_at_mut((decoded.len() - within).min(out.len()));
+            piece.copy_from_slice(&decoded[within..][..piece.len()]);
+            offset += piece.len() as u64;
+            out = rest;
+        }
+        Ok(())
+    }
+
+    /// One decoded strip, through the cache.
+    fn strip(
+        &self,
+        archive: &Arc<Archive>,
+        address: PartAddress,
+        part: &PreparedPart,
+        strip: usize,
+    ) -> Result<Arc<[u8]>, MaterializeError> {
+        let key = UnitKey {
+            archive: archive.instance(),
+            record: address.record,
+            part: address.part,
+            strip: Some(strip as u32),
+        };
+        self.cache.get_or_try_insert(key, || {
+            let range = part.strip_range(strip);
+            let mut stored = vec![0; (range.end - range.start) as usize];
+            archive.read_body(address, range.start, &mut stored)?;
+            let mut decoded = zeroed(part.strip_output_bytes(strip));
+            let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
+            self.engine
+                .decode_strip(part, strip, &stored, None, out)
+                .map_err(|error| decode_error(archive, address, error))?;
+            Ok(decoded)
+        })
+    }
+
+    /// A whole decoded tensor, through the cache; its reference first (Algorithm 1's context buffer).
+    fn whole(&self, archive: &Arc<Archive>, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
+        let key = UnitKey { archive: archive.instance(), record: address.record, part: address.part, strip: None };
+        self.cache.get_or_try_insert(key, || {
+            let record = self.prepared(archive, address.record)?;
+            let part = &record[address.part as usize];
+            let reference = match part.prediction() {
+                Some(prediction) => {
+                    let reference = archive.record(address.record).reference.expect("checked when it was prepared");
+                    Some(self.whole(archive, PartAddress { record: reference, part: prediction.reference_part })?)
+                }
+                None => None,
+            };
+            let mut decoded = zeroed(part.length_bytes() as usize);
+            let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
+            out.par_chunks_mut(part.full_strip_output_bytes() as usize).enumerate().try_for_each(|(strip, out)| {
+                let range = part.strip_range(strip);
+                let mut stored = vec![0; (range.end - range.start) as usize];
+                archive.read_body(address, range.start, &mut stored)?;
+                self.engine
+                    .decode_strip(part, strip, &stored, reference.as_deref(), out)
+                    .map_err(|error| decode_error(archive, address, error))
+            })?;
+            Ok(decoded)
+        })
+    }
+
+    fn prepared(&self, archive: &Archive, record: u32) -> Result<Arc<PreparedRecord>, MaterializeError> {
+        let key = (archive.instance(), record);
+        if let Some(prepared) = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(Arc::clone(prepared));
+        }
+        let prepared = Arc::new(prepare_record(archive, record)?);
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).put(key, Arc::clone(&prepared));
+        Ok(prepared)
+    }
+}
+
+/// Reads, checks and prepares all parts of a record.
+pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart>, MaterializeError> {
+    let side = archive.side_information(record)?;
+    let permutation = if side.permutation.is_some() { decode_permutation(archive, record)? } else { None };
+    let entry = archive.record(record);
+    let mut parts = Vec::with_capacity(side.parts.len());
+    for (ordinal, header) in side.parts.iter().enumerate() {
+        let address = PartAddress { record, part: ordinal as u32 };
+        let tensor = archive.tensor(address);
+        let check = || {
+            let mut motion = None;
+            if let Coding::Quantized(info) = &header.coding
+                && let Some(prediction) = &info.prediction
+            {
+                check_reference(archive, address, prediction.reference_part)?;
+                if let (Some(permutation), Some(placement)) = (&permutation, &prediction.placement) {
+                    motion = Some(motion_of(permutation, placement, tensor)?);
+                }
+            }
+            let part = PreparedPart::new(tensor, header, archive.tables(), motion)?;
+            let stated = entry.parts[ordinal].body_bytes;
+            if part.body_bytes() != stated {
+                let found = part.body_bytes().to_string();
+                let expected = format!("{stated}, as the index says");
+                return Err(DecodeError::Inconsistent { field: "part length", found, expected });
+            }
+            Ok(part)
+        };
+        parts.push(check().map_err(|error| decode_error(archive, address, error))?);
+    }
+    Ok(parts)
+}
+
+/// A predicted part's reference must exist and be a tensor of the same type and shape.
+fn check_reference(archive: &Archive, address: PartAddress, reference_part: u32) -> Result<(), DecodeError> {
+    let tensor = archive.tensor(address);
+    let reference = archive.record(address.record).reference.and_then(|record| {
+        let exists = (reference_part as usize) < archive.record(record).parts.len();
+        exists.then(|| archive.tensor(PartAddress { record, part: reference_part }))
+    });
+    match reference {
+        Some(reference) if reference.dtype == tensor.dtype && reference.shape == tensor.shape => Ok(()),
+        other => Err(DecodeError::Inconsistent {
+            field: "reference part",
+            found: other.map_or("no such part".into(), |other| format!("{} {:?}", other.dtype, other.shape)),
+            expected: format!("{} {:?}", tensor.dtype, tensor.shape),
+        }),
+    }
+}
+
+/// The permutation of a record. One coded as a difference needs the permutation of the record below it.
+fn decode_permutation(archive: &Archive, record: u32) -> Result<Option<GroupedPermutation>, MaterializeError> {
+    // From the record down to its keyframe; the index bounds the length of a chain.
+    let mut stored = Vec::new();
+    let mut at = Some(record);
+    while let Some(record) = at {
+        stored.push(archive.side_information(record)?.permutation);
+        at = archive.record(record).reference;
+    }
+    let mut permutation = None;
+    for stored in stored.into_iter().rev() {
+        permutation = match stored {
+            None => None,
+            Some(stored) => {
+                let symmetry = Symmetry { groups: stored.groups, members: stored.members };
+                let decoded = permutation::decode(&stored.coded, symmetry, permutation.as_ref());
+                Some(decoded.map_err(|error| {
+                    let error = DecodeError::Permutation(error);
+                    decode_error(archive, PartAddress { record, part: 0 }, error)
+                })?)
+            }
+        };
+    }
+    Ok(permutation)
+}
+
+/// What a record's permutation does to one tensor.
+fn motion_of(
+    permutation: &GroupedPermutation,
+    placement: &StoredPlacement,
+    tensor: &TensorInfo,
+) -> Result<Motion, DecodeError> {
+    let StoredPlacement { axis, repeat, per_member, unit } = *placement;
+    let placement = Placement { axis, repeat, per_member, unit };
+    placement.check(permutation.symmetry(), &tensor.shape).map_err(DecodeError::Placement)?;
+    let map = placement.index_map(permutation);
+    Motion::new(&tensor.shape, axis.into(), map).ok_or_else(|| DecodeError::Inconsistent {
+        field: "placement",
+        found: format!("axis {axis} of {:?}", tensor.shape),
+        expected: "an axis that the blocks fill".into(),
+    })
+}
+
+fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
+    match part.kind() {
+        PartKind::Raw | PartKind::Split { .. } => false,
+        PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
+    }
+}
+
+fn zeroed(length: usize) -> Arc<[u8]> {
+    std::iter::repeat_n(0, length).collect()
+}
+
+fn decode_error(archive: &Archive, address: PartAddress, error: DecodeError) -> MaterializeError {
+    let record = archive.record(address.record);
+    MaterializeError::Decode {
+        archive: archive.path().display().to_string(),
+        tensor: archive.tensor(address).name.clone(),
+        layer: record.layer.map_or("none".into(), |layer| layer.to_string()),
+        block_type: archive.block_type(address.record).to_owned(),
+        record: address.record,
+        error,
     }
 }

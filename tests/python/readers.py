@@ -1,0 +1,163 @@
+"""Unmodified readers see in a mounted directory exactly what they see in the original one.
+
+    python readers.py ORIGINAL MOUNTED
+
+ORIGINAL holds the files that MOUNTED must equal: the checkpoint that was packed, or for a lossy archive what
+`mcwcfs unpack` wrote. Every check reads MOUNTED through one reader's own path into the kernel: safetensors over a
+private memory map, safetensors over `pread`, slices, four threads that fault pages of one map, `transformers`, and plain
+`read`. Prints one line per check; the exit status is 1 if any byte, name or size differs.
+"""
+
+import hashlib
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+class Differs(Exception):
+    """What differs, and where."""
+
+
+def same_bits(tensor, reference):
+    """Bit for bit, so that NaNs and signed zeros count."""
+    return (
+        tensor.dtype == reference.dtype
+        and tensor.shape == reference.shape
+        and torch.equal(tensor.contiguous().reshape(-1).view(torch.uint8), reference.contiguous().reshape(-1).view(torch.uint8))
+    )
+
+
+def relative_files(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def weight_files(directory):
+    return [name for name in relative_files(directory) if name.endswith(".safetensors")]
+
+
+def compare_listing(original, mounted):
+    expected, got = relative_files(original), relative_files(mounted)
+    if expected != got:
+        raise Differs(f"files: only in the original {set(expected) - set(got)}, only in the mount {set(got) - set(expected)}")
+    for name in expected:
+        sizes = (original / name).stat().st_size, (mounted / name).stat().st_size
+        if sizes[0] != sizes[1]:
+            raise Differs(f"{name}: {sizes[1]} bytes, expected {sizes[0]}")
+    return f"{len(expected)} files with the original's names and sizes"
+
+
+def compare_tensors(original, mounted, backend):
+    tensors = 0
+    for file in weight_files(original):
+        with safe_open(original / file, "pt") as expected, safe_open(mounted / file, "pt", backend=backend) as got:
+            if expected.keys() != got.keys() or expected.metadata() != got.metadata():
+                raise Differs(f"{file}: tensor names or metadata")
+            for name in expected.keys():
+                if not same_bits(got.get_tensor(name), expected.get_tensor(name)):
+                    raise Differs(f"{file}: {name}")
+                tensors += 1
+    return f"{tensors} tensors equal"
+
+
+def compare_slices(original, mounted):
+    """A middle slice of every dimension, last tensor first, as a sharding loader would ask for."""
+    slices = 0
+    for file in weight_files(original):
+        with safe_open(original / file, "pt") as expected, safe_open(mounted / file, "pt") as got:
+            for name in reversed(list(expected.keys())):
+                lazy = got.get_slice(name)
+                shape = lazy.get_shape()
+                whole = expected.get_tensor(name)
+                for axis in range(len(shape)):
+                    window = tuple([slice(None)] * axis + [slice(shape[axis] // 3, 2 * shape[axis] // 3 + 1)])
+                    if 0 in shape:
+                        continue
+                    if not same_bits(lazy[window], whole[window]):
+                        raise Differs(f"{file}: {name}, slice {window}")
+                    slices += 1
+    return f"{slices} slices equal"
+
+
+def compare_with_threads(original, mounted):
+    """The loader of transformers 5: threads that fault pages of one map at once, in no particular order."""
+    tensors = 0
+    for file in weight_files(original):
+        with safe_open(original / file, "pt") as expected, safe_open(mounted / file, "pt") as got:
+            names = list(expected.keys())
+            interleaved = [name for start in range(7) for name in names[start::7]]
+            with ThreadPoolExecutor(max_workers=4) as pool:
+                # A clone reads every page in the worker; the map alone would leave that to the comparison.
+                copies = list(pool.map(lambda name: got.get_tensor(name).clone(), interleaved))
+            for name, copy in zip(interleaved, copies):
+                if not same_bits(copy, expected.get_tensor(name)):
+                    raise Differs(f"{file}: {name}")
+                tensors += 1
+    return f"{tensors} tensors equal"
+
+
+def compare_models(original, mounted):
+    """`from_pretrained` on both directories, where there is a model to build."""
+    configuration = original / "config.json"
+    architectures = json.loads(configuration.read_text()).get("architectures") if configuration.exists() else None
+    if not architectures:
+        return "not a directory that transformers can load: no config.json with architectures"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model_class = getattr(transformers, architectures[0])
+    expected, got = (
+        model_class.from_pretrained(directory, dtype="auto", local_files_only=True).state_dict()
+        for directory in (original, mounted)
+    )
+    if expected.keys() != got.keys():
+        raise Differs(f"parameters {expected.keys() ^ got.keys()}")
+    for name, parameter in expected.items():
+        if not same_bits(got[name], parameter):
+            raise Differs(f"parameter {name}")
+    return f"{architectures[0]}: {len(expected)} parameters equal"
+
+
+def compare_digests(original, mounted):
+    for name in relative_files(original):
+        digests = []
+        for directory in (original, mounted):
+            with open(directory / name, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        if digests[0] != digests[1]:
+            raise Differs(f"{name}: SHA-256 {digests[1]}, expected {digests[0]}")
+    return "every file has the original's SHA-256"
+
+
+# Digests last: they read whole files, and the readers before them are to find nothing in the page cache.
+CHECKS = {
+    "listing": compare_listing,
+    "slices": compare_slices,
+    "mmap": lambda original, mounted: compare_tensors(original, mounted, "mmap"),
+    "pread": lambda original, mounted: compare_tensors(original, mounted, "pread"),
+    "threads": compare_with_threads,
+    "transformers": compare_models,
+    "digests": compare_digests,
+}
+
+
+def main(original, mounted):
+    torch.set_num_threads(1)
+    failures = 0
+    for check, compare in CHECKS.items():
+        try:
+            print(f"{check}: {compare(original, mounted)}", flush=True)
+        except (Differs, SafetensorError, OSError, RuntimeError) as error:
+            failures += 1
+            print(f"{check}: FAILED: {error}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
