@@ -155,7 +155,9 @@ mod tests {
         let released = Arc::new(Mutex::new(released));
         for _ in 0..100 {
             let released = Arc::clone(&released);
-            workers.submit(move |_| drop(released.lock().unwrap().recv()));
+            workers.submit(move |_| {
+                let _ = released.lock().unwrap().recv();
+            });
         }
         let (done, is_done) = mpsc::channel();
         workers.submit(move |_| done.send(()).unwrap());
@@ -169,7 +171,9 @@ mod tests {
         let all = Arc::new(Barrier::new(201));
         for _ in 0..200 {
             let all = Arc::clone(&all);
-            workers.submit(move |_| drop(all.wait()));
+            workers.submit(move |_| {
+                all.wait();
+            });
         }
         all.wait();
     }
@@ -198,7 +202,7 @@ mod tests {
         let (release, released) = mpsc::channel::<()>();
         workers.submit(move |_| {
             started.send(()).unwrap();
-            drop(released.recv());
+            let _ = released.recv();
         });
         has_started.recv().unwrap();
         workers.shared.lock().queue.push_back({
