@@ -1,9 +1,10 @@
 //! `mcwcfs mount SRC MNT`.
 //!
 //! Exit codes are those of mount(8): 0 mounted (in the foreground: and unmounted again), 1 wrong usage, 2 the system
-//! lacks something, 32 the mount failed.
+//! lacks something, 4 a mistake of ours, 8 interrupted before the mount answered, 32 the mount failed.
 
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -17,9 +18,11 @@ use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
 
-pub(super) const WRONG_USAGE: u8 = 1;
-pub(super) const SYSTEM: u8 = 2;
-pub(super) const MOUNT_FAILED: u8 = 32;
+const WRONG_USAGE: u8 = 1;
+const SYSTEM: u8 = 2;
+const INTERNAL: u8 = 4;
+const INTERRUPTED: u8 = 8;
+const MOUNT_FAILED: u8 = 32;
 
 /// The kernel's readahead below the mount where nobody says: good for whole models and bearable for slices.
 const READAHEAD_KIB: u32 = 1024;
@@ -95,6 +98,11 @@ struct MirroredFlags {
 
 /// Mounts, and returns the exit code once the mount answers or, in the foreground, has ended.
 pub fn run(args: MountArgs) -> ExitCode {
+    // The panic has said on standard error what was wrong.
+    catch_unwind(AssertUnwindSafe(|| run_unguarded(args))).unwrap_or(ExitCode::from(INTERNAL))
+}
+
+fn run_unguarded(args: MountArgs) -> ExitCode {
     let flags = match mirrored(&args.options) {
         Ok(mirrored) => args.flags.or(mirrored),
         Err(message) => return fail(WRONG_USAGE, &message),
@@ -152,7 +160,7 @@ fn in_background(mountpoint: &Path, log_file: Option<&Path>) -> ExitCode {
         },
         None => default_log(mountpoint),
     };
-    match launch::launch(std::env::args_os().skip(1), log) {
+    match launch::launch(std::env::args_os().skip(1), log, INTERRUPTED) {
         Ok(Outcome::Ready) => ExitCode::SUCCESS,
         Ok(Outcome::Failed(code, message)) => fail(code, &message),
         Err(error) => fail(SYSTEM, &format!("starting the daemon: {error}")),
