@@ -11,10 +11,10 @@ use sha2::{Digest, Sha256};
 
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::options::{PackOptions, PredictorChoice, Target};
+use super::part::SelfCheckError;
 use super::quantize::{is_lossy, values_of};
 use super::rate::{StepSearch, gaussian_step};
 use super::record::{Context, Drafted, RecordEncoder, Treatment, decode_part, motion_of};
-use super::part::SelfCheckError;
 use super::report::{PackReport, StageTotals, TensorReport};
 use super::source::{Checkpoint, SourceError};
 use crate::archive::{Archive, ArchiveError, content_id};
@@ -423,7 +423,8 @@ impl<'a> Encoder<'a> {
             }
 
             if self.may_be_a_reference(record) {
-                let decoded = self.decode_record(record, &tensors, &drafts, &encoded, context.as_ref(), &pool_tables)?;
+                let decoded =
+                    self.decode_record(record, &tensors, &drafts, &encoded, context.as_ref(), &pool_tables)?;
                 let permutation = encoded.grouped;
                 let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
                 contexts.insert(record.block_type, context);
@@ -587,9 +588,8 @@ impl<'a> Encoder<'a> {
                     let bits = 8.0 * bytes as f64;
                     let off = (bits / (wanted * parameters) - 1.0).abs();
                     if off < RATE_TOLERANCE || settled {
-                        let missed = (off >= 0.01).then(|| {
-                            format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters)
-                        });
+                        let missed = (off >= 0.01)
+                            .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
                         return Ok((written, self.compare(file, out)?, missed));
                     }
                     step = search.next(step, bits);

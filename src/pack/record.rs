@@ -91,8 +91,9 @@ impl<'a> Drafted<'a> {
                 let layout = RunLayout::of_shape(&tensor.shape);
                 match PartQuantizer::new(&values, layout, step / refinement, options) {
                     Some(quantizer) => Self::Quantized { values, layout, quantizer },
-                    None => Split::choose(tensor, bytes)
-                        .map_or(Self::Raw(bytes), |split| Self::Split(split, tensor, bytes)),
+                    None => {
+                        Split::choose(tensor, bytes).map_or(Self::Raw(bytes), |split| Self::Split(split, tensor, bytes))
+                    }
                 }
             }
         }
@@ -254,9 +255,7 @@ impl RecordEncoder<'_> {
                     }),
                     predictor: prediction.predictor.stored(),
                 });
-                let of_run = |run: usize| {
-                    prediction.expect("asked for in predicted parts only").predictor.of_run(run)
-                };
+                let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
                 let step_of_run = |run: usize| quantizer.step_of_run(run);
                 let symbols = QuantizedSymbols {
                     values,
@@ -299,12 +298,8 @@ impl RecordEncoder<'_> {
                 (draft, &context.decoded[ordinal])
             {
                 let step_of_run = |run: usize| quantizer.step_of_run(run);
-                let candidate = PartCandidate {
-                    values,
-                    layout: *layout,
-                    step_of_run: &step_of_run,
-                    raw_bits: quantizer.raw_bits,
-                };
+                let candidate =
+                    PartCandidate { values, layout: *layout, step_of_run: &step_of_run, raw_bits: quantizer.raw_bits };
                 let keyframe = candidate.keyframe_bits(self.pool);
                 let predict = |reference: &[f32]| {
                     let best = candidate.best_prediction(reference, self.options.predictor, self.pool);
