@@ -298,8 +298,7 @@ impl Archive {
         // The records' lengths add up to the file's, so this allocation is earned.
         let mut bytes = vec![0; entry.side_bytes as usize];
         self.read_at(&mut bytes, self.record_offsets[record as usize])?;
-        SideInformation::parse(&bytes, entry)
-            .map_err(|error| ArchiveError::Format { path: self.path.clone(), error })
+        SideInformation::parse(&bytes, entry).map_err(|error| ArchiveError::Format { path: self.path.clone(), error })
     }
 
     /// Fills `out` with stored strip bytes of a part, from `offset` on, counted from its first strip.

@@ -1,1 +1,6 @@
 //! Command line: one file per subcommand.
+
+pub mod decoded;
+pub mod inspect;
+pub mod packed_tree;
+pub mod unpack;

@@ -220,12 +220,7 @@ impl Materializer {
 
     /// A whole decoded tensor, through the cache; its reference first (Algorithm 1's context buffer).
     fn whole(&self, archive: &Arc<Archive>, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
-        let key = UnitKey {
-            archive: archive.instance(),
-            record: address.record,
-            part: address.part,
-            strip: None,
-        };
+        let key = UnitKey { archive: archive.instance(), record: address.record, part: address.part, strip: None };
         self.cache.get_or_try_insert(key, || {
             let record = self.prepared(archive, address.record)?;
             let part = &record[address.part as usize];

@@ -322,7 +322,10 @@ impl TablePool {
             let table = &self.tables[number];
             run.occurring().map(|(code, count)| count as f64 * f64::from(table.bits(code))).sum()
         };
-        below.chain(above).map(|(_, &number)| (number, cost(number))).min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))
+        below
+            .chain(above)
+            .map(|(_, &number)| (number, cost(number)))
+            .min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))
     }
 }
 
