@@ -5,6 +5,7 @@
 //! [`integers`] codes side information. Choosing among them is the encoder's business: `pack`. Nothing here reads or writes
 //! files.
 
+pub mod architecture;
 pub mod blocks;
 pub mod entropy;
 pub mod integers;

@@ -6,7 +6,10 @@
 //! Choosing a permutation is the encoder's business (`pack::align`): a worse choice is still a valid archive. What is
 //! here must be right, or the weights that come out are others.
 
+mod ans;
+mod bits;
 mod coding;
+mod frequencies;
 mod grouped;
 mod lehmer;
 
@@ -70,6 +73,16 @@ pub enum PermutationError {
     /// Delta coding without a permutation to start from.
     #[error("permutation: delta-coded, expected a permutation of the same symmetry one layer below")]
     NoReference,
+}
+
+impl PermutationError {
+    /// Too few bytes, or too many.
+    fn wrong_length(field: &'static str, needed: usize, found: usize) -> Self {
+        if found < needed {
+            return Self::Truncated { field, needed, left: found };
+        }
+        Self::Malformed { field: "bytes after the digits", found: (found - needed) as u64, expected: "none" }
+    }
 }
 
 /// A bijection of `0..len`.

@@ -19,7 +19,10 @@
 //! `q = x mod 4096` and `x = f * (x >> 12) + q - c`, refilled likewise; an escape is followed by the digit, uniform as
 //! above. The state ends at 2^32 with all words used.
 
-use super::{GroupedPermutation, PermutationError, Symmetry};
+use super::ans::{Decoder, Encoder, STATE_MIN};
+use super::bits::{BitReader, BitWriter, width};
+use super::frequencies::{ESCAPE, Frequencies, LARGEST_DELTA, TABLE_BYTES, zig_zag, zig_zag_inverse};
+use super::{GroupedPermutation, Permutation, PermutationError, Symmetry};
 
 /// How a permutation is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -39,20 +42,10 @@ const RAW: u8 = 0;
 const UNIFORM: u8 = 1;
 const DELTA: u8 = 2;
 
-/// A coder state is never below this between symbols.
-const STATE_MIN: u64 = 1 << 32;
 /// What the uniform coding adds to the number of the last digits, so that it is a state.
 const TAIL_BASE: u64 = 1 << 62;
 /// The product of the radices of those digits is at most this.
 const TAIL_LIMIT: u64 = 1 << 61;
-/// Differences beyond this are escaped (section G.6).
-const LARGEST_DELTA: u64 = 16;
-/// Bits of a frequency.
-const FREQUENCY_BITS: u32 = 12;
-/// Magnitudes 0 to 16 and the escape.
-const FREQUENCIES: usize = LARGEST_DELTA as usize + 2;
-/// The escape's symbol; the others are zig-zag indices.
-const ESCAPE: usize = 2 * LARGEST_DELTA as usize + 1;
 
 /// Writes a permutation. `previous` is the one stored for the layer below, for delta coding.
 pub fn encode(
@@ -100,21 +93,22 @@ pub fn decode(
 
 fn encode_raw(permutation: &GroupedPermutation) -> Vec<u8> {
     let Symmetry { groups, members } = permutation.symmetry();
-    let mut bits = BitWriter { bytes: vec![RAW], used: 8 };
+    let mut bits = BitWriter::after(vec![RAW]);
     for &entry in permutation.outer().entries() {
         bits.write(entry, width(groups));
     }
-    for &entry in permutation.inner().iter().flat_map(|inner| inner.entries()) {
+    for &entry in permutation.inner().iter().flat_map(Permutation::entries) {
         bits.write(entry, width(members));
     }
-    bits.bytes
+    bits.finish()
 }
 
 fn decode_raw(payload: &[u8], symmetry: Symmetry) -> Result<GroupedPermutation, PermutationError> {
     let Symmetry { groups, members } = symmetry;
-    let mut bits = BitReader { bytes: payload, position: 0 };
-    let outer = bits.permutation(groups)?;
-    let inner = (0..groups).map(|_| bits.permutation(members)).collect::<Result<_, _>>()?;
+    let mut bits = BitReader::new(payload);
+    let mut permutation = |len| Permutation::new(bits.read_all(len, width(len))?);
+    let outer = permutation(groups)?;
+    let inner = (0..groups).map(|_| permutation(members)).collect::<Result<_, _>>()?;
     bits.finish()?;
     GroupedPermutation::new(outer, inner)
 }
@@ -130,7 +124,7 @@ fn encode_uniform(permutation: &GroupedPermutation) -> Vec<u8> {
         bytes.extend(&number.to_le_bytes()[..tail.bytes()]);
         return bytes;
     }
-    let mut coder = Encoder { state: TAIL_BASE + number, words: Vec::new() };
+    let mut coder = Encoder::new(TAIL_BASE + number);
     for &(digit, radix) in earlier.iter().rev() {
         coder.push_uniform(digit, radix);
     }
@@ -143,7 +137,7 @@ fn decode_uniform(payload: &[u8], symmetry: Symmetry) -> Result<GroupedPermutati
     let mut digits = Vec::with_capacity((symmetry.groups + symmetry.groups * symmetry.members) as usize);
     let mut number = if tail.start == 0 {
         if payload.len() != tail.bytes() {
-            return Err(wrong_length("digits", tail.bytes(), payload.len()));
+            return Err(PermutationError::wrong_length("digits", tail.bytes(), payload.len()));
         }
         let mut number = [0; 8];
         number[..payload.len()].copy_from_slice(payload);
@@ -181,11 +175,9 @@ fn encode_delta(permutation: &GroupedPermutation, previous: &GroupedPermutation)
         .map(|((digit, before), radix)| (digit, i64::from(digit) - i64::from(before), radix))
         .collect();
     let frequencies = Frequencies::fitted(coded.iter().map(|&(_, delta, _)| delta.unsigned_abs()));
-    let mut bits = BitWriter { bytes: vec![DELTA], used: 8 };
-    for &frequency in &frequencies.0 {
-        bits.write(frequency, FREQUENCY_BITS);
-    }
-    let mut coder = Encoder { state: STATE_MIN, words: Vec::new() };
+    let mut bits = BitWriter::after(vec![DELTA]);
+    frequencies.write(&mut bits);
+    let mut coder = Encoder::new(STATE_MIN);
     for &(digit, delta, radix) in coded.iter().rev() {
         if delta.unsigned_abs() > LARGEST_DELTA {
             coder.push_uniform(digit, radix); // the last pushed is the first popped: the escape comes before its digit
@@ -194,7 +186,7 @@ fn encode_delta(permutation: &GroupedPermutation, previous: &GroupedPermutation)
             coder.push_symbol(zig_zag(delta), &frequencies);
         }
     }
-    coder.finish(bits.bytes)
+    coder.finish(bits.finish())
 }
 
 fn decode_delta(
@@ -202,7 +194,6 @@ fn decode_delta(
     symmetry: Symmetry,
     previous: &GroupedPermutation,
 ) -> Result<GroupedPermutation, PermutationError> {
-    const TABLE_BYTES: usize = FREQUENCIES * FREQUENCY_BITS as usize / 8;
     let Some((table, stream)) = payload.split_at_checked(TABLE_BYTES) else {
         return Err(PermutationError::Truncated { field: "frequencies", needed: TABLE_BYTES, left: payload.len() });
     };
@@ -230,16 +221,6 @@ fn decode_delta(
         return Err(PermutationError::Malformed { field: "final state", found: state, expected: "2^32" });
     }
     GroupedPermutation::from_digits(&digits, symmetry)
-}
-
-/// Eq. 102.
-fn zig_zag(delta: i64) -> usize {
-    (if delta >= 0 { 2 * delta } else { -2 * delta - 1 }) as usize
-}
-
-fn zig_zag_inverse(symbol: usize) -> i64 {
-    let half = symbol.div_ceil(2) as i64;
-    if symbol.is_multiple_of(2) { half } else { -half }
 }
 
 /// The last digits of the uniform coding, which are one exact number.
@@ -270,259 +251,10 @@ impl Tail {
     }
 }
 
-/// Frequencies of the magnitudes 0 to 16 and of the escape.
-#[derive(Debug, PartialEq, Eq)]
-struct Frequencies([u32; FREQUENCIES]);
-
-impl Frequencies {
-    /// A discrete Laplace distribution (Eq. 104) with the scale of greatest likelihood, and the escapes' share.
-    fn fitted(magnitudes: impl Iterator<Item = u64>) -> Self {
-        let (mut count, mut escapes, mut sum) = (0u64, 0u64, 0u64);
-        for magnitude in magnitudes {
-            count += 1;
-            if magnitude > LARGEST_DELTA {
-                escapes += 1;
-            } else {
-                sum += magnitude;
-            }
-        }
-        const TOTAL: u32 = 1 << FREQUENCY_BITS;
-        const LEAST: u32 = 2 * LARGEST_DELTA as u32 + 1; // every symbol but the escape once
-        let share = escapes as f64 / count.max(1) as f64;
-        let escape = ((share * f64::from(TOTAL)).round() as u32).clamp(1, TOTAL - LEAST);
-        // Mean magnitude of a two-sided geometric distribution with ratio q: 2 q / (1 - q^2), solved for q.
-        let mean = sum as f64 / (count - escapes).max(1) as f64;
-        let ratio = if mean > 0.0 { ((1.0 + mean * mean).sqrt() - 1.0) / mean } else { 0.0 };
-        let weights: Vec<f64> = (0..=LARGEST_DELTA as i32).map(|magnitude| ratio.powi(magnitude)).collect();
-        let total: f64 = weights[0] + 2.0 * weights[1..].iter().sum::<f64>();
-        let spare = TOTAL - escape - LEAST; // shared out by weight on top of the 1 that every symbol has
-        let mut frequencies = [1; FREQUENCIES];
-        for (frequency, weight) in frequencies[1..].iter_mut().zip(&weights[1..]) {
-            *frequency = 1 + (f64::from(spare) * weight / total) as u32;
-        }
-        frequencies[FREQUENCIES - 1] = escape;
-        let others: u32 = 2 * frequencies[1..FREQUENCIES - 1].iter().sum::<u32>() + escape;
-        frequencies[0] = TOTAL - others;
-        Self(frequencies)
-    }
-
-    fn parse(table: &[u8]) -> Result<Self, PermutationError> {
-        let mut bits = BitReader { bytes: table, position: 0 };
-        let mut frequencies = [0; FREQUENCIES];
-        for frequency in &mut frequencies {
-            *frequency = bits.read(FREQUENCY_BITS)?;
-        }
-        let parsed = Self(frequencies);
-        let sum: u64 = (0..=ESCAPE).map(|symbol| u64::from(parsed.of(symbol))).sum();
-        if sum != 1 << FREQUENCY_BITS {
-            return Err(PermutationError::Malformed { field: "sum of frequencies", found: sum, expected: "4096" });
-        }
-        if frequencies.contains(&0) {
-            return Err(PermutationError::Malformed { field: "frequency", found: 0, expected: "1 or more" });
-        }
-        Ok(parsed)
-    }
-
-    /// Frequency of a symbol: both signs of a magnitude share theirs.
-    fn of(&self, symbol: usize) -> u32 {
-        self.0[symbol.div_ceil(2)] // the escape, 33, is entry 17
-    }
-
-    /// Sum of the frequencies of all symbols before this one.
-    fn cumulated(&self, symbol: usize) -> u32 {
-        (0..symbol).map(|before| self.of(before)).sum()
-    }
-
-    /// The symbol of each of the 4096 slots.
-    fn slots(&self) -> Vec<u8> {
-        (0..=ESCAPE).flat_map(|symbol| std::iter::repeat_n(symbol as u8, self.of(symbol) as usize)).collect()
-    }
-}
-
-/// Asymmetric numeral system with a 64-bit state and 32-bit words; the last symbol pushed is the first popped.
-struct Encoder {
-    state: u64,
-    words: Vec<u32>,
-}
-
-impl Encoder {
-    /// Pushes the slot range `start .. start + frequency` of `2^bits`.
-    fn push(&mut self, start: u64, frequency: u64, bits: u32) {
-        if self.state >= frequency << (64 - bits) {
-            self.words.push(self.state as u32);
-            self.state >>= 32;
-        }
-        self.state = ((self.state / frequency) << bits) + start + self.state % frequency;
-    }
-
-    fn push_uniform(&mut self, digit: u32, radix: u32) {
-        if radix > 1 {
-            let (start, frequency) = slots_of_digit(digit, radix);
-            self.push(start, frequency, 32);
-        }
-    }
-
-    fn push_symbol(&mut self, symbol: usize, frequencies: &Frequencies) {
-        let frequency = u64::from(frequencies.of(symbol));
-        self.push(u64::from(frequencies.cumulated(symbol)), frequency, FREQUENCY_BITS);
-    }
-
-    /// Appends the state, then the words in the order of their reading.
-    fn finish(self, mut bytes: Vec<u8>) -> Vec<u8> {
-        bytes.extend(self.state.to_le_bytes());
-        bytes.extend(self.words.iter().rev().flat_map(|word| word.to_le_bytes()));
-        bytes
-    }
-}
-
-/// Where digit `digit` of `radix` equally likely ones lies in 2^32 slots: its start and how many.
-fn slots_of_digit(digit: u32, radix: u32) -> (u64, u64) {
-    let start = |digit: u64| (digit << 32) / u64::from(radix);
-    let first = start(u64::from(digit));
-    (first, start(u64::from(digit) + 1) - first)
-}
-
-struct Decoder<'a> {
-    state: u64,
-    words: std::slice::Iter<'a, [u8; 4]>,
-}
-
-impl<'a> Decoder<'a> {
-    fn new(bytes: &'a [u8]) -> Result<Self, PermutationError> {
-        let Some((state, rest)) = bytes.split_first_chunk::<8>() else {
-            return Err(PermutationError::Truncated { field: "state", needed: 8, left: bytes.len() });
-        };
-        let state = u64::from_le_bytes(*state);
-        let (words, ragged) = rest.as_chunks::<4>();
-        if !ragged.is_empty() {
-            return Err(PermutationError::Truncated { field: "last word", needed: 4, left: ragged.len() });
-        }
-        if state < STATE_MIN {
-            return Err(PermutationError::Malformed { field: "state", found: state, expected: "2^32 or more" });
-        }
-        Ok(Self { state, words: words.iter() })
-    }
-
-    /// Leaves the slot range that the state pointed into.
-    fn pop(&mut self, start: u64, frequency: u64, slot: u64, bits: u32) -> Result<(), PermutationError> {
-        self.state = frequency * (self.state >> bits) + slot - start;
-        if self.state < STATE_MIN {
-            let Some(word) = self.words.next() else {
-                return Err(PermutationError::Truncated { field: "next word", needed: 4, left: 0 });
-            };
-            self.state = (self.state << 32) | u64::from(u32::from_le_bytes(*word));
-        }
-        Ok(())
-    }
-
-    fn pop_uniform(&mut self, radix: u32) -> Result<u32, PermutationError> {
-        if radix == 1 {
-            return Ok(0);
-        }
-        let slot = self.state & (STATE_MIN - 1);
-        let digit = (((slot + 1) * u64::from(radix) - 1) >> 32) as u32; // the last whose start is not behind the slot
-        let (start, frequency) = slots_of_digit(digit, radix);
-        self.pop(start, frequency, slot, 32)?;
-        Ok(digit)
-    }
-
-    fn pop_symbol(&mut self, slots: &[u8], frequencies: &Frequencies) -> Result<usize, PermutationError> {
-        let slot = self.state & ((1 << FREQUENCY_BITS) - 1);
-        let symbol = usize::from(slots[slot as usize]);
-        let start = u64::from(frequencies.cumulated(symbol));
-        self.pop(start, u64::from(frequencies.of(symbol)), slot, FREQUENCY_BITS)?;
-        Ok(symbol)
-    }
-
-    /// The final state, all words used.
-    fn finish(self) -> Result<u64, PermutationError> {
-        let left = self.words.len();
-        if left > 0 {
-            let found = 4 * left as u64;
-            return Err(PermutationError::Malformed { field: "bytes after the last word", found, expected: "none" });
-        }
-        Ok(self.state)
-    }
-}
-
-/// Bits of a fixed-width entry below `count`.
-fn width(count: u32) -> u32 {
-    u32::BITS - (count - 1).leading_zeros()
-}
-
-/// Appends numbers bit by bit, lowest first.
-struct BitWriter {
-    bytes: Vec<u8>,
-    /// Bits used of the last byte.
-    used: u32,
-}
-
-impl BitWriter {
-    fn write(&mut self, value: u32, width: u32) {
-        for bit in 0..width {
-            if self.used == 8 {
-                self.bytes.push(0);
-                self.used = 0;
-            }
-            let last = self.bytes.last_mut().expect("starts with the coding's byte");
-            *last |= ((value >> bit & 1) as u8) << self.used;
-            self.used += 1;
-        }
-    }
-}
-
-struct BitReader<'a> {
-    bytes: &'a [u8],
-    position: usize,
-}
-
-impl BitReader<'_> {
-    fn read(&mut self, width: u32) -> Result<u32, PermutationError> {
-        let mut value = 0;
-        for bit in 0..width {
-            let Some(byte) = self.bytes.get(self.position / 8) else {
-                return Err(PermutationError::Truncated { field: "entries", needed: 1, left: 0 });
-            };
-            value |= u32::from(byte >> (self.position % 8) & 1) << bit;
-            self.position += 1;
-        }
-        Ok(value)
-    }
-
-    fn permutation(&mut self, len: u32) -> Result<super::Permutation, PermutationError> {
-        let bits = u64::from(len) * u64::from(width(len));
-        let left = (self.bytes.len() * 8 - self.position) as u64;
-        if bits > left {
-            return Err(wrong_length("entries", bits.div_ceil(8) as usize, left as usize / 8));
-        }
-        super::Permutation::new((0..len).map(|_| self.read(width(len))).collect::<Result<_, _>>()?)
-    }
-
-    /// Only zero bits of the last byte are left.
-    fn finish(mut self) -> Result<(), PermutationError> {
-        let left = self.bytes.len() * 8 - self.position;
-        let padding = if left < 8 { self.read(left as u32)? } else { 1 };
-        if padding != 0 {
-            let found = left as u64;
-            return Err(PermutationError::Malformed { field: "bits after the last entry", found, expected: "zeros" });
-        }
-        Ok(())
-    }
-}
-
-/// Too few bytes, or too many.
-fn wrong_length(field: &'static str, needed: usize, found: usize) -> PermutationError {
-    if found < needed {
-        return PermutationError::Truncated { field, needed, left: found };
-    }
-    PermutationError::Malformed { field: "bytes after the digits", found: (found - needed) as u64, expected: "none" }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Permutation;
     use super::super::grouped::tests::grouped;
     use super::*;
 

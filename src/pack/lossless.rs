@@ -1,0 +1,101 @@
+//! Which bit-exact coding suits a tensor: the type that carries it and where its elements are split, by measured entropy.
+
+use super::part::{RunLayout, SplitSymbols, Symbols};
+use crate::codec::lossless::narrow;
+use crate::format::part::{Carrier, Coding};
+use crate::tensor::{Dtype, TensorInfo};
+
+/// Runs looked at to choose a split.
+const SAMPLED_RUNS: usize = 64;
+/// A split that moves mantissa bits into the symbol must save this many bits per element: whole bytes decode faster.
+const SPLIT_GAIN: f64 = 0.015;
+/// Elements below which a tensor stays raw: a strip's lane states alone take 128 bytes.
+const LEAST_ELEMENTS: u64 = 512;
+
+/// A chosen split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// The type that is split.
+    pub carrier: Carrier,
+    carrier_bits: u32,
+    mantissa_bits: u32,
+    raw_bits: u32,
+}
+
+impl Split {
+    /// The split that codes the tensor shortest, or `None` where raw bytes are no longer.
+    pub fn choose(tensor: &TensorInfo, bytes: &[u8]) -> Option<Self> {
+        if tensor.elements() < LEAST_ELEMENTS {
+            return None;
+        }
+        let (carrier, carrier_bits, mantissa_bits) = match tensor.dtype {
+            Dtype::F32 => [(Carrier::Bf16, 7), (Carrier::F16, 10)]
+                .into_iter()
+                .find(|&(carrier, _)| holds_every_element(carrier, bytes))
+                .map_or((Carrier::Own, 32, 23), |(carrier, mantissa)| (carrier, 16, mantissa)),
+            Dtype::BF16 => (Carrier::Own, 16, 7),
+            Dtype::F16 => (Carrier::Own, 16, 10),
+            Dtype::F64 => (Carrier::Own, 64, 52),
+            Dtype::F8_E4M3 => (Carrier::Own, 8, 3),
+            Dtype::F8_E5M2 => (Carrier::Own, 8, 2),
+            _ => return None,
+        };
+        let split = |mantissa_in_symbol: u32| Self {
+            carrier,
+            carrier_bits,
+            mantissa_bits,
+            raw_bits: mantissa_bits + 1 - mantissa_in_symbol,
+        };
+        let cost = |split: Self| {
+            let symbols = split.symbols(tensor, bytes);
+            let every = symbols.layout.runs().div_ceil(SAMPLED_RUNS);
+            split_entropy(&symbols, every) + f64::from(split.raw_bits)
+        };
+        let mut best = (split(0), cost(split(0)));
+        for mantissa_in_symbol in 1..=mantissa_bits.min(2) {
+            let candidate = split(mantissa_in_symbol);
+            let cost = cost(candidate);
+            if cost < best.1 - SPLIT_GAIN {
+                best = (candidate, cost);
+            }
+        }
+        let worth = best.1 < f64::from(carrier_bits) - 0.05 || carrier != Carrier::Own;
+        worth.then_some(best.0)
+    }
+
+    /// The tensor's elements under this split.
+    pub fn symbols<'a>(&self, tensor: &TensorInfo, bytes: &'a [u8]) -> SplitSymbols<'a> {
+        SplitSymbols {
+            bytes,
+            element_bytes: tensor.dtype.bits().unwrap_or(8) as usize / 8,
+            layout: RunLayout::of_shape(&tensor.shape),
+            carrier: self.carrier,
+            carrier_bits: self.carrier_bits,
+            mantissa_bits: self.mantissa_bits,
+            raw_bits: self.raw_bits,
+        }
+    }
+
+    /// What the part's header says of it.
+    pub fn coding(&self) -> Coding {
+        Coding::Split { carrier: self.carrier, raw_bits: self.raw_bits as u8 }
+    }
+}
+
+fn holds_every_element(carrier: Carrier, bytes: &[u8]) -> bool {
+    bytes.as_chunks().0.iter().all(|&element| narrow(carrier, u32::from_le_bytes(element).into()).is_some())
+}
+
+/// Entropy of the sampled symbols in bits each, one distribution for all: good enough to compare splits.
+fn split_entropy(symbols: &SplitSymbols<'_>, every: usize) -> f64 {
+    let mut counts = std::collections::BTreeMap::new();
+    let mut total = 0_u64;
+    for run in (0..symbols.layout.runs()).step_by(every.max(1)) {
+        symbols.for_each(run, &mut |symbol, _, _| {
+            *counts.entry(symbol).or_insert(0_u64) += 1;
+            total += 1;
+        });
+    }
+    let total = total.max(1) as f64;
+    counts.values().map(|&count| -(count as f64 / total) * (count as f64 / total).log2()).sum()
+}

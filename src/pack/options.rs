@@ -1,0 +1,83 @@
+//! What a user can choose when packing.
+
+/// How close the decoded weights must be to the original.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Target {
+    /// Every byte the same.
+    #[default]
+    Lossless,
+    /// At most this many bits per parameter, counting the whole file.
+    BitsPerParameter(f64),
+    /// At most this relative squared error, over all quantized tensors together.
+    RelativeSquaredError(f64),
+}
+
+/// How blocks are matched between layers (Tables 14 and 15 of the paper).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Alignment {
+    /// Wherever it pays, by weight similarity.
+    #[default]
+    Weights,
+    /// Nowhere.
+    None,
+    /// FFN units only.
+    Ffn,
+    /// Attention heads only.
+    Heads,
+    /// At random: the ablation's control. Kept wherever prediction is, whether it pays or not.
+    Random,
+}
+
+/// Which predictors may be chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum PredictorChoice {
+    /// The cheapest by measured bits, none included.
+    #[default]
+    Auto,
+    /// None: every record is a keyframe.
+    None,
+    /// The scaled copy, where it pays.
+    ScaledCopy,
+    /// The affine map per row, where it pays.
+    RowAffine,
+}
+
+/// Where quantizer steps are set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Steps {
+    /// One step per tensor, tables follow the scale of each row.
+    #[default]
+    Shared,
+    /// A step per row in proportion to its scale, as in the paper.
+    PerRun,
+}
+
+/// Options of one packing run.
+#[derive(Clone, Debug)]
+pub struct PackOptions {
+    /// What is asked of the decoded weights.
+    pub target: Target,
+    /// Keyframe interval (K).
+    pub keyframe_interval: u32,
+    /// How blocks are matched.
+    pub alignment: Alignment,
+    /// Which predictors may be chosen.
+    pub predictor: PredictorChoice,
+    /// Where steps are set.
+    pub steps: Steps,
+    /// Embeddings and output heads get a step this many times finer.
+    pub embedding_refinement: f32,
+}
+
+impl Default for PackOptions {
+    fn default() -> Self {
+        Self {
+            target: Target::Lossless,
+            keyframe_interval: 4,
+            alignment: Alignment::default(),
+            predictor: PredictorChoice::default(),
+            steps: Steps::default(),
+            embedding_refinement: 2.0,
+        }
+    }
+}
