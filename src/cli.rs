@@ -4,3 +4,4 @@ pub mod decoded;
 pub mod inspect;
 pub mod packed_tree;
 pub mod unpack;
+pub mod verify;
