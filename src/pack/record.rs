@@ -1,0 +1,386 @@
+//! One record: its parts' treatment decided, its blocks aligned, its symbols encoded (Algorithm 1, lines 5-14).
+//!
+//! The local decode loop is the decoder's own: what a later record is predicted from is what the reference engine makes of
+//! the encoded bytes.
+
+use std::sync::Arc;
+
+use super::entropy_model::{ClassHistograms, TablePool};
+use super::lossless::Split;
+use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
+use super::options::{Alignment, PackOptions, PredictorChoice};
+use super::part::{EncodedPart, EncoderPrediction, QuantizedSymbols, RunLayout, SelfCheckError, count, measure};
+use super::quantize::{PartQuantizer, may_be_quantized, refinement, values_of};
+use crate::codec::architecture::{PartPlan, RecordPlan};
+use crate::codec::entropy::CodingTable;
+use crate::codec::motion::Motion;
+use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
+use crate::decode::reference::ReferenceEngine;
+use crate::decode::{DecodeError, Engine, PreparedPart};
+use crate::format::part::{Coding, StoredPlacement, StoredPrediction};
+use crate::format::record::StoredPermutation;
+use crate::tensor::TensorInfo;
+
+/// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
+const COUNTED_ELEMENTS: usize = 1 << 22;
+
+/// How one part is coded, before its symbols are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Treatment {
+    /// Bytes as they are.
+    Raw,
+    /// Bit-exact by splitting.
+    Split(Split),
+    /// Quantized, with a step this many times finer than the checkpoint's.
+    Quantized {
+        /// Divides the step.
+        refinement: f32,
+    },
+}
+
+impl Treatment {
+    /// Chooses from the tensor alone. `lossy` allows quantization.
+    pub fn choose(record: &RecordPlan, tensor: &TensorInfo, bytes: &[u8], lossy: bool, options: &PackOptions) -> Self {
+        if lossy && may_be_quantized(tensor) {
+            return Self::Quantized { refinement: refinement(record.block_type, options) };
+        }
+        Split::choose(tensor, bytes).map_or(Self::Raw, Self::Split)
+    }
+
+    /// The name in plans and reports.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Split(_) => "split",
+            Self::Quantized { .. } => "quantized",
+        }
+    }
+}
+
+/// A part under a treatment and a step: everything but tables.
+pub enum Drafted<'a> {
+    /// Bytes as they are.
+    Raw(&'a [u8]),
+    /// Bit-exact by splitting.
+    Split(Split, &'a TensorInfo, &'a [u8]),
+    /// Quantized.
+    Quantized {
+        /// The weights.
+        values: Vec<f32>,
+        /// Layout of the runs.
+        layout: RunLayout,
+        /// Steps.
+        quantizer: PartQuantizer,
+    },
+}
+
+impl<'a> Drafted<'a> {
+    /// Drafts a tensor. A tensor that cannot be quantized with this step is drafted bit-exact.
+    pub fn new(
+        treatment: Treatment,
+        tensor: &'a TensorInfo,
+        bytes: &'a [u8],
+        step: f32,
+        options: &PackOptions,
+    ) -> Self {
+        match treatment {
+            Treatment::Raw => Self::Raw(bytes),
+            Treatment::Split(split) => Self::Split(split, tensor, bytes),
+            Treatment::Quantized { refinement } => {
+                let values = values_of(&tensor.dtype, bytes);
+                let layout = RunLayout::of_shape(&tensor.shape);
+                match PartQuantizer::new(&values, layout, step / refinement, options) {
+                    Some(quantizer) => Self::Quantized { values, layout, quantizer },
+                    None => Split::choose(tensor, bytes)
+                        .map_or(Self::Raw(bytes), |split| Self::Split(split, tensor, bytes)),
+                }
+            }
+        }
+    }
+
+    /// Counts the part's symbols, without prediction.
+    pub fn count(&self) -> ClassHistograms {
+        match self {
+            Self::Raw(_) => ClassHistograms::default(),
+            Self::Split(split, tensor, bytes) => {
+                let symbols = split.symbols(tensor, bytes);
+                count(&symbols, symbols.layout.elements / COUNTED_ELEMENTS)
+            }
+            Self::Quantized { values, layout, quantizer } => {
+                let step_of_run = |run: usize| quantizer.step_of_run(run);
+                count(&keyframe_symbols(values, *layout, quantizer, &step_of_run), layout.elements / COUNTED_ELEMENTS)
+            }
+        }
+    }
+
+    /// Bits of the part's body without prediction, about.
+    pub fn estimate(&self, pool: &TablePool) -> f64 {
+        let raw_bits = |bytes: &[u8]| 8.0 * bytes.len() as f64;
+        match self {
+            Self::Raw(bytes) => raw_bits(bytes),
+            Self::Split(split, tensor, bytes) => {
+                let symbols = split.symbols(tensor, bytes);
+                let every = symbols.layout.elements / COUNTED_ELEMENTS;
+                measure(&symbols, pool, every).unwrap_or(f64::INFINITY).min(raw_bits(bytes))
+            }
+            Self::Quantized { values, layout, quantizer } => {
+                let step_of_run = |run: usize| quantizer.step_of_run(run);
+                let symbols = keyframe_symbols(values, *layout, quantizer, &step_of_run);
+                measure(&symbols, pool, layout.elements / COUNTED_ELEMENTS).unwrap_or(f64::INFINITY)
+            }
+        }
+    }
+}
+
+fn keyframe_symbols<'a>(
+    values: &'a [f32],
+    layout: RunLayout,
+    quantizer: &PartQuantizer,
+    step_of_run: &'a (dyn Fn(usize) -> f32 + Sync),
+) -> QuantizedSymbols<'a> {
+    QuantizedSymbols { values, prediction: None, layout, step_of_run, raw_bits: quantizer.raw_bits }
+}
+
+/// The decoded record that the next layer's record may be predicted from (Algorithm 1's context buffers).
+#[derive(Debug)]
+pub struct Context {
+    /// The record's number in the archive.
+    pub ordinal: u32,
+    /// Its plan.
+    pub plan: RecordPlan,
+    /// Its permutation, for delta coding.
+    pub permutation: Option<GroupedPermutation>,
+    /// Decoded values of its quantized parts.
+    pub decoded: Vec<Option<Vec<f32>>>,
+}
+
+/// What mode decision measured for a record, in bits of the quantized parts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct StageBits {
+    /// All parts as keyframes.
+    pub keyframe: f64,
+    /// Each part the cheaper of keyframe and prediction, nothing permuted; absent where nothing could be predicted.
+    pub unaligned: Option<f64>,
+    /// The same with aligned blocks, without the permutation.
+    pub aligned: Option<f64>,
+    /// The permutation.
+    pub permutation: Option<f64>,
+}
+
+/// A record ready to be written.
+pub struct EncodedRecord {
+    /// The permutation, as stored.
+    pub permutation: Option<StoredPermutation>,
+    /// The permutation.
+    pub grouped: Option<GroupedPermutation>,
+    /// Whether any part is predicted.
+    pub predicted: bool,
+    /// The parts.
+    pub parts: Vec<EncodedPart>,
+    /// What mode decision measured.
+    pub stages: StageBits,
+}
+
+/// The chosen prediction of one part.
+struct PartPrediction {
+    predictor: FittedPredictor,
+    /// Reference values, motion applied.
+    reference: Vec<f32>,
+    moved: bool,
+}
+
+/// Encodes records with one pool of tables.
+pub struct RecordEncoder<'a> {
+    /// The tables.
+    pub pool: &'a TablePool,
+    /// The user's choices.
+    pub options: &'a PackOptions,
+}
+
+impl RecordEncoder<'_> {
+    /// Encodes one record. `context` is the record below it, where this one may be predicted; `align` finds a permutation of
+    /// this record's blocks onto that one's.
+    pub fn encode(
+        &self,
+        plan: &RecordPlan,
+        tensors: &[&TensorInfo],
+        drafts: &[Drafted<'_>],
+        context: Option<&Context>,
+    ) -> EncodedRecord {
+        let (permutation, predictions, stages) = match context {
+            Some(context) => self.decide(plan, tensors, drafts, context),
+            None => (None, drafts.iter().map(|_| None).collect(), StageBits::default()),
+        };
+        let predicted = predictions.iter().any(Option::is_some);
+        let parts = (drafts.iter().zip(&plan.parts).zip(&predictions).enumerate())
+            .map(|(ordinal, ((draft, part), prediction))| {
+                self.encode_part(draft, part, ordinal as u32, prediction.as_ref())
+            })
+            .collect();
+        let stored = permutation.as_ref().map(|permutation| StoredPermutation {
+            groups: permutation.symmetry().groups,
+            members: permutation.symmetry().members,
+            coded: permutation::encode(
+                permutation,
+                context.and_then(|context| context.permutation.as_ref()),
+                PermutationCoding::Shortest,
+            ),
+        });
+        EncodedRecord { permutation: stored, grouped: permutation, predicted, parts, stages }
+    }
+
+    fn encode_part(
+        &self,
+        draft: &Drafted<'_>,
+        plan: &PartPlan,
+        ordinal: u32,
+        prediction: Option<&PartPrediction>,
+    ) -> EncodedPart {
+        match draft {
+            Drafted::Raw(bytes) => EncodedPart::raw(bytes),
+            Drafted::Split(split, tensor, bytes) => {
+                let encoded = EncodedPart::symbols(split.coding(), &split.symbols(tensor, bytes), self.pool);
+                encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
+            }
+            Drafted::Quantized { values, layout, quantizer } => {
+                let mut info = quantizer.info();
+                info.prediction = prediction.map(|prediction| StoredPrediction {
+                    reference_part: ordinal,
+                    placement: plan.placement.filter(|_| prediction.moved).map(|placement| StoredPlacement {
+                        axis: placement.axis,
+                        repeat: placement.repeat,
+                        per_member: placement.per_member,
+                        unit: placement.unit,
+                    }),
+                    predictor: prediction.predictor.stored(),
+                });
+                let of_run = |run: usize| {
+                    prediction.expect("asked for in predicted parts only").predictor.of_run(run)
+                };
+                let step_of_run = |run: usize| quantizer.step_of_run(run);
+                let symbols = QuantizedSymbols {
+                    values,
+                    prediction: prediction
+                        .map(|prediction| EncoderPrediction { reference: &prediction.reference, of_run: &of_run }),
+                    layout: *layout,
+                    step_of_run: &step_of_run,
+                    raw_bits: quantizer.raw_bits,
+                };
+                EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
+                    .expect("quantized symbols were counted before tables were fitted")
+            }
+        }
+    }
+
+    /// Mode decision (Eq. 17): measures keyframe, prediction, and aligned prediction of every part.
+    #[allow(clippy::type_complexity)] // three results of one decision
+    fn decide(
+        &self,
+        plan: &RecordPlan,
+        tensors: &[&TensorInfo],
+        drafts: &[Drafted<'_>],
+        context: &Context,
+    ) -> (Option<GroupedPermutation>, Vec<Option<PartPrediction>>, StageBits) {
+        let align = self.options.predictor != PredictorChoice::None && self.options.alignment != Alignment::None;
+        let permutation = if align { super::align_record(plan, tensors, drafts, context, self.options) } else { None };
+        let permutation = permutation.filter(|permutation| !permutation.is_identity());
+        let permutation_bits = permutation.as_ref().map(|permutation| {
+            let previous = context.permutation.as_ref();
+            8.0 * permutation::encode(permutation, previous, PermutationCoding::Shortest).len() as f64
+        });
+
+        let mut stages = StageBits { permutation: permutation_bits, ..StageBits::default() };
+        let (mut unaligned_bits, mut aligned_bits) = (0.0, 0.0);
+        let mut unaligned: Vec<Option<PartPrediction>> = Vec::new();
+        let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
+        for (ordinal, draft) in drafts.iter().enumerate() {
+            let (mut in_place, mut moved) = (None, None);
+            if let (Drafted::Quantized { values, layout, quantizer }, Some(decoded)) =
+                (draft, &context.decoded[ordinal])
+            {
+                let step_of_run = |run: usize| quantizer.step_of_run(run);
+                let candidate = PartCandidate {
+                    values,
+                    layout: *layout,
+                    step_of_run: &step_of_run,
+                    raw_bits: quantizer.raw_bits,
+                };
+                let keyframe = candidate.keyframe_bits(self.pool);
+                let predict = |reference: &[f32]| {
+                    let best = candidate.best_prediction(reference, self.options.predictor, self.pool);
+                    best.filter(|prediction| prediction.bits < keyframe)
+                };
+                let bits = |prediction: &Option<MeasuredPrediction>| {
+                    prediction.as_ref().map_or(keyframe, |prediction| prediction.bits)
+                };
+                let plain = predict(decoded);
+                let motion = permutation
+                    .as_ref()
+                    .and_then(|permutation| motion_of(&plan.parts[ordinal], tensors[ordinal], permutation));
+                let shifted = motion.map(|motion| {
+                    let reference: Vec<f32> =
+                        (0..decoded.len()).map(|element| decoded[motion.reference_of(element)]).collect();
+                    (predict(&reference), reference)
+                });
+                stages.keyframe += keyframe;
+                unaligned_bits += bits(&plain);
+                aligned_bits += match &shifted {
+                    Some((shifted, _)) => bits(shifted).min(bits(&plain)),
+                    None => bits(&plain),
+                };
+                let in_place_wins = shifted.as_ref().is_none_or(|(shifted, _)| bits(&plain) <= bits(shifted));
+                if let Some((Some(shifted), reference)) = shifted
+                    && !in_place_wins
+                {
+                    moved = Some(PartPrediction { predictor: shifted.predictor, reference, moved: true });
+                } else if let Some(plain) = &plain {
+                    let predictor = plain.predictor.clone();
+                    moved = Some(PartPrediction { predictor, reference: decoded.clone(), moved: false });
+                }
+                in_place = plain.map(|plain| PartPrediction {
+                    predictor: plain.predictor,
+                    reference: decoded.clone(),
+                    moved: false,
+                });
+            }
+            unaligned.push(in_place);
+            aligned.push(moved);
+        }
+        stages.unaligned = Some(unaligned_bits);
+        stages.aligned = permutation_bits.map(|_| aligned_bits);
+        // Eq. 17: alignment is kept only where what it saves exceeds what its permutation costs.
+        let uses_motion = aligned.iter().flatten().any(|prediction| prediction.moved);
+        match permutation_bits {
+            Some(cost) if uses_motion && aligned_bits + cost < unaligned_bits => (permutation, aligned, stages),
+            _ => (None, unaligned, stages),
+        }
+    }
+}
+
+/// What a permutation does to one part, as the decoder will see it.
+pub fn motion_of(part: &PartPlan, tensor: &TensorInfo, permutation: &GroupedPermutation) -> Option<Motion> {
+    let placement = part.placement?;
+    Motion::new(&tensor.shape, placement.axis.into(), placement.index_map(permutation))
+}
+
+/// Decodes an encoded part with the reference engine.
+pub fn decode_part(
+    tensor: &TensorInfo,
+    part: &EncodedPart,
+    tables: &[Arc<CodingTable>],
+    motion: Option<Motion>,
+    reference: Option<&[u8]>,
+) -> Result<Vec<u8>, SelfCheckError> {
+    use rayon::prelude::*;
+    let failed = |error: DecodeError| SelfCheckError { tensor: tensor.name.clone(), error };
+    let header = part.header(|table| table as u16);
+    let prepared = PreparedPart::new(tensor, &header, tables, motion).map_err(failed)?;
+    let mut decoded = vec![0; tensor.length_bytes as usize];
+    let strip_bytes = prepared.full_strip_output_bytes() as usize;
+    decoded.par_chunks_mut(strip_bytes).enumerate().try_for_each(|(strip, out)| {
+        let range = prepared.strip_range(strip);
+        let stored = &part.body[range.start as usize..range.end as usize];
+        ReferenceEngine.decode_strip(&prepared, strip, stored, reference, out).map_err(failed)
+    })?;
+    Ok(decoded)
+}
