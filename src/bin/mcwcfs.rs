@@ -1,5 +1,5 @@
 //! `mcwcfs`: mounts, packs and looks into compressed checkpoints.
 
 fn main() -> std::process::ExitCode {
-    mcwcfs::cli::main()
+    mcwcfs::cli::mcwcfs()
 }

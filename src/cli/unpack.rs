@@ -1,0 +1,319 @@
+//! `mcwcfs unpack`: real files again. Nothing gets its final name before its SHA-256 is the one that the index states.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::available_parallelism;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
+
+use super::decoded::{decode_in_order, sequential_materializer};
+use super::inspect::hex;
+use super::packed_tree::{PackedTree, PackedTreeError};
+use crate::archive::{Archive, ArchiveError};
+use crate::materialize::{EngineChoice, MaterializeError};
+
+/// Options of `mcwcfs unpack`.
+#[derive(Debug, Args)]
+pub struct UnpackArgs {
+    /// An archive, or a directory of archives and sidecars
+    #[arg(value_name = "ARCHIVE_OR_DIR")]
+    pub source: PathBuf,
+    /// Directory to write into; for an archive of one file, a path that ends in .safetensors is that file
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+    /// Threads that decode [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Which engine decodes
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: EngineChoice,
+    /// Overwrite files that exist
+    #[arg(long)]
+    pub force: bool,
+    /// Print what was written as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Why nothing, or not everything, was unpacked.
+#[derive(Debug, thiserror::Error)]
+pub enum UnpackError {
+    /// The source cannot be listed.
+    #[error(transparent)]
+    Source(#[from] PackedTreeError),
+    /// An archive does not open.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// An archive does not decode.
+    #[error(transparent)]
+    Decode(#[from] MaterializeError),
+    /// A file decodes to other bytes than were packed.
+    #[error("{}: {file}: SHA-256 of the decoded file is {found}, expected {expected}: nothing was written", archive.display())]
+    WrongContent {
+        /// The archive.
+        archive: PathBuf,
+        /// The safetensors file inside it.
+        file: String,
+        /// Digest of what was decoded.
+        found: String,
+        /// Digest that the index states.
+        expected: String,
+    },
+    /// A file to be written is there already.
+    #[error("{}: exists already: --force overwrites it", path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Two files would be written under one name.
+    #[error("{}: would be written twice, from {first} and from {second}", path.display())]
+    Collision {
+        /// The file.
+        path: PathBuf,
+        /// Where its bytes come from.
+        first: String,
+        /// Where its other bytes come from.
+        second: String,
+    },
+    /// The output would become part of the source.
+    #[error("{}: lies inside the directory to be unpacked, expected another place", path.display())]
+    InsideSource {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The operating system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// File or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl UnpackError {
+    /// Whether the archive's bytes are at fault: its content is not what was packed.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::WrongContent { .. } => true,
+            Self::Archive(error) => !matches!(error, ArchiveError::Io { .. }),
+            Self::Decode(MaterializeError::Archive(error)) => !matches!(**error, ArchiveError::Io { .. }),
+            Self::Decode(MaterializeError::Decode { .. }) => true,
+            _ => false,
+        }
+    }
+}
+
+/// One file to be written.
+struct Output {
+    path: PathBuf,
+    origin: Origin,
+}
+
+enum Origin {
+    Decoded { archive: Arc<Archive>, file: usize },
+    Sidecar(PathBuf),
+}
+
+impl Origin {
+    fn describe(&self) -> String {
+        match self {
+            Self::Decoded { archive, .. } => archive.path().display().to_string(),
+            Self::Sidecar(path) => path.display().to_string(),
+        }
+    }
+}
+
+/// One file that was written, as `--json` lists it.
+#[derive(Debug, Serialize)]
+struct Written {
+    path: String,
+    bytes: u64,
+    sha256: String,
+}
+
+/// Unpacks and, with `--json`, prints what was written.
+pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
+    let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from)).max(1);
+    // Decoding one tensor spreads over this pool; an error says that another one is in place already, which decodes too.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+
+    let outputs = plan(&args.source, &args.output)?;
+    let exists = outputs.iter().find(|output| fs::symlink_metadata(&output.path).is_ok());
+    if let Some(Output { path, .. }) = exists.filter(|_| !args.force) {
+        return Err(UnpackError::Exists { path: path.clone() });
+    }
+    let progress = progress_bar(outputs.iter().map(Output::bytes).sum());
+    let mut written = Vec::with_capacity(outputs.len());
+    for output in &outputs {
+        written.push(output.write(threads, args, &progress)?);
+    }
+    progress.finish_and_clear();
+    if args.json {
+        let to_stdout = |source: io::Error| UnpackError::Io { path: "standard output".into(), source };
+        let mut stdout = io::stdout().lock();
+        serde_json::to_writer_pretty(&mut stdout, &written).map_err(|error| to_stdout(error.into()))?;
+        writeln!(stdout).map_err(to_stdout)?;
+    }
+    Ok(())
+}
+
+/// A bar on standard error, where that is a terminal.
+pub(super) fn progress_bar(bytes: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}");
+    ProgressBar::new(bytes).with_style(style.expect("a valid template"))
+}
+
+/// Every file to be written, no path twice. Opens every archive, so that a damaged one is found before anything is written.
+fn plan(source: &Path, output: &Path) -> Result<Vec<Output>, UnpackError> {
+    let tree = PackedTree::read(source)?;
+    let is_directory = source.is_dir();
+    // What does not exist yet cannot be resolved, but what it will lie in can.
+    let resolved = output.ancestors().find_map(|ancestor| {
+        let ancestor = if ancestor.as_os_str().is_empty() { Path::new(".") } else { ancestor };
+        fs::canonicalize(ancestor).ok()
+    });
+    if is_directory && resolved.is_some_and(|resolved| resolved.starts_with(&tree.root)) {
+        return Err(UnpackError::InsideSource { path: output.to_owned() });
+    }
+
+    let mut outputs = Vec::new();
+    for relative in &tree.archives {
+        let archive = Arc::new(Archive::open(&tree.root.join(relative))?);
+        let directory = output.join(relative.parent().unwrap_or(Path::new("")));
+        let names_the_file = output.extension().is_some_and(|extension| extension == "safetensors");
+        let is_one_file = !is_directory && names_the_file && archive.files().len() == 1 && !output.is_dir();
+        for (file, entry) in archive.files().iter().enumerate() {
+            let path = if is_one_file { output.to_owned() } else { directory.join(&entry.name) };
+            outputs.push(Output { path, origin: Origin::Decoded { archive: Arc::clone(&archive), file } });
+        }
+    }
+    for relative in tree.sidecars {
+        outputs.push(Output { path: output.join(&relative), origin: Origin::Sidecar(tree.root.join(relative)) });
+    }
+    let mut seen = BTreeSet::new();
+    for (position, Output { path, origin }) in outputs.iter().enumerate() {
+        if !seen.insert(path) {
+            let first = outputs[..position].iter().find(|earlier| &earlier.path == path).expect("it was seen");
+            let (first, second) = (first.origin.describe(), origin.describe());
+            return Err(UnpackError::Collision { path: path.clone(), first, second });
+        }
+    }
+    Ok(outputs)
+}
+
+impl Output {
+    fn bytes(&self) -> u64 {
+        match &self.origin {
+            Origin::Decoded { archive, file } => archive.files()[*file].length_bytes,
+            Origin::Sidecar(path) => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+        }
+    }
+
+    /// Writes the file under a temporary name beside its own (`.name.XXXXXX.part`), checks it, and renames it.
+    fn write(&self, threads: usize, args: &UnpackArgs, progress: &ProgressBar) -> Result<Written, UnpackError> {
+        let io_at = |source| UnpackError::Io { path: self.path.clone(), source };
+        let directory = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        fs::create_dir_all(directory).map_err(io_at)?;
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        progress.set_message(name.clone());
+        let mut partial = tempfile::Builder::new()
+            .prefix(&format!(".{name}."))
+            .suffix(".part")
+            .permissions(Permissions::from_mode(0o666)) // less the umask, as any other new file
+            .tempfile_in(directory)
+            .map_err(io_at)?;
+        let digest = match &self.origin {
+            Origin::Decoded { archive, file } => {
+                self.decode(archive, *file, threads, args.engine, &mut partial, progress)?
+            }
+            Origin::Sidecar(path) => self.copy(path, &mut partial, progress)?,
+        };
+        partial.as_file().sync_all().map_err(io_at)?;
+        let bytes = partial.as_file().metadata().map_err(io_at)?.len();
+        let renamed = if args.force { partial.persist(&self.path) } else { partial.persist_noclobber(&self.path) };
+        renamed.map_err(|error| match error.error.kind() {
+            io::ErrorKind::AlreadyExists => UnpackError::Exists { path: self.path.clone() },
+            _ => io_at(error.error),
+        })?;
+        Ok(Written { path: self.path.display().to_string(), bytes, sha256: hex(&digest) })
+    }
+
+    fn decode(
+        &self,
+        archive: &Arc<Archive>,
+        file: usize,
+        threads: usize,
+        engine: EngineChoice,
+        partial: &mut NamedTempFile,
+        progress: &ProgressBar,
+    ) -> Result<[u8; 32], UnpackError> {
+        let materializer = sequential_materializer(archive, engine);
+        let mut hash = Sha256::new();
+        decode_in_order(&materializer, archive, file, threads, |bytes| {
+            hash.update(bytes);
+            progress.inc(bytes.len() as u64);
+            partial.write_all(bytes).map_err(|source| UnpackError::Io { path: self.path.clone(), source })
+        })?;
+        let digest: [u8; 32] = hash.finalize().into();
+        let entry = &archive.files()[file];
+        if digest != entry.decoded_sha256 {
+            return Err(UnpackError::WrongContent {
+                archive: archive.path().to_owned(),
+                file: entry.name.clone(),
+                found: hex(&digest),
+                expected: hex(&entry.decoded_sha256),
+            });
+        }
+        Ok(digest)
+    }
+
+    fn copy(
+        &self,
+        sidecar: &Path,
+        partial: &mut NamedTempFile,
+        progress: &ProgressBar,
+    ) -> Result<[u8; 32], UnpackError> {
+        let io_of_source = |source| UnpackError::Io { path: sidecar.to_owned(), source };
+        let mut original = File::open(sidecar).map_err(io_of_source)?;
+        let mode = original.metadata().map_err(io_of_source)?.permissions().mode();
+        let mut tee = HashingWriter { hash: Sha256::new(), file: partial.as_file_mut() };
+        let bytes =
+            io::copy(&mut original, &mut tee).map_err(|source| UnpackError::Io { path: self.path.clone(), source })?;
+        let digest = tee.hash.finalize().into();
+        // A script stays executable; everything else about its permissions is this user's business.
+        let own = partial.as_file().metadata().map_err(io_of_source)?.permissions().mode();
+        let executable = own | (mode & 0o111 & (own >> 2));
+        partial.as_file().set_permissions(Permissions::from_mode(executable)).map_err(io_of_source)?;
+        progress.inc(bytes);
+        Ok(digest)
+    }
+}
+
+struct HashingWriter<'a> {
+    hash: Sha256,
+    file: &'a mut File,
+}
+
+impl Write for HashingWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
