@@ -6,6 +6,7 @@
 //!
 //! Where there is no `/dev/fuse` each test says so in one line and passes; where there is one, none is skipped.
 
+mod archives;
 #[path = "../common/mod.rs"]
 mod common;
 mod concurrency;
