@@ -64,6 +64,9 @@ struct MountFlags {
     /// Let other users in; without root, user_allow_other in /etc/fuse.conf must permit it
     #[arg(long)]
     allow_other: bool,
+    /// Refuse to execute anything
+    #[arg(long)]
+    noexec: bool,
     /// Owner of everything [default: who mounts]
     #[arg(long)]
     uid: Option<u32>,
@@ -142,6 +145,7 @@ fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -
         mount: MountOptions {
             fsname: flags.fsname.unwrap_or(default.fsname),
             allow_other: flags.allow_other,
+            no_exec: flags.noexec,
             uid: flags.uid.unwrap_or(default.uid),
             gid: flags.gid.unwrap_or(default.gid),
             file_mode: flags.file_mode.unwrap_or(default.file_mode),
@@ -217,6 +221,7 @@ impl MountFlags {
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
             allow_other: self.allow_other || other.allow_other,
+            noexec: self.noexec || other.noexec,
             uid: self.uid.or(other.uid),
             gid: self.gid.or(other.gid),
             file_mode: self.file_mode.or(other.file_mode),
@@ -265,7 +270,9 @@ mod tests {
 
     #[test]
     fn options_mirror_flags_with_either_dash() {
-        let flags = options("cache_size=4G,allow-other,uid=7,file_mode=0400,engine=reference,log_level=debug").unwrap();
+        let flags = options("cache_size=4G,allow-other,noexec,uid=7,file_mode=0400,engine=reference,log_level=debug");
+        let flags = flags.unwrap();
+        assert!(flags.noexec);
         assert_eq!((flags.cache_size, flags.allow_other, flags.uid), (Some(4 << 30), true, Some(7)));
         assert_eq!((flags.file_mode, flags.engine), (Some(0o400), Some(EngineChoice::Reference)));
         assert_eq!(flags.log_level, Some(LevelFilter::Debug));

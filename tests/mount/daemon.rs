@@ -126,11 +126,13 @@ fn mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone() {
 fn options_reach_the_mount_by_flag_and_by_o() {
     require_fuse!();
     let place = Place::new();
-    let output = place.mount(&["-o", "ro,nofail,file_mode=0400,uid=7,fsname=zoo", "--gid", "8", "--uid", "9"]);
+    let output = place.mount(&["-o", "ro,nofail,noexec,file_mode=0400,uid=7,fsname=zoo", "--gid", "8", "--uid", "9"]);
     assert!(output.status.success(), "{output:?}");
     let metadata = fs::metadata(place.mountpoint().join("weights.bin")).unwrap();
     assert_eq!((metadata.mode() & 0o7777, metadata.uid(), metadata.gid()), (0o400, 9, 8));
     assert_eq!(mcwcfs::fuse::mount_at(&place.mountpoint()).unwrap().source, "zoo");
+    let table = fs::read_to_string("/proc/mounts").unwrap();
+    assert!(table.lines().any(|line| line.starts_with("zoo ") && line.contains("noexec")), "{table}");
 }
 
 #[test]
