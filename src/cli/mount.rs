@@ -203,7 +203,7 @@ fn mirrored(options: &[String]) -> Result<MountFlags, String> {
 /// What mount(8) and fstab say to others, and what is so anyway.
 fn is_ignored(option: &str) -> bool {
     const OTHERS: [&str; 12] =
-        ["", "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "noexec"];
+        ["", "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "exec"];
     const SO_ANYWAY: [&str; 5] = ["ro", "nosuid", "nodev", "noatime", "default_permissions"];
     OTHERS.contains(&option)
         || SO_ANYWAY.contains(&option)

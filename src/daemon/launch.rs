@@ -1,7 +1,7 @@
 //! Into the background: the daemon is this program, started again.
 //!
-//! The parent starts itself anew with [`ROLE`] in the environment, in a session of its own, and waits for one line on the
-//! child's standard output: [`READY`], or an exit code and a message. So `mcwcfs mount` returns when the mount answers, and
+//! The parent starts itself anew with `MCWCFS_ROLE` in the environment, in a session of its own, and waits for one line on the
+//! child's standard output: `ready`, or an exit code and a message. So `mcwcfs mount` returns when the mount answers, and
 //! what went wrong is said on the caller's terminal. The child's standard error is its log file from the start.
 
 use std::ffi::OsString;

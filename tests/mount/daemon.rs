@@ -254,6 +254,45 @@ fn a_mount_point_is_used_once() {
     assert_fails(&place.umount(&[]), 32, &["not a mount of mcwcfs"]);
 }
 
+/// Run by root in a mount namespace of its own, where the device is open to all, as it is on a desktop.
+const AS_NOBODY: &str = r#"
+mount -t tmpfs -o dev,mode=755 tmpfs "$PLACE/dev"
+mknod -m 666 "$PLACE/dev/fuse" c 10 229
+mount --bind "$PLACE/dev/fuse" /dev/fuse
+cp "$PROGRAM" "$PLACE/mcwcfs"
+chown -R 65534:65534 "$PLACE"
+exec setpriv --reuid=65534 --regid=65534 --clear-groups sh -eu -c '
+    cd "$PLACE"
+    ./mcwcfs mount source mnt --log-file log
+    cmp source/weights.bin mnt/weights.bin
+    grep -q " $PLACE/mnt fuse.mcwcfs ro," /proc/mounts
+    ./mcwcfs umount mnt
+    test -z "$(ls mnt)"
+    if ./mcwcfs mount source mnt --allow-other --log-file log; then exit 1; fi
+'
+"#;
+
+#[test]
+fn a_user_without_privileges_mounts_through_the_setuid_helper() {
+    require_fuse!();
+    // SAFETY: the call has no preconditions and cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    let has_helper = Command::new("fusermount3").arg("-V").output().is_ok();
+    if !is_root || !has_helper {
+        eprintln!("not tested: needs root to prepare a device, and fusermount3");
+        return;
+    }
+    let place = Place::new();
+    let path = place.directory.path();
+    fs::create_dir(path.join("dev")).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-eu", "-c", AS_NOBODY]).env("PLACE", path);
+    let output = command.env("PROGRAM", env!("CARGO_BIN_EXE_mcwcfs")).env("HOME", path).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("user_allow_other"), "{message}");
+}
+
 #[test]
 fn a_wrong_option_is_named_in_one_line() {
     let place = Place::new();
