@@ -297,6 +297,12 @@ pub fn assert_same_directories(left: &Path, right: &Path) {
     assert_eq!(files_below(left), files_below(right), "{} and {}", left.display(), right.display());
     for file in files_below(left) {
         let bytes = |directory: &Path| fs::read(directory.join(&file)).expect("a listed file can be read");
-        assert!(bytes(left) == bytes(right), "{} differs in {} and {}", file.display(), left.display(), right.display());
+        assert!(
+            bytes(left) == bytes(right),
+            "{} differs in {} and {}",
+            file.display(),
+            left.display(),
+            right.display()
+        );
     }
 }
