@@ -4,6 +4,8 @@
 
 #![allow(dead_code)] // every test binary uses a part of this
 
+pub mod archives;
+
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
@@ -297,6 +299,12 @@ pub fn assert_same_directories(left: &Path, right: &Path) {
     assert_eq!(files_below(left), files_below(right), "{} and {}", left.display(), right.display());
     for file in files_below(left) {
         let bytes = |directory: &Path| fs::read(directory.join(&file)).expect("a listed file can be read");
-        assert!(bytes(left) == bytes(right), "{} differs in {} and {}", file.display(), left.display(), right.display());
+        assert!(
+            bytes(left) == bytes(right),
+            "{} differs in {} and {}",
+            file.display(),
+            left.display(),
+            right.display()
+        );
     }
 }
