@@ -1,7 +1,72 @@
-//! Command line: one file per subcommand.
+//! Command line: one file per subcommand. Results go to stdout, progress and logs to stderr.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. `mount` and `umount` use those of
+//! mount(8).
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
 
 pub mod decoded;
 pub mod inspect;
+pub mod mount;
+pub mod pack;
 pub mod packed_tree;
+pub mod size;
+pub mod umount;
 pub mod unpack;
 pub mod verify;
+
+/// Compressed model checkpoints, mounted as ordinary safetensors files.
+#[derive(Parser, Debug)]
+#[command(name = "mcwcfs", version)]
+struct Mcwcfs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+#[allow(clippy::large_enum_variant)] // made once per process
+enum Command {
+    /// Pack a checkpoint into a .mcwc archive.
+    #[command(name = "mcwc-pack", visible_alias = "pack")]
+    Pack(pack::PackArgs),
+    Mount(mount::MountArgs),
+    Umount(umount::UmountArgs),
+    Inspect(inspect::InspectArgs),
+    Verify(verify::VerifyArgs),
+    Unpack(unpack::UnpackArgs),
+}
+
+/// Packs a checkpoint into a .mcwc archive.
+#[derive(Parser, Debug)]
+#[command(name = "mcwc-pack", version)]
+struct McwcPack {
+    #[command(flatten)]
+    pack: pack::PackArgs,
+}
+
+/// The process `mcwcfs`.
+pub fn mcwcfs() -> ExitCode {
+    match Mcwcfs::parse().command {
+        Command::Pack(args) => finish(pack::run(&args)),
+        Command::Mount(args) => mount::run(args),
+        Command::Umount(args) => umount::run(&args),
+        Command::Inspect(args) => finish(inspect::run(&args).map(|()| ExitCode::SUCCESS)),
+        Command::Verify(args) => finish(verify::run(&args).map(|verification| verification.exit_code())),
+        Command::Unpack(args) => finish(unpack::run(&args).map(|()| ExitCode::SUCCESS)),
+    }
+}
+
+/// The process `mcwc-pack`.
+pub fn mcwc_pack() -> ExitCode {
+    finish(pack::run(&McwcPack::parse().pack))
+}
+
+/// One line for an error, and its exit code.
+fn finish<E: std::error::Error>(result: Result<ExitCode, E>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("mcwcfs: {error}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,5 +1,5 @@
 //! `mcwc-pack`: the same as `mcwcfs mcwc-pack`, for build pipelines.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    mcwcfs::cli::mcwc_pack()
 }

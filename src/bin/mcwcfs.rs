@@ -1,5 +1,5 @@
 //! `mcwcfs`: mounts, packs and looks into compressed checkpoints.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    mcwcfs::cli::mcwcfs()
 }

@@ -308,6 +308,11 @@ pub struct TablePool {
 }
 
 impl TablePool {
+    /// All tables ready for coding, by their numbers in this pool.
+    pub fn coding_tables(&self) -> Vec<Arc<CodingTable>> {
+        self.tables.iter().map(|table| Arc::clone(&table.coding)).collect()
+    }
+
     /// A table by its number in this pool.
     pub fn table(&self, number: usize) -> &FittedTable {
         &self.tables[number]

@@ -81,3 +81,23 @@ impl Default for PackOptions {
         }
     }
 }
+
+impl PackOptions {
+    /// Tool and options as the archive keeps them. The same input and options give the same archive, so nothing of the
+    /// machine or the hour is in it.
+    pub fn provenance(&self) -> Vec<(String, String)> {
+        let target = match self.target {
+            Target::Lossless => "lossless".to_owned(),
+            Target::BitsPerParameter(bits) => format!("bpp {bits}"),
+            Target::RelativeSquaredError(error) => format!("max-rel-mse {error}"),
+        };
+        let options = format!(
+            "{target}, keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, embedding-refinement {}",
+            self.keyframe_interval, self.alignment, self.predictor, self.steps, self.embedding_refinement
+        );
+        vec![
+            ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
+            ("options".to_owned(), options.to_lowercase()),
+        ]
+    }
+}

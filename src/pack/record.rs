@@ -91,8 +91,9 @@ impl<'a> Drafted<'a> {
                 let layout = RunLayout::of_shape(&tensor.shape);
                 match PartQuantizer::new(&values, layout, step / refinement, options) {
                     Some(quantizer) => Self::Quantized { values, layout, quantizer },
-                    None => Split::choose(tensor, bytes)
-                        .map_or(Self::Raw(bytes), |split| Self::Split(split, tensor, bytes)),
+                    None => {
+                        Split::choose(tensor, bytes).map_or(Self::Raw(bytes), |split| Self::Split(split, tensor, bytes))
+                    }
                 }
             }
         }
@@ -254,9 +255,7 @@ impl RecordEncoder<'_> {
                     }),
                     predictor: prediction.predictor.stored(),
                 });
-                let of_run = |run: usize| {
-                    prediction.expect("asked for in predicted parts only").predictor.of_run(run)
-                };
+                let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
                 let step_of_run = |run: usize| quantizer.step_of_run(run);
                 let symbols = QuantizedSymbols {
                     values,
@@ -282,7 +281,7 @@ impl RecordEncoder<'_> {
         context: &Context,
     ) -> (Option<GroupedPermutation>, Vec<Option<PartPrediction>>, StageBits) {
         let align = self.options.predictor != PredictorChoice::None && self.options.alignment != Alignment::None;
-        let permutation = if align { super::align_record(plan, tensors, drafts, context, self.options) } else { None };
+        let permutation = if align { align_record(plan, tensors, drafts, context, self.options) } else { None };
         let permutation = permutation.filter(|permutation| !permutation.is_identity());
         let permutation_bits = permutation.as_ref().map(|permutation| {
             let previous = context.permutation.as_ref();
@@ -299,12 +298,8 @@ impl RecordEncoder<'_> {
                 (draft, &context.decoded[ordinal])
             {
                 let step_of_run = |run: usize| quantizer.step_of_run(run);
-                let candidate = PartCandidate {
-                    values,
-                    layout: *layout,
-                    step_of_run: &step_of_run,
-                    raw_bits: quantizer.raw_bits,
-                };
+                let candidate =
+                    PartCandidate { values, layout: *layout, step_of_run: &step_of_run, raw_bits: quantizer.raw_bits };
                 let keyframe = candidate.keyframe_bits(self.pool);
                 let predict = |reference: &[f32]| {
                     let best = candidate.best_prediction(reference, self.options.predictor, self.pool);
@@ -383,4 +378,14 @@ pub fn decode_part(
         ReferenceEngine.decode_strip(&prepared, strip, stored, reference, out).map_err(failed)
     })?;
     Ok(decoded)
+}
+
+fn align_record(
+    _plan: &RecordPlan,
+    _tensors: &[&TensorInfo],
+    _drafts: &[Drafted<'_>],
+    _context: &Context,
+    _options: &PackOptions,
+) -> Option<GroupedPermutation> {
+    None
 }

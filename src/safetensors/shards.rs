@@ -49,6 +49,7 @@ fn is_plain_file_name(name: &str) -> bool {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with a weight_map")]
 struct RawIndex {
     weight_map: super::header::StringMap,
     metadata: Option<serde_json::Map<String, serde_json::Value>>,

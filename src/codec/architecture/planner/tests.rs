@@ -43,8 +43,11 @@ fn planned(tensors: &[TensorInfo], config: Option<&ModelConfig>) -> CheckpointPl
     plan(&[PlanFile { model: 0, tensors }], config)
 }
 
-/// Placement by role: axis, repeat, unit, per member.
-fn placements(record: &RecordPlan) -> Vec<(&str, Option<(u8, u32, u32, bool)>)> {
+/// Axis, repeat, unit, per member.
+type Short = (u8, u32, u32, bool);
+
+/// Placements by role.
+fn placements(record: &RecordPlan) -> Vec<(&str, Option<Short>)> {
     let short = |placement: Placement| (placement.axis, placement.repeat, placement.unit, placement.per_member);
     record.parts.iter().map(|part| (part.role.as_str(), part.placement.map(short))).collect()
 }

@@ -1,0 +1,270 @@
+//! `mcwc-pack`: a checkpoint in, an archive out.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::pack::encode::{Encoder, PackError, Progress};
+use crate::pack::options::{Alignment, PackOptions, PredictorChoice, Steps, Target};
+use crate::pack::report::{PackReport, TensorReport};
+use crate::pack::source::{Checkpoint, Sidecar};
+
+/// Packs a checkpoint into a `.mcwc` archive.
+#[derive(Args, Debug)]
+pub struct PackArgs {
+    /// A `.safetensors` file, or a Hugging Face directory.
+    input: PathBuf,
+    /// A `.mcwc` file, or a directory that receives the archive and every other file of the input.
+    output: PathBuf,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Layers from one keyframe to the next: more predict more, fewer decode more in parallel.
+    #[arg(long, value_name = "K", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
+    keyframe_interval: u32,
+    /// How blocks of neighbouring layers are matched.
+    #[arg(long, value_enum, default_value_t)]
+    alignment: Alignment,
+    /// Which predictors may be chosen.
+    #[arg(long, value_enum, default_value_t)]
+    predictor: PredictorChoice,
+    /// Where quantizer steps are set.
+    #[arg(long, value_enum, default_value_t)]
+    steps: Steps,
+    /// Embeddings and output heads get a step this many times finer.
+    #[arg(long, value_name = "TIMES", default_value_t = 2.0, value_parser = refinement)]
+    embedding_refinement: f32,
+    /// Threads; all cores by default. The archive is the same for any number.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Say what would be done to every tensor, and write nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Replace files that exist.
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+struct TargetArgs {
+    /// Every decoded byte is the original's (the default).
+    #[arg(long)]
+    lossless: bool,
+    /// Bits per parameter of the whole archive.
+    #[arg(long, value_name = "R", value_parser = positive)]
+    bpp: Option<f64>,
+    /// Greatest squared error over squared weights, over all quantized tensors together.
+    #[arg(long, value_name = "E", value_parser = positive)]
+    max_rel_mse: Option<f64>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if value.is_finite() && value > 0.0 { Ok(value) } else { Err("expected a positive number".into()) }
+}
+
+fn refinement(text: &str) -> Result<f32, String> {
+    let value = positive(text)?;
+    if (0.01..=100.0).contains(&value) { Ok(value as f32) } else { Err("expected 0.01 to 100".into()) }
+}
+
+/// Why the command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackCommandError {
+    /// Packing itself.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// A sidecar, the output directory.
+    #[error("{path}: {source}")]
+    Io {
+        /// File or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Input and output are one directory.
+    #[error("{0}: is the input itself, expected another directory or a .mcwc file")]
+    InPlace(PathBuf),
+    /// No thread pool.
+    #[error("--threads: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// See [`PackCommandError`]; what was on disk before is still there, unless `--force` replaced it.
+pub fn run(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build()?;
+    pool.install(|| pack(args))
+}
+
+fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
+    let target = match (args.target.bpp, args.target.max_rel_mse) {
+        (Some(bits), _) => Target::BitsPerParameter(bits),
+        (_, Some(error)) => Target::RelativeSquaredError(error),
+        _ => Target::Lossless,
+    };
+    let options = PackOptions {
+        target,
+        keyframe_interval: args.keyframe_interval,
+        alignment: args.alignment,
+        predictor: args.predictor,
+        steps: args.steps,
+        embedding_refinement: args.embedding_refinement,
+    };
+    let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
+    let destination = Destination::of(&args.output, &checkpoint)?;
+    if !args.dry_run && !args.force {
+        destination.refuse_existing(&checkpoint.sidecars)?;
+    }
+    let progress = Bar::new();
+    let encoder = Encoder::new(&checkpoint, &options, &progress);
+    if args.dry_run {
+        let plan = encoder.dry_run()?;
+        progress.0.finish_and_clear();
+        print_plan(&plan, args.json);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(directory) = &destination.directory {
+        copy_sidecars(&checkpoint.sidecars, directory)?;
+    }
+    let report = encoder.pack(&destination.archive, args.force)?;
+    progress.0.finish_and_clear();
+    print_report(&report, destination.directory.is_some().then_some(checkpoint.sidecars.len()), args.json);
+    if let Some(missed) = &report.target_missed {
+        log::warn!("target missed: {missed}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the output goes.
+struct Destination {
+    archive: PathBuf,
+    /// Receives sidecars; absent where a file was named.
+    directory: Option<PathBuf>,
+}
+
+impl Destination {
+    fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
+        let names_archive = output.extension().is_some_and(|extension| extension == "mcwc");
+        if names_archive && !output.is_dir() {
+            if !checkpoint.sidecars.is_empty() {
+                log::info!("{} sidecars are not packed: name a directory to copy them", checkpoint.sidecars.len());
+            }
+            return Ok(Self { archive: output.to_owned(), directory: None });
+        }
+        let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        if checkpoint.path.is_dir() && same(&checkpoint.path, output) {
+            return Err(PackCommandError::InPlace(output.to_owned()));
+        }
+        let stem = match checkpoint.files.as_slice() {
+            [file] => file.name.strip_suffix(".safetensors").unwrap_or("model"),
+            _ => "model",
+        };
+        Ok(Self { archive: output.join(format!("{stem}.mcwc")), directory: Some(output.to_owned()) })
+    }
+
+    fn refuse_existing(&self, sidecars: &[Sidecar]) -> Result<(), PackCommandError> {
+        let copies = self.directory.iter().flat_map(|directory| sidecars.iter().map(|file| directory.join(&file.name)));
+        match std::iter::once(self.archive.clone()).chain(copies).find(|path| path.symlink_metadata().is_ok()) {
+            Some(path) => Err(PackError::Exists(path).into()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Copies sidecars before the archive appears, each under a temporary name first.
+fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| PackCommandError::Io { path, source }
+    };
+    std::fs::create_dir_all(directory).map_err(io(directory))?;
+    for sidecar in sidecars {
+        let target = directory.join(&sidecar.name);
+        let parent = target.parent().unwrap_or(directory);
+        std::fs::create_dir_all(parent).map_err(io(parent))?;
+        let temporary = tempfile::Builder::new().prefix(".mcwc-pack-").tempfile_in(parent).map_err(io(parent))?;
+        std::fs::copy(&sidecar.path, temporary.path()).map_err(io(&sidecar.path))?;
+        temporary.persist(&target).map_err(|error| io(&target)(error.error))?;
+    }
+    Ok(())
+}
+
+/// A bar on a terminal, nothing elsewhere.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Self {
+        let target =
+            if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        let bar = ProgressBar::with_draw_target(Some(0), target);
+        bar.set_style(ProgressStyle::with_template(style).expect("the template is right").progress_chars("=> "));
+        Self(bar)
+    }
+}
+
+impl Progress for Bar {
+    fn phase(&self, name: &str, bytes: u64) {
+        self.0.reset();
+        self.0.set_length(bytes);
+        self.0.set_message(name.to_owned());
+        log::debug!("phase: {name}");
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.0.inc(bytes);
+    }
+}
+
+fn print_plan(plan: &[TensorReport], json: bool) {
+    if json {
+        println!("{}", serde_json::to_string_pretty(plan).expect("plain data"));
+        return;
+    }
+    println!("{:>10}  {:<10} {:<10} {:<6} tensor", "bits/elem", "treatment", "record", "dtype");
+    for tensor in plan {
+        println!(
+            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}",
+            tensor.bits_per_element, tensor.treatment, tensor.block_type, tensor.dtype, tensor.name, tensor.shape
+        );
+    }
+}
+
+fn print_report(report: &PackReport, sidecars: Option<usize>, json: bool) {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report).expect("plain data"));
+        return;
+    }
+    println!("{}", report.archive);
+    println!(
+        "  {} -> {} bytes ({:.1} %), {:.3} bits per parameter",
+        report.source_bytes,
+        report.archive_bytes,
+        100.0 * report.archive_bytes as f64 / report.source_bytes.max(1) as f64,
+        report.bits_per_parameter
+    );
+    if report.lossless {
+        println!("  decoded and compared: every byte is the original's");
+    } else {
+        println!("  decoded and compared: relative squared error {:.3e}", report.relative_squared_error);
+    }
+    println!(
+        "  {} architecture, {} records as keyframes, {} predicted",
+        report.architecture, report.keyframe_records, report.predicted_records
+    );
+    if let Some(sidecars) = sidecars {
+        println!("  {sidecars} other files copied");
+    }
+    if let Some(missed) = &report.target_missed {
+        println!("  target missed: {missed}");
+    }
+}

@@ -1,0 +1,109 @@
+//! Motion compensation: which block of the layer below each block is predicted from (section 4, Appendix A).
+//!
+//! Blocks are compared by the cosine of their weights (Eq. 1), biases excluded: with the bias inside the block even
+//! shuffled weights look alike. Up to 256 blocks are matched exactly, more by screening and greed. The result is the same
+//! for any number of threads. Writing a permutation is `codec::permutation`; whether it pays is for the mode decision.
+
+mod blocks;
+mod hungarian;
+mod screened_greedy;
+mod similarity;
+
+use rayon::prelude::*;
+
+pub use blocks::{BlockVectors, VectorsError};
+pub use similarity::{PairStatistics, compare};
+
+use crate::codec::architecture::BlockType;
+use crate::codec::permutation::{GroupedPermutation, Permutation};
+
+/// Up to this many blocks are matched exactly.
+pub const EXACT_BLOCKS: usize = 256;
+
+/// How permutations are chosen; all but `Similarity` are the paper's ablations (Tables 14 and 15).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Alignment {
+    /// No permutation.
+    None,
+    /// A permutation by chance, the same for the same seed.
+    Random {
+        /// What the chance starts from.
+        seed: u64,
+    },
+    /// Greatest similarity, FFN units only.
+    FfnOnly,
+    /// Greatest similarity, attention heads only.
+    HeadsOnly,
+    /// Greatest similarity (Eq. 2).
+    #[default]
+    Similarity,
+}
+
+/// The permutation that predicts `current` from `previous`, the same record one layer below: block `i` goes with block
+/// `p[i]` of `previous`. `layer` tells chances apart.
+///
+/// # Panics
+/// When the two do not have the same symmetry and shapes: the caller has asked
+/// [`RecordPlan::follows`](crate::codec::architecture::RecordPlan::follows).
+pub fn align(
+    alignment: Alignment,
+    block_type: BlockType,
+    layer: u32,
+    previous: &BlockVectors<'_>,
+    current: &BlockVectors<'_>,
+) -> GroupedPermutation {
+    assert_eq!(previous.symmetry(), current.symmetry(), "blocks of one symmetry");
+    let symmetry = current.symmetry();
+    let identity = || GroupedPermutation::identity(symmetry).expect("checked when the blocks were made");
+    match (alignment, block_type) {
+        (Alignment::None, _)
+        | (Alignment::FfnOnly, BlockType::Attention)
+        | (Alignment::HeadsOnly, BlockType::Ffn) => identity(),
+        (Alignment::Random { seed }, _) => {
+            let stream = u64::from(layer) << 8 | block_type as u64;
+            let mut chance = fastrand::Rng::with_seed(seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let mut shuffled = |len: u32| {
+                let mut entries: Vec<u32> = (0..len).collect();
+                chance.shuffle(&mut entries);
+                bijection(entries)
+            };
+            let outer = shuffled(symmetry.groups);
+            let inner = (0..symmetry.groups).map(|_| shuffled(symmetry.members)).collect();
+            GroupedPermutation::new(outer, inner).expect("checked when the blocks were made")
+        }
+        (Alignment::FfnOnly | Alignment::HeadsOnly | Alignment::Similarity, _) => by_similarity(previous, current),
+    }
+}
+
+fn by_similarity(previous: &BlockVectors<'_>, current: &BlockVectors<'_>) -> GroupedPermutation {
+    let symmetry = current.symmetry();
+    if symmetry.members == 1 {
+        let blocks = symmetry.groups as usize;
+        let outer = if blocks <= EXACT_BLOCKS {
+            hungarian::assign(&similarity::cosines(current, previous))
+        } else {
+            screened_greedy::assign(current, previous)
+        };
+        return GroupedPermutation::free(bijection(outer)).expect("checked when the blocks were made");
+    }
+    // Every pair of groups has its own best matching of members; groups are matched by what that gives (Eq. 129).
+    let products = similarity::GroupProducts::of(current, previous);
+    let groups = symmetry.groups as usize;
+    let matched: Vec<(f32, Vec<u32>)> = (0..groups * groups)
+        .into_par_iter()
+        .map(|pair| products.match_members(pair / groups, pair % groups))
+        .collect();
+    let scores = ndarray::Array2::from_shape_fn((groups, groups), |(i, j)| matched[i * groups + j].0);
+    let outer = if groups <= EXACT_BLOCKS { hungarian::assign(&scores) } else { screened_greedy::assign_dense(&scores) };
+    let inner = outer.iter().enumerate().map(|(group, &below)| matched[group * groups + below as usize].1.clone());
+    let inner = inner.map(bijection).collect();
+    GroupedPermutation::new(bijection(outer), inner).expect("checked when the blocks were made")
+}
+
+/// An assignment as a permutation.
+fn bijection(entries: Vec<u32>) -> Permutation {
+    Permutation::new(entries).expect("an assignment uses each block once")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,741 @@
+//! The encoding of a whole checkpoint: Algorithm 1's upper half, around it rate control, and at the end a full decode that
+//! is compared with the source before anything is called done.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::entropy_model::{ClassHistograms, TablePool};
+use super::options::{PackOptions, PredictorChoice, Target};
+use super::part::SelfCheckError;
+use super::quantize::{is_lossy, values_of};
+use super::rate::{StepSearch, gaussian_step};
+use super::record::{Context, Drafted, RecordEncoder, Treatment, decode_part, motion_of};
+use super::report::{PackReport, StageTotals, TensorReport};
+use super::source::{Checkpoint, SourceError};
+use crate::archive::{Archive, ArchiveError, content_id};
+use crate::codec::architecture::{BlockType, CheckpointPlan, RecordPlan};
+use crate::codec::entropy::CodingTable;
+use crate::format::index::{FileEntry, Index};
+use crate::format::preamble::PREAMBLE_BYTES;
+use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+use crate::tensor::TensorInfo;
+
+/// Bytes decoded at once when the finished archive is compared with its source.
+const COMPARE_WINDOW: usize = 32 << 20;
+/// Cache of that comparison: room for the references of a few layers.
+const COMPARE_CACHE: u64 = 512 << 20;
+/// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
+const MOST_BITS: f64 = 12.0;
+/// A met target is this near, relative.
+const RATE_TOLERANCE: f64 = 0.004;
+/// Encodings of the whole checkpoint until the target must be met.
+const ENCODINGS: usize = 5;
+
+/// Why packing failed. Nothing that was on disk before has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The checkpoint cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The output cannot be written.
+    #[error("{path}: {source}")]
+    Output {
+        /// The archive or its directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The output is there already.
+    #[error("{0}: exists already, expected a new name; --force replaces it")]
+    Exists(PathBuf),
+    /// The rate cannot be reached.
+    #[error("--bpp {wanted}: {reason}")]
+    Rate {
+        /// Bits per parameter asked for.
+        wanted: f64,
+        /// What is in the way.
+        reason: String,
+    },
+    /// The archive just written cannot be opened.
+    #[error("the new archive does not open: {0}; please report this")]
+    Reopen(#[from] ArchiveError),
+    /// The archive just written does not decode.
+    #[error("the new archive does not decode: {0}; please report this")]
+    Redecode(#[from] MaterializeError),
+    /// An encoded part does not decode.
+    #[error(transparent)]
+    SelfCheck(#[from] SelfCheckError),
+    /// A bit-exact tensor came back different.
+    #[error("{file}: {tensor}: decoded bytes differ from the source's; please report this")]
+    Mismatch {
+        /// Safetensors file.
+        file: String,
+        /// Tensor.
+        tensor: String,
+    },
+}
+
+/// Told how far packing has come.
+pub trait Progress: Sync {
+    /// A phase begins that will go through this many bytes of the checkpoint.
+    fn phase(&self, name: &str, bytes: u64);
+    /// So many bytes of the phase are done.
+    fn advance(&self, bytes: u64);
+}
+
+/// Nobody listens.
+pub struct Silent;
+
+impl Progress for Silent {
+    fn phase(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+}
+
+/// A checkpoint on its way into an archive.
+pub struct Encoder<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a PackOptions,
+    progress: &'a dyn Progress,
+    plan: CheckpointPlan,
+    /// Per record, per part.
+    treatments: Vec<Vec<Treatment>>,
+    /// Symbols of all bit-exact parts; they do not change with the step.
+    exact_classes: ClassHistograms,
+}
+
+/// One look at the whole checkpoint with one step.
+struct Scan {
+    pool: TablePool,
+    /// Estimated bits of each part's body, per record.
+    part_bits: Vec<Vec<f64>>,
+    /// Squared rounding error and energy of all quantized values.
+    squared_error: f64,
+    energy: f64,
+    quantized: u64,
+}
+
+/// An archive's records, written.
+struct Written {
+    index: Index,
+    bytes: u64,
+    stages: StageTotals,
+    keyframe_records: u64,
+    predicted_records: u64,
+}
+
+/// What comparing the decoded archive with its source found.
+struct Compared {
+    decoded: Vec<[u8; 32]>,
+    sources: Vec<[u8; 32]>,
+    /// Per file, per tensor: squared error and energy.
+    errors: Vec<Vec<(f64, f64)>>,
+}
+
+impl<'a> Encoder<'a> {
+    /// Plans the records and chooses every tensor's treatment.
+    pub fn new(checkpoint: &'a Checkpoint, options: &'a PackOptions, progress: &'a dyn Progress) -> Self {
+        let mut encoder = Self {
+            checkpoint,
+            options,
+            progress,
+            plan: checkpoint.plan(),
+            treatments: Vec::new(),
+            exact_classes: ClassHistograms::default(),
+        };
+        encoder.progress.phase("reading", encoder.source_bytes());
+        for record in &encoder.plan.records {
+            let mut treatments = Vec::with_capacity(record.parts.len());
+            for part in &record.parts {
+                let (tensor, bytes) = encoder.tensor(part.file, part.tensor);
+                let treatment = Treatment::choose(record, tensor, bytes, is_lossy(options.target), options);
+                if let Treatment::Split(_) = treatment {
+                    let counted = Drafted::new(treatment, tensor, bytes, 1.0, options).count();
+                    encoder.exact_classes.merge(&counted);
+                }
+                encoder.finish_part(part.file, part.tensor);
+                treatments.push(treatment);
+            }
+            encoder.treatments.push(treatments);
+        }
+        encoder
+    }
+
+    fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {
+        let file = &self.checkpoint.files[file];
+        (&file.header.tensors[tensor], file.tensor_bytes(tensor))
+    }
+
+    fn finish_part(&self, file: usize, tensor: usize) {
+        let file = &self.checkpoint.files[file];
+        file.release(tensor);
+        self.progress.advance(file.header.tensors[tensor].length_bytes);
+    }
+
+    fn source_bytes(&self) -> u64 {
+        self.checkpoint.files.iter().map(|file| file.header.file_bytes()).sum()
+    }
+
+    /// Elements that are to be quantized, and the sum of their squares.
+    fn quantized_energy(&self) -> (u64, f64) {
+        let (mut count, mut energy) = (0, 0.0);
+        for (record, treatments) in self.plan.records.iter().zip(&self.treatments) {
+            for (part, treatment) in record.parts.iter().zip(treatments) {
+                if let Treatment::Quantized { .. } = treatment {
+                    let (tensor, bytes) = self.tensor(part.file, part.tensor);
+                    let values = values_of(&tensor.dtype, bytes);
+                    count += tensor.elements();
+                    let square: f64 =
+                        values.iter().filter(|value| value.is_finite()).map(|&value| f64::from(value).powi(2)).sum();
+                    energy += square;
+                }
+            }
+        }
+        (count, energy)
+    }
+
+    /// Counts and measures everything as keyframes with one step.
+    fn scan(&self, step: f64) -> Scan {
+        let step = step as f32;
+        let mut classes = self.exact_classes.clone();
+        let (mut squared_error, mut energy, mut quantized) = (0.0, 0.0, 0);
+        let for_each_part = |take: &mut dyn FnMut(usize, Drafted<'_>)| {
+            self.progress.phase("measuring", self.source_bytes());
+            for (ordinal, (record, treatments)) in self.plan.records.iter().zip(&self.treatments).enumerate() {
+                for (part, &treatment) in record.parts.iter().zip(treatments) {
+                    let (tensor, bytes) = self.tensor(part.file, part.tensor);
+                    take(ordinal, Drafted::new(treatment, tensor, bytes, step, self.options));
+                    self.finish_part(part.file, part.tensor);
+                }
+            }
+        };
+        if self.has_quantized() {
+            for_each_part(&mut |_, draft| {
+                if let Drafted::Quantized { values, layout, quantizer } = &draft {
+                    classes.merge(&draft.count());
+                    quantized += values.len() as u64;
+                    for (run, values) in values.chunks(layout.run_elements).enumerate() {
+                        let step = quantizer.step_of_run(run);
+                        for &value in values {
+                            energy += f64::from(value).powi(2);
+                            squared_error += f64::from(value - (value / step).round_ties_even() * step).powi(2);
+                        }
+                    }
+                }
+            });
+        }
+        let pool = classes.fit();
+        let mut part_bits = vec![Vec::new(); self.plan.records.len()];
+        for_each_part(&mut |ordinal, draft| part_bits[ordinal].push(draft.estimate(&pool)));
+        Scan { pool, part_bits, squared_error, energy, quantized }
+    }
+
+    fn has_quantized(&self) -> bool {
+        self.treatments.iter().flatten().any(|treatment| matches!(treatment, Treatment::Quantized { .. }))
+    }
+
+    /// What would be done to every tensor, with estimated sizes.
+    ///
+    /// # Errors
+    /// [`PackError::Rate`] where the target cannot be met.
+    pub fn dry_run(&self) -> Result<Vec<TensorReport>, PackError> {
+        let (_, scan) = self.first_step()?;
+        let mut reports = Vec::new();
+        for ((record, treatments), bits) in self.plan.records.iter().zip(&self.treatments).zip(&scan.part_bits) {
+            for ((part, treatment), bits) in record.parts.iter().zip(treatments).zip(bits) {
+                reports.push(self.tensor_report(record, part.file, part.tensor, treatment, *bits, None));
+            }
+        }
+        Ok(reports)
+    }
+
+    fn tensor_report(
+        &self,
+        record: &RecordPlan,
+        file: usize,
+        tensor: usize,
+        treatment: &Treatment,
+        bits: f64,
+        relative_squared_error: Option<f64>,
+    ) -> TensorReport {
+        let file = &self.checkpoint.files[file];
+        let info = &file.header.tensors[tensor];
+        TensorReport {
+            file: file.name.clone(),
+            name: info.name.clone(),
+            dtype: info.dtype.to_string(),
+            shape: info.shape.clone(),
+            layer: record.layer,
+            block_type: record.block_type.name(),
+            treatment: treatment.name(),
+            bits_per_element: bits / info.elements().max(1) as f64,
+            relative_squared_error,
+        }
+    }
+
+    /// The step to start encoding with, found on estimates.
+    fn first_step(&self) -> Result<(f64, Scan), PackError> {
+        let (quantized, energy) = if self.has_quantized() { self.quantized_energy() } else { (0, 0.0) };
+        if quantized == 0 || energy == 0.0 {
+            if let Target::BitsPerParameter(wanted) = self.options.target {
+                log::warn!("--bpp {wanted}: no tensor of this checkpoint may be quantized; packing it bit-exact");
+            }
+            return Ok((1.0, self.scan(1.0)));
+        }
+        let parameters = self.checkpoint.parameters() as f64;
+        let rms = (energy / quantized as f64).sqrt();
+        match self.options.target {
+            Target::Lossless => Ok((1.0, self.scan(1.0))),
+            Target::BitsPerParameter(wanted) => {
+                if wanted > MOST_BITS {
+                    let reason = format!("more than the {MOST_BITS} that quantization offers; pack it --lossless");
+                    return Err(PackError::Rate { wanted, reason });
+                }
+                let fixed = self.fixed_bits();
+                let budget = wanted * parameters - fixed;
+                let least = 0.1 * quantized as f64;
+                if budget < least {
+                    let needed = (fixed + least) / parameters;
+                    let reason = format!(
+                        "tensors that are always bit-exact and the headers leave too little: at least {needed:.2} is needed"
+                    );
+                    return Err(PackError::Rate { wanted, reason });
+                }
+                let mut step = gaussian_step(rms, budget / quantized as f64);
+                let mut search = StepSearch::new(budget, -(quantized as f64));
+                let mut scan = self.scan(step);
+                for _ in 0..6 {
+                    let bits = self.body_bits(&scan);
+                    if (bits - budget).abs() < 0.001 * budget {
+                        break;
+                    }
+                    step = search.next(step, bits);
+                    scan = self.scan(step);
+                }
+                Ok((step, scan))
+            }
+            Target::RelativeSquaredError(wanted) => {
+                let mut step = rms * (12.0 * wanted).sqrt();
+                let mut search = StepSearch::new(wanted.log2(), 2.0);
+                let mut scan = self.scan(step);
+                for _ in 0..6 {
+                    let error = (scan.squared_error / scan.energy).max(f64::MIN_POSITIVE).log2();
+                    if (error - wanted.log2()).abs() < 0.002 {
+                        break;
+                    }
+                    step = search.next(step, error);
+                    scan = self.scan(step);
+                }
+                Ok((step, scan))
+            }
+        }
+    }
+
+    /// Estimated bits of all quantized bodies.
+    fn body_bits(&self, scan: &Scan) -> f64 {
+        let parts = self.treatments.iter().flatten().zip(scan.part_bits.iter().flatten());
+        parts.filter(|(treatment, _)| matches!(treatment, Treatment::Quantized { .. })).map(|(_, bits)| bits).sum()
+    }
+
+    /// Bits of what does not change with the step: bit-exact tensors, headers, strips' own costs.
+    fn fixed_bits(&self) -> f64 {
+        let pool = self.exact_classes.fit();
+        let mut bits = 8.0 * 4096.0;
+        for file in &self.checkpoint.files {
+            bits += 8.0 * file.header.bytes.len() as f64 / 6.0; // as deflate leaves it
+        }
+        for (record, treatments) in self.plan.records.iter().zip(&self.treatments) {
+            for (part, &treatment) in record.parts.iter().zip(treatments) {
+                let (tensor, bytes) = self.tensor(part.file, part.tensor);
+                bits += 8.0 * 40.0 + tensor.elements() as f64 / 65_536.0 * 8.0 * 140.0;
+                if !matches!(treatment, Treatment::Quantized { .. }) {
+                    bits += Drafted::new(treatment, tensor, bytes, 1.0, self.options).estimate(&pool);
+                }
+            }
+        }
+        bits
+    }
+
+    /// Writes all records from the start of `out` on.
+    fn write_records(&self, out: &mut (impl Write + Seek), step: f64, pool: &TablePool) -> Result<Written, WriteError> {
+        self.progress.phase("encoding", self.source_bytes());
+        out.seek(SeekFrom::Start(0))?;
+        out.write_all(&[0; PREAMBLE_BYTES as usize])?; // written last
+        let mut index = self.empty_index();
+        let mut bytes = PREAMBLE_BYTES;
+        let (mut stages, mut keyframe_records, mut predicted_records) = (StageTotals::default(), 0, 0);
+        let mut numbers: BTreeMap<usize, u16> = BTreeMap::new();
+        let pool_tables = pool.coding_tables();
+        let plan_files = self.checkpoint.plan_files();
+        let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
+        let encoder = RecordEncoder { pool, options: self.options };
+        for (ordinal, (record, treatments)) in self.plan.records.iter().zip(&self.treatments).enumerate() {
+            let tensors: Vec<&TensorInfo> =
+                record.parts.iter().map(|part| self.tensor(part.file, part.tensor).0).collect();
+            let drafts: Vec<Drafted<'_>> = (record.parts.iter().zip(treatments))
+                .map(|(part, &treatment)| {
+                    let (tensor, bytes) = self.tensor(part.file, part.tensor);
+                    Drafted::new(treatment, tensor, bytes, step as f32, self.options)
+                })
+                .collect();
+            let context = (contexts.remove(&record.block_type))
+                .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
+            let encoded = encoder.encode(record, &tensors, &drafts, context.as_ref());
+            stages.add(&encoded.stages);
+            predicted_records += u64::from(encoded.predicted);
+            keyframe_records += u64::from(!encoded.predicted);
+
+            let mut number_of = |table: usize| {
+                let next = numbers.len() as u16;
+                *numbers.entry(table).or_insert_with(|| {
+                    index.tables.push(pool.table(table).coding.table().clone());
+                    next
+                })
+            };
+            let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
+            let side =
+                SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
+            let side = side.write();
+            let entry = RecordEntry {
+                layer: record.layer,
+                block_type: record.block_type as u8,
+                reference: context.as_ref().filter(|_| encoded.predicted).map(|context| context.ordinal),
+                side_bytes: side.len() as u64,
+                side_crc: crc32c::crc32c(&side),
+                parts: (record.parts.iter().zip(&encoded.parts))
+                    .map(|(part, encoded)| PartEntry {
+                        file: part.file as u32,
+                        tensor: part.tensor as u32,
+                        body_bytes: encoded.body.len() as u64,
+                    })
+                    .collect(),
+            };
+            bytes += entry.bytes();
+            index.records.push(entry);
+            out.write_all(&side)?;
+            for part in &encoded.parts {
+                out.write_all(&part.body)?;
+            }
+
+            if self.may_be_a_reference(record) {
+                let decoded =
+                    self.decode_record(record, &tensors, &drafts, &encoded, context.as_ref(), &pool_tables)?;
+                let permutation = encoded.grouped;
+                let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
+                contexts.insert(record.block_type, context);
+            }
+            for part in &record.parts {
+                self.finish_part(part.file, part.tensor);
+            }
+        }
+        Ok(Written { index, bytes, stages, keyframe_records, predicted_records })
+    }
+
+    /// The periodic keyframe schedule (Eq. 19), layers counted from 0.
+    fn is_keyframe(&self, record: &RecordPlan) -> bool {
+        record.layer.is_none_or(|layer| layer % self.options.keyframe_interval == 0)
+    }
+
+    /// Whether the next layer's record could be predicted from this one.
+    fn may_be_a_reference(&self, record: &RecordPlan) -> bool {
+        self.has_quantized()
+            && self.options.predictor != PredictorChoice::None
+            && record.layer.is_some_and(|layer| (layer + 1) % self.options.keyframe_interval != 0)
+    }
+
+    /// The local decode loop: what the decoder will have when it comes to the next layer.
+    fn decode_record(
+        &self,
+        record: &RecordPlan,
+        tensors: &[&TensorInfo],
+        drafts: &[Drafted<'_>],
+        encoded: &super::record::EncodedRecord,
+        context: Option<&Context>,
+        tables: &[Arc<CodingTable>],
+    ) -> Result<Vec<Option<Vec<f32>>>, SelfCheckError> {
+        (drafts.iter().enumerate())
+            .map(|(ordinal, draft)| {
+                let Drafted::Quantized { .. } = draft else { return Ok(None) };
+                let tensor = tensors[ordinal];
+                let motion = (encoded.grouped.as_ref())
+                    .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
+                let reference = context
+                    .and_then(|context| context.decoded[ordinal].as_ref())
+                    .map(|values| bytes_of(tensor, values));
+                let bytes = decode_part(tensor, &encoded.parts[ordinal], tables, motion, reference.as_deref())?;
+                Ok(Some(values_of(&tensor.dtype, &bytes)))
+            })
+            .collect()
+    }
+
+    fn empty_index(&self) -> Index {
+        let files: Vec<FileEntry> = (self.checkpoint.files.iter())
+            .map(|file| FileEntry {
+                name: file.name.clone(),
+                header: file.header.bytes.clone(),
+                decoded_sha256: [0; 32],
+                source_sha256: [0; 32],
+            })
+            .collect();
+        let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
+        Index {
+            architecture: self.plan.family.unwrap_or("unknown").to_owned(),
+            layers,
+            keyframe_interval: self.options.keyframe_interval,
+            content_id: content_id(files.iter().map(|file| file.decoded_sha256)),
+            files,
+            tables: Vec::new(),
+            block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
+            records: Vec::new(),
+            bases: Vec::new(),
+            provenance: self.options.provenance(),
+        }
+    }
+
+    /// Packs into `out`, which must not exist unless `replace` is set.
+    ///
+    /// # Errors
+    /// See [`PackError`]; after one, nothing is at `out` that was not there before.
+    pub fn pack(&self, out: &Path, replace: bool) -> Result<PackReport, PackError> {
+        let output = |source| PackError::Output { path: out.to_owned(), source };
+        if !replace && out.symlink_metadata().is_ok() {
+            return Err(PackError::Exists(out.to_owned()));
+        }
+        let directory = match out.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let (step, scan) = self.first_step()?;
+        // Hidden and without the archive's suffix: a run cut short leaves nothing that looks finished.
+        let mut temporary =
+            tempfile::Builder::new().prefix(".mcwc-pack-").suffix(".partial").tempfile_in(directory).map_err(output)?;
+        let (written, compared, target_missed) = self.settle(temporary.as_file_mut(), step, scan, out)?;
+
+        let mut index = written.index;
+        for (file, (decoded, source)) in index.files.iter_mut().zip(compared.decoded.iter().zip(&compared.sources)) {
+            file.decoded_sha256 = *decoded;
+            file.source_sha256 = *source;
+        }
+        index.content_id = content_id(compared.decoded.iter().copied());
+        let archive_bytes = write_index(temporary.as_file_mut(), &index, written.bytes).map_err(output)?;
+        temporary.as_file().sync_all().map_err(output)?;
+        set_ordinary_mode(temporary.as_file()).map_err(output)?;
+        let archive = Archive::open(temporary.path())?;
+        if replace {
+            temporary.persist(out).map_err(|error| output(error.error))?;
+        } else {
+            temporary.persist_noclobber(out).map_err(|error| match error.error.kind() {
+                std::io::ErrorKind::AlreadyExists => PackError::Exists(out.to_owned()),
+                _ => output(error.error),
+            })?;
+        }
+        std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(output)?;
+
+        let tensors = self.tensor_reports(&archive, &compared);
+        let (squared_error, energy) = self.quantized_error(&compared);
+        let parameters = self.checkpoint.parameters();
+        Ok(PackReport {
+            archive: out.display().to_string(),
+            architecture: index.architecture,
+            source_bytes: self.source_bytes(),
+            archive_bytes,
+            parameters,
+            bits_per_parameter: 8.0 * archive_bytes as f64 / parameters.max(1) as f64,
+            lossless: compared.decoded == compared.sources,
+            relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
+            target_missed,
+            keyframe_records: written.keyframe_records,
+            predicted_records: written.predicted_records,
+            stages: written.stages,
+            tensors,
+        })
+    }
+
+    /// Encodes until the target is met on what was serialized.
+    fn settle(
+        &self,
+        file: &mut std::fs::File,
+        step: f64,
+        scan: Scan,
+        out: &Path,
+    ) -> Result<(Written, Compared, Option<String>), PackError> {
+        let output = |source| PackError::Output { path: out.to_owned(), source };
+        let (mut step, mut scan) = (step, scan);
+        let parameters = self.checkpoint.parameters() as f64;
+        let mut search = match self.options.target {
+            Target::BitsPerParameter(wanted) => StepSearch::new(wanted * parameters, -(scan.quantized as f64)),
+            Target::RelativeSquaredError(wanted) => StepSearch::new((wanted * 0.9985).log2(), 2.0),
+            Target::Lossless => StepSearch::new(0.0, 1.0),
+        };
+        for attempt in 1.. {
+            file.set_len(0).map_err(output)?;
+            let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
+            let written = self.write_records(&mut buffered, step, &scan.pool).map_err(|error| match error {
+                WriteError::Io(source) => output(source),
+                WriteError::SelfCheck(error) => PackError::SelfCheck(error),
+            })?;
+            buffered.flush().map_err(output)?;
+            drop(buffered);
+            let bytes = write_index(file, &written.index, written.bytes).map_err(output)?;
+            let settled = scan.quantized == 0 || attempt == ENCODINGS;
+            match self.options.target {
+                Target::BitsPerParameter(wanted) if scan.quantized > 0 => {
+                    let bits = 8.0 * bytes as f64;
+                    let off = (bits / (wanted * parameters) - 1.0).abs();
+                    if off < RATE_TOLERANCE || settled {
+                        let missed = (off >= 0.01)
+                            .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
+                        return Ok((written, self.compare(file, out)?, missed));
+                    }
+                    step = search.next(step, bits);
+                }
+                Target::RelativeSquaredError(wanted) if scan.quantized > 0 => {
+                    let compared = self.compare(file, out)?;
+                    let (squared_error, energy) = self.quantized_error(&compared);
+                    let error = squared_error / energy;
+                    if (error <= wanted && error > wanted * (1.0 - RATE_TOLERANCE)) || settled {
+                        let missed = (error > wanted)
+                            .then(|| format!("relative squared error {error:.3e} after {attempt} encodings"));
+                        return Ok((written, compared, missed));
+                    }
+                    step = search.next(step, error.max(f64::MIN_POSITIVE).log2());
+                }
+                _ => return Ok((written, self.compare(file, out)?, None)),
+            }
+            scan = self.scan(step);
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    /// Decodes the archive in `file` from first to last byte, hashes it, and compares it with the source.
+    fn compare(&self, file: &std::fs::File, out: &Path) -> Result<Compared, PackError> {
+        self.progress.phase("comparing", self.source_bytes());
+        let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
+        let archive = Arc::new(Archive::open(&path)?);
+        let materializer =
+            Materializer::new(MaterializeOptions { cache_bytes: COMPARE_CACHE, engine: EngineChoice::Auto });
+        let quantized = self.quantized_tensors();
+        let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
+        let mut window = Vec::new();
+        for (file, source) in self.checkpoint.files.iter().enumerate().map(|(number, source)| (number, source)) {
+            let header_bytes = source.header.bytes.len() as u64;
+            let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
+            let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
+            let mut errors = Vec::new();
+            for (number, tensor) in source.header.tensors.iter().enumerate() {
+                let bytes = source.tensor_bytes(number);
+                let is_quantized = quantized.contains(&(file, number));
+                let (mut squared_error, mut energy) = (0.0, 0.0);
+                for (chunk_number, chunk) in bytes.chunks(COMPARE_WINDOW).enumerate() {
+                    window.resize(chunk.len(), 0);
+                    let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
+                    window.par_chunks_mut(1 << 20).enumerate().try_for_each(|(piece, out)| {
+                        materializer.read(&archive, file, first + (piece << 20) as u64, out).map(drop)
+                    })?;
+                    decoded_hash.update(&window);
+                    source_hash.update(chunk);
+                    if is_quantized {
+                        for (decoded, value) in
+                            values_of(&tensor.dtype, &window).into_iter().zip(values_of(&tensor.dtype, chunk))
+                        {
+                            squared_error += f64::from(decoded - value).powi(2);
+                            energy += f64::from(value).powi(2);
+                        }
+                    } else if window != chunk {
+                        return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
+                    }
+                }
+                if is_quantized && squared_error.is_nan() && window != bytes {
+                    return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
+                }
+                errors.push((squared_error, energy));
+                self.finish_part(file, number);
+            }
+            compared.decoded.push(decoded_hash.finalize().into());
+            compared.sources.push(source_hash.finalize().into());
+            compared.errors.push(errors);
+            log::debug!("compared: {} in {}", source.name, out.display());
+        }
+        Ok(compared)
+    }
+
+    /// File and tensor of every part that is to be quantized.
+    fn quantized_tensors(&self) -> std::collections::BTreeSet<(usize, usize)> {
+        let parts = self.plan.records.iter().flat_map(|record| &record.parts);
+        parts
+            .zip(self.treatments.iter().flatten())
+            .filter(|(_, treatment)| matches!(treatment, Treatment::Quantized { .. }))
+            .map(|(part, _)| (part.file, part.tensor))
+            .collect()
+    }
+
+    fn quantized_error(&self, compared: &Compared) -> (f64, f64) {
+        let errors = self.quantized_tensors().into_iter().map(|(file, tensor)| compared.errors[file][tensor]);
+        errors.fold((0.0, 0.0), |sum, error| (sum.0 + error.0, sum.1 + error.1))
+    }
+
+    fn tensor_reports(&self, archive: &Archive, compared: &Compared) -> Vec<TensorReport> {
+        let mut reports = Vec::new();
+        for (ordinal, (record, treatments)) in self.plan.records.iter().zip(&self.treatments).enumerate() {
+            let entry = archive.record(ordinal as u32);
+            for ((part, treatment), stored) in record.parts.iter().zip(treatments).zip(&entry.parts) {
+                let (squared_error, energy) = compared.errors[part.file][part.tensor];
+                let error = if energy > 0.0 { squared_error / energy } else { 0.0 };
+                let bits = 8.0 * stored.body_bytes as f64;
+                reports.push(self.tensor_report(record, part.file, part.tensor, treatment, bits, Some(error)));
+            }
+        }
+        reports
+    }
+}
+
+/// Writing a record failed.
+enum WriteError {
+    Io(std::io::Error),
+    SelfCheck(SelfCheckError),
+}
+
+impl From<std::io::Error> for WriteError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<SelfCheckError> for WriteError {
+    fn from(error: SelfCheckError) -> Self {
+        Self::SelfCheck(error)
+    }
+}
+
+/// Writes the index after the records and the preamble before them; returns the length of the whole file.
+fn write_index(file: &mut std::fs::File, index: &Index, records_end: u64) -> std::io::Result<u64> {
+    let (preamble, stored) = index.write(records_end);
+    file.set_len(records_end)?;
+    file.seek(SeekFrom::Start(records_end))?;
+    file.write_all(&stored)?;
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(&preamble.write())?;
+    Ok(preamble.file_bytes)
+}
+
+/// Temporary files are private; an archive is as readable as any new file.
+fn set_ordinary_mode(file: &std::fs::File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+}
+
+/// Decoded values in the tensor's own type again; they came from it, so nothing is rounded.
+fn bytes_of(tensor: &TensorInfo, values: &[f32]) -> Vec<u8> {
+    use crate::numerics::{bf16_from_f32, f16_from_f32};
+    use crate::tensor::Dtype;
+    match tensor.dtype {
+        Dtype::BF16 => values.iter().flat_map(|&value| bf16_from_f32(value).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|&value| f16_from_f32(value).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|&value| value.to_le_bytes()).collect(),
+    }
+}

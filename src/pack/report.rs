@@ -1,0 +1,84 @@
+//! What packing did, for people and machines.
+
+use serde::Serialize;
+
+use super::record::StageBits;
+
+/// One tensor of the plan (`--dry-run`) and of the report.
+#[derive(Clone, Debug, Serialize)]
+pub struct TensorReport {
+    /// Safetensors file.
+    pub file: String,
+    /// Tensor.
+    pub name: String,
+    /// Element type.
+    pub dtype: String,
+    /// Dimensions.
+    pub shape: Vec<u64>,
+    /// Layer, if it belongs to one.
+    pub layer: Option<u32>,
+    /// Block type of its record.
+    pub block_type: &'static str,
+    /// `raw`, `split` (bit-exact) or `quantized`.
+    pub treatment: &'static str,
+    /// Bits per element: estimated in a plan, of the body as written in a report.
+    pub bits_per_element: f64,
+    /// Squared error over squared weights of the decoded tensor; 0 where it is bit-exact, absent in a plan.
+    pub relative_squared_error: Option<f64>,
+}
+
+/// The result of packing.
+#[derive(Clone, Debug, Serialize)]
+pub struct PackReport {
+    /// The archive.
+    pub archive: String,
+    /// Model family whose block rules were used.
+    pub architecture: String,
+    /// Bytes of the safetensors files.
+    pub source_bytes: u64,
+    /// Bytes of the archive, everything included.
+    pub archive_bytes: u64,
+    /// Elements over all tensors.
+    pub parameters: u64,
+    /// Archive bytes times eight over parameters.
+    pub bits_per_parameter: f64,
+    /// Whether every decoded byte is the original's.
+    pub lossless: bool,
+    /// Squared error over squared weights, over all quantized tensors; 0 if there are none.
+    pub relative_squared_error: f64,
+    /// Why the target was not met, where it was not.
+    pub target_missed: Option<String>,
+    /// Records coded without prediction.
+    pub keyframe_records: u64,
+    /// Records with a predicted part.
+    pub predicted_records: u64,
+    /// What mode decision measured, summed over the records where it had a choice.
+    pub stages: StageTotals,
+    /// Every tensor.
+    pub tensors: Vec<TensorReport>,
+}
+
+/// Sums over records that could have been predicted, in bits.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct StageTotals {
+    /// Had all their parts been keyframes.
+    pub keyframe: f64,
+    /// With prediction, without alignment.
+    pub unaligned: f64,
+    /// With prediction and alignment, permutations not counted; unaligned where no permutation was found.
+    pub aligned: f64,
+    /// The permutations.
+    pub permutation: f64,
+}
+
+impl StageTotals {
+    /// Adds one record.
+    pub fn add(&mut self, stages: &StageBits) {
+        if let Some(unaligned) = stages.unaligned {
+            self.keyframe += stages.keyframe;
+            self.unaligned += unaligned;
+            self.aligned += stages.aligned.unwrap_or(unaligned);
+            self.permutation += stages.permutation.unwrap_or(0.0);
+        }
+    }
+}
