@@ -17,6 +17,9 @@ pub mod umount;
 pub mod unpack;
 pub mod verify;
 
+/// Exit code of `verify` where an archive is damaged or differs from the original.
+const NOT_SOUND: u8 = 3;
+
 /// Compressed model checkpoints, mounted as ordinary safetensors files.
 #[derive(Parser, Debug)]
 #[command(name = "mcwcfs", version)]
@@ -53,7 +56,10 @@ pub fn mcwcfs() -> ExitCode {
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Inspect(args) => finish(inspect::run(&args).map(|()| ExitCode::SUCCESS)),
-        Command::Verify(args) => finish(verify::run(&args).map(|verification| verification.exit_code())),
+        Command::Verify(args) => finish(verify::run(&args).map(|verification| match verification.sound {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::from(NOT_SOUND),
+        })),
         Command::Unpack(args) => finish(unpack::run(&args).map(|()| ExitCode::SUCCESS)),
     }
 }

@@ -1,1 +1,22 @@
 //! Logging.
+//!
+//! One line per event, on standard error: a person or journald reads it there. A daemon that left its terminal has
+//! standard error redirected to its log file before it starts (see [`crate::daemon::launch`]), so nothing here knows
+//! about files.
+
+use log::LevelFilter;
+
+/// Starts logging. Later calls change nothing, so a test or an embedder may have its own logger.
+///
+/// `fuser`, whose lines are about its own workings, is quiet unless everything is asked for: what a reader meets is
+/// logged here, once, with the file's name.
+pub fn start(level: LevelFilter) {
+    let fuser = match level {
+        LevelFilter::Trace => LevelFilter::Debug,
+        LevelFilter::Debug => LevelFilter::Warn,
+        _ => LevelFilter::Off,
+    };
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level).filter_module("fuser", fuser).format_target(false).format_timestamp_millis();
+    let _ = builder.try_init(); // fails only where a logger is there already
+}

@@ -1,0 +1,295 @@
+//! `mcwcfs mount SRC MNT`.
+//!
+//! Exit codes are those of mount(8): 0 mounted (in the foreground: and unmounted again), 1 wrong usage, 2 the system
+//! lacks something, 32 the mount failed.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser};
+use log::LevelFilter;
+
+use super::size::parse_size;
+use crate::daemon::launch::{self, Outcome};
+use crate::daemon::{self, DaemonError, ServeOptions};
+use crate::fuse::{FuseError, MountOptions};
+use crate::materialize::{EngineChoice, MaterializeOptions};
+use crate::telemetry;
+
+pub(super) const WRONG_USAGE: u8 = 1;
+pub(super) const SYSTEM: u8 = 2;
+pub(super) const MOUNT_FAILED: u8 = 32;
+
+/// The kernel's readahead below the mount where nobody says: good for whole models and bearable for slices.
+const READAHEAD_KIB: u32 = 1024;
+
+/// Mounts a directory of archives: each shows its .safetensors files, decoded as they are read.
+#[derive(Args, Clone, Debug)]
+pub struct MountArgs {
+    /// Directory with archives and whatever lies beside them
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+    /// Empty directory that will show it
+    #[arg(value_name = "MNT")]
+    mountpoint: PathBuf,
+    /// Stay in the foreground; without this, return once the mount answers
+    #[arg(short, long)]
+    foreground: bool,
+    #[command(flatten)]
+    flags: MountFlags,
+    /// Flags as mount(8) passes them, for example cache_size=4G,allow_other; flags given as such win
+    #[arg(short, value_name = "OPTION[=VALUE],...", value_delimiter = ',')]
+    options: Vec<String>,
+}
+
+/// What `-o` can say too.
+#[derive(Args, Clone, Debug, Default)]
+struct MountFlags {
+    /// Memory for decoded weights [default: a quarter of what this process may use]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    cache_size: Option<u64>,
+    /// What decodes [default: auto]
+    #[arg(long, value_enum)]
+    engine: Option<EngineChoice>,
+    /// Threads that decode one tensor together [default: all cores]
+    #[arg(long, value_name = "COUNT")]
+    threads: Option<NonZeroUsize>,
+    /// How far the kernel reads ahead, set as root only [default: 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    readahead: Option<u64>,
+    /// Let other users in; without root, user_allow_other in /etc/fuse.conf must permit it
+    #[arg(long)]
+    allow_other: bool,
+    /// Owner of everything [default: who mounts]
+    #[arg(long)]
+    uid: Option<u32>,
+    /// Group of everything [default: that of who mounts]
+    #[arg(long)]
+    gid: Option<u32>,
+    /// Permissions of files, octal [default: 444]
+    #[arg(long, value_name = "OCTAL", value_parser = parse_mode)]
+    file_mode: Option<u16>,
+    /// Permissions of directories, octal [default: 555]
+    #[arg(long, value_name = "OCTAL", value_parser = parse_mode)]
+    dir_mode: Option<u16>,
+    /// What /proc/mounts shows as source [default: mcwcfs]
+    #[arg(long, value_name = "NAME")]
+    fsname: Option<String>,
+    /// off, error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<LevelFilter>,
+    /// Log of the background daemon [default: MNT.log, with dashes for slashes, in /var/log/mcwcfs as root, else in
+    /// ~/.local/state/mcwcfs]; in the foreground the log goes to standard error
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+}
+
+/// The flags on their own, to read what stands behind `-o`.
+#[derive(Parser)]
+#[command(no_binary_name = true, disable_help_flag = true)]
+struct MirroredFlags {
+    #[command(flatten)]
+    flags: MountFlags,
+}
+
+/// Mounts, and returns the exit code once the mount answers or, in the foreground, has ended.
+pub fn run(args: MountArgs) -> ExitCode {
+    let flags = match mirrored(&args.options) {
+        Ok(mirrored) => args.flags.or(mirrored),
+        Err(message) => return fail(WRONG_USAGE, &message),
+    };
+    let is_daemon = launch::is_daemon();
+    if !args.foreground && !is_daemon {
+        return in_background(&args.mountpoint, flags.log_file.as_deref());
+    }
+    telemetry::start(flags.log_level.unwrap_or(LevelFilter::Info));
+    match serve(&args.source, &args.mountpoint, flags, is_daemon) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_daemon => {
+            log::error!("{error}");
+            launch::report_failure(exit_code(&error), &error.to_string());
+            ExitCode::from(exit_code(&error))
+        }
+        Err(error) => fail(exit_code(&error), &error.to_string()),
+    }
+}
+
+fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -> Result<(), DaemonError> {
+    if let Some(threads) = flags.threads {
+        let built = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
+        let wrap =
+            |error| DaemonError::System { what: "starting decoder threads", source: std::io::Error::other(error) };
+        built.map_err(wrap)?;
+    }
+    let default = MountOptions::default();
+    let options = ServeOptions {
+        source: source.to_owned(),
+        mountpoint: mountpoint.to_owned(),
+        materialize: MaterializeOptions {
+            cache_bytes: flags.cache_size.unwrap_or_else(daemon::default_cache_bytes),
+            engine: flags.engine.unwrap_or_default(),
+        },
+        readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
+        mount: MountOptions {
+            fsname: flags.fsname.unwrap_or(default.fsname),
+            allow_other: flags.allow_other,
+            uid: flags.uid.unwrap_or(default.uid),
+            gid: flags.gid.unwrap_or(default.gid),
+            file_mode: flags.file_mode.unwrap_or(default.file_mode),
+            directory_mode: flags.dir_mode.unwrap_or(default.directory_mode),
+            ..default
+        },
+    };
+    daemon::serve(&options, || if is_daemon { launch::report_ready() } else { Ok(()) })
+}
+
+fn in_background(mountpoint: &Path, log_file: Option<&Path>) -> ExitCode {
+    let log = match log_file {
+        Some(path) => match launch::open_log(path) {
+            Ok(file) => Some(file),
+            Err(error) => return fail(WRONG_USAGE, &format!("log file {}: {error}", path.display())),
+        },
+        None => default_log(mountpoint),
+    };
+    match launch::launch(std::env::args_os().skip(1), log) {
+        Ok(Outcome::Ready) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed(code, message)) => fail(code, &message),
+        Err(error) => fail(SYSTEM, &format!("starting the daemon: {error}")),
+    }
+}
+
+/// The log where nobody asked for one: a mount does not fail for want of it.
+fn default_log(mountpoint: &Path) -> Option<std::fs::File> {
+    // The daemon's own check of the mount point says what is wrong with it, if anything.
+    let mountpoint = mountpoint.canonicalize().ok()?;
+    let path = launch::default_log_path(&mountpoint)?;
+    launch::open_log(&path)
+        .inspect_err(|error| eprintln!("mcwcfs: mounting without a log: {}: {error}", path.display()))
+        .ok()
+}
+
+/// What stands behind `-o`: each option is a flag under its own name, with `_` for `-` if one likes.
+fn mirrored(options: &[String]) -> Result<MountFlags, String> {
+    let mut arguments = Vec::new();
+    for option in options.iter().map(|option| option.trim()).filter(|option| !is_ignored(option)) {
+        if option == "rw" {
+            return Err("-o rw: the mount is always read-only".to_owned());
+        }
+        let (name, value) = option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
+        let name = name.replace('_', "-");
+        arguments.push(value.map_or_else(|| format!("--{name}"), |value| format!("--{name}={value}")));
+    }
+    let parsed = MirroredFlags::try_parse_from(arguments).map_err(|error| {
+        let message = error.to_string();
+        let first = message.lines().next().unwrap_or_default();
+        format!("-o {}: {}", options.join(","), first.strip_prefix("error: ").unwrap_or(first))
+    })?;
+    Ok(parsed.flags)
+}
+
+/// What mount(8) and fstab say to others, and what is so anyway.
+fn is_ignored(option: &str) -> bool {
+    const OTHERS: [&str; 12] =
+        ["", "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "noexec"];
+    const SO_ANYWAY: [&str; 5] = ["ro", "nosuid", "nodev", "noatime", "default_permissions"];
+    OTHERS.contains(&option)
+        || SO_ANYWAY.contains(&option)
+        || option.starts_with("x-")
+        || option.starts_with("comment=")
+        || option.starts_with("user=")
+}
+
+impl MountFlags {
+    /// These flags, and where they say nothing, `other`.
+    fn or(self, other: Self) -> Self {
+        Self {
+            cache_size: self.cache_size.or(other.cache_size),
+            engine: self.engine.or(other.engine),
+            threads: self.threads.or(other.threads),
+            readahead: self.readahead.or(other.readahead),
+            allow_other: self.allow_other || other.allow_other,
+            uid: self.uid.or(other.uid),
+            gid: self.gid.or(other.gid),
+            file_mode: self.file_mode.or(other.file_mode),
+            dir_mode: self.dir_mode.or(other.dir_mode),
+            fsname: self.fsname.or(other.fsname),
+            log_level: self.log_level.or(other.log_level),
+            log_file: self.log_file.or(other.log_file),
+        }
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u16, String> {
+    match u16::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(format!("{text:?}: expected octal permissions such as 444")),
+    }
+}
+
+/// The exit code of a failure, as mount(8) documents them.
+pub(super) fn exit_code(error: &DaemonError) -> u8 {
+    match error {
+        DaemonError::Overlap { .. } => WRONG_USAGE,
+        DaemonError::System { .. } | DaemonError::Fuse(FuseError::Session { .. }) => SYSTEM,
+        DaemonError::AlreadyMounted { .. }
+        | DaemonError::NotMounted { .. }
+        | DaemonError::Source(_)
+        | DaemonError::Fuse(_)
+        | DaemonError::NotAnswering { .. }
+        | DaemonError::Ended { .. }
+        | DaemonError::StillRunning { .. } => MOUNT_FAILED,
+    }
+}
+
+pub(super) fn fail(code: u8, message: &str) -> ExitCode {
+    eprintln!("mcwcfs: {message}");
+    ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(text: &str) -> Result<MountFlags, String> {
+        mirrored(&text.split(',').map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn options_mirror_flags_with_either_dash() {
+        let flags = options("cache_size=4G,allow-other,uid=7,file_mode=0400,engine=reference,log_level=debug").unwrap();
+        assert_eq!((flags.cache_size, flags.allow_other, flags.uid), (Some(4 << 30), true, Some(7)));
+        assert_eq!((flags.file_mode, flags.engine), (Some(0o400), Some(EngineChoice::Reference)));
+        assert_eq!(flags.log_level, Some(LevelFilter::Debug));
+    }
+
+    #[test]
+    fn options_for_others_are_ignored() {
+        let flags = options("ro,nofail,_netdev,user,x-systemd.automount,comment=a,defaults,uid=1,").unwrap();
+        assert_eq!(flags.uid, Some(1));
+    }
+
+    #[test]
+    fn an_option_nobody_knows_is_named() {
+        for text in ["frobnicate", "cache_size=much", "rw", "uid", "help", "suid"] {
+            let message = options(text).unwrap_err();
+            assert!(message.starts_with(&format!("-o {text}: ")), "{message}");
+            assert_eq!(message.lines().count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_flag_wins_over_an_option() {
+        let flags = MountFlags { uid: Some(1), ..MountFlags::default() };
+        let merged = flags.or(options("uid=2,gid=3").unwrap());
+        assert_eq!((merged.uid, merged.gid), (Some(1), Some(3)));
+    }
+
+    #[test]
+    fn permissions_are_octal() {
+        assert_eq!(parse_mode("0440"), Ok(0o440));
+        for text in ["", "9", "1777", "rwx"] {
+            assert!(parse_mode(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Whether a source and a mount point can go together.
+
+use std::path::Path;
+
+use super::DaemonError;
+use crate::fuse::{self, FuseError};
+use crate::vfs::VfsError;
+
+/// Refuses what would deadlock or confuse: a mount point in, around or equal to the source, and one already in use by us.
+pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(), DaemonError> {
+    if fuse::is_dead(mountpoint) {
+        return Err(FuseError::DeadMount { path: mountpoint.to_owned() }.into());
+    }
+    let source = source
+        .canonicalize()
+        .map_err(|error| DaemonError::Source(VfsError::Source { path: source.to_owned(), source: error }))?;
+    let mountpoint = mountpoint
+        .canonicalize()
+        .map_err(|source| DaemonError::Fuse(FuseError::MountPoint { path: mountpoint.to_owned(), source }))?;
+    if source.starts_with(&mountpoint) || mountpoint.starts_with(&source) {
+        return Err(DaemonError::Overlap { source_path: source, mountpoint });
+    }
+    match fuse::mount_at(&mountpoint) {
+        Some(entry) if entry.is_ours() => Err(DaemonError::AlreadyMounted { mountpoint, what: entry.source }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_mount_point_in_around_or_equal_to_the_source_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["models", "models/inner", "models-mounted"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        symlink(path("models/inner"), path("link")).unwrap();
+        for (source, mountpoint) in
+            [("models", "models"), ("models", "models/inner"), ("models/inner", "models"), ("models", "link")]
+        {
+            let result = check(&path(source), &path(mountpoint));
+            assert!(matches!(result, Err(DaemonError::Overlap { .. })), "{source} at {mountpoint}");
+        }
+        check(&path("models"), &path("models-mounted")).unwrap();
+    }
+
+    #[test]
+    fn a_missing_source_or_mount_point_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let missing = directory.path().join("missing");
+        assert!(check(&missing, directory.path()).unwrap_err().to_string().starts_with("source "));
+        assert!(check(directory.path(), &missing).unwrap_err().to_string().starts_with("mount point "));
+    }
+}

@@ -1,0 +1,374 @@
+//! Requests of the kernel, one method each.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use log::debug;
+
+use super::MountOptions;
+use super::errno::errno;
+use super::workers::Workers;
+use crate::vfs::{Attributes, Inode, Kind, Vfs, VfsError};
+
+/// The tree is a snapshot, so the kernel need not ask again. A rescan will have to tell it what changed.
+const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
+/// Inode numbers are never used for other content: see `vfs/inode.rs`.
+const GENERATION: Generation = Generation(0);
+/// One page: what `stat` calls the best size for I/O, and the unit of `statfs`.
+const BLOCK_BYTES: u32 = 4096;
+/// Requests the kernel may have in flight that nobody waits for, such as readahead. The default of 12 throttles it.
+const MAX_BACKGROUND: u16 = 1024;
+/// Attribute of the root that `mcwcfs umount` reads to wait for the daemon's end. Not listed: it is no property of data.
+const DAEMON_PID: &str = "user.mcwc.daemon_pid";
+
+/// A tree, and who reads for it.
+#[derive(Debug)]
+pub(super) struct Adapter {
+    vfs: Arc<Vfs>,
+    workers: Workers,
+    options: MountOptions,
+}
+
+impl Adapter {
+    /// # Errors
+    /// When no worker can be started.
+    pub(super) fn new(vfs: Vfs, options: &MountOptions) -> io::Result<Self> {
+        Ok(Self { vfs: Arc::new(vfs), workers: Workers::new()?, options: options.clone() })
+    }
+
+    fn file_attributes(&self, attributes: &Attributes) -> FileAttr {
+        let Attributes { inode, kind, length_bytes, modified, links } = *attributes;
+        let (kind, perm) = match kind {
+            Kind::Directory => (FileType::Directory, self.options.directory_mode),
+            Kind::File => (FileType::RegularFile, self.options.file_mode),
+            Kind::Link => (FileType::Symlink, 0o777),
+        };
+        FileAttr {
+            ino: INodeNo(inode.0),
+            size: length_bytes,
+            blocks: length_bytes.div_ceil(512),
+            atime: modified,
+            mtime: modified,
+            ctime: modified,
+            crtime: modified,
+            kind,
+            perm,
+            nlink: links,
+            uid: self.options.uid,
+            gid: self.options.gid,
+            rdev: 0,
+            blksize: BLOCK_BYTES,
+            flags: 0,
+        }
+    }
+
+    /// `.`, `..` and the entries of a directory from number `offset` on, each with the offset that follows it, until
+    /// `add` says that the reply is full.
+    fn list(
+        &self,
+        directory: INodeNo,
+        offset: u64,
+        mut add: impl FnMut(u64, &OsStr, &Attributes) -> bool,
+    ) -> Result<(), VfsError> {
+        let directory = Inode(directory.0);
+        let entries = self.vfs.directory(directory)?;
+        let dots = [(OsStr::new("."), directory), (OsStr::new(".."), self.vfs.parent(directory)?)];
+        let names = entries.iter().map(|entry| (entry.name.as_os_str(), entry.inode));
+        let all = dots.into_iter().chain(names).zip(1..);
+        for ((name, inode), next_offset) in all.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+            if add(next_offset, name, &self.vfs.attributes(inode)?) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn extended_attribute(&self, inode: INodeNo, name: &OsStr) -> Result<String, VfsError> {
+        if inode == INodeNo::ROOT && name == DAEMON_PID {
+            return Ok(process::id().to_string());
+        }
+        self.vfs.extended_attribute(Inode(inode.0), name)
+    }
+}
+
+/// Answers a query whose length the caller may not know: size 0 asks for it.
+fn reply_value(reply: ReplyXattr, size: u32, value: &[u8]) {
+    match u32::try_from(value.len()) {
+        Ok(length) if size == 0 => reply.size(length),
+        Ok(length) if length <= size => reply.data(value),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+        ];
+        for capability in wanted {
+            if config.add_capabilities(capability).is_err() {
+                debug!("kernel without {capability:?}");
+            }
+        }
+        // Neither can fail: both are above zero. `max_write` is left alone, because it caps reads too.
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.set_congestion_threshold(MAX_BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.vfs.lookup(Inode(parent.0), name) {
+            Ok(attributes) => reply.entry(&TIME_TO_LIVE, &self.file_attributes(&attributes), GENERATION),
+            // Inode 0 with a time to live: the kernel remembers that the name is missing. Loaders probe for many.
+            Err(VfsError::NoSuchName) => {
+                let missing = Attributes {
+                    inode: Inode(0),
+                    kind: Kind::File,
+                    length_bytes: 0,
+                    modified: SystemTime::UNIX_EPOCH,
+                    links: 0,
+                };
+                reply.entry(&TIME_TO_LIVE, &self.file_attributes(&missing), GENERATION);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn getattr(&self, _request: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        match self.vfs.attributes(Inode(inode.0)) {
+            Ok(attributes) => reply.attr(&TIME_TO_LIVE, &self.file_attributes(&attributes)),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        match self.vfs.link_target(Inode(inode.0)) {
+            Ok(target) => reply.data(target.as_os_str().as_bytes()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if flags.acc_mode() != OpenAccMode::O_RDONLY {
+            return reply.error(Errno::EROFS);
+        }
+        match self.vfs.check_file(Inode(inode.0)).and_then(|()| self.vfs.path(Inode(inode.0))) {
+            Ok(path) => {
+                debug!("open: {}", path.display());
+                // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
+                reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let inode = Inode(inode.0);
+        if let Some(bytes) = self.vfs.resident(inode, offset, size.into()) {
+            return reply.data(bytes);
+        }
+        let vfs = Arc::clone(&self.vfs);
+        self.workers.submit(move |buffer| {
+            let size = size as usize;
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match vfs.read(inode, offset, &mut buffer[..size]) {
+                Ok(length) => reply.data(&buffer[..length]),
+                Err(error) => reply.error(errno(&error)),
+            }
+        });
+    }
+
+    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.vfs.directory(Inode(inode.0)) {
+            Ok(_) => reply.opened(FileHandle(0), FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdir(&self, _request: &Request, inode: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let result = self.list(inode, offset, |next_offset, name, attributes| {
+            let attributes = self.file_attributes(attributes);
+            reply.add(attributes.ino, next_offset, attributes.kind, name)
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let result = self.list(inode, offset, |next_offset, name, attributes| {
+            let attributes = self.file_attributes(attributes);
+            reply.add(attributes.ino, next_offset, name, &TIME_TO_LIVE, &attributes, GENERATION)
+        });
+        match result {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+        let totals = self.vfs.totals();
+        let blocks = totals.bytes.div_ceil(BLOCK_BYTES.into());
+        reply.statfs(blocks, 0, 0, totals.inodes, 0, BLOCK_BYTES, 255, BLOCK_BYTES);
+    }
+
+    fn getxattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.extended_attribute(inode, name) {
+            Ok(value) => reply_value(reply, size, value.as_bytes()),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn listxattr(&self, _request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.vfs.extended_attribute_names(Inode(inode.0)) {
+            Ok(names) => {
+                let list: String = names.into_iter().flat_map(|name| [name, "\0"]).collect();
+                reply_value(reply, size, list.as_bytes());
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    /// Asked only where the kernel does not check permissions itself, which it is told to.
+    fn access(&self, _request: &Request, _inode: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+        if mask.contains(AccessFlags::W_OK) { reply.error(Errno::EROFS) } else { reply.ok() }
+    }
+
+    // Answered "unknown request" once, after which the kernel does it alone: there is nothing to flush, no hole to
+    // report, and a copy between file systems is a read and a write.
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    // The mount is read-only, so the kernel refuses these before it asks. `mount -o remount,rw` may take that away:
+    // then we do.
+
+    fn setattr(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn rename(&self, _: &Request, _: INodeNo, _: &OsStr, _: INodeNo, _: &OsStr, _: RenameFlags, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, _: u64, _: u64, _: i32, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EROFS);
+    }
+}
