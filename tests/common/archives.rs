@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mcwcfs::archive::{Archive, ArchiveError};
 use mcwcfs::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
 
+use crate::arguments;
 use crate::common::{Bert, Random, Tensor, mcwcfs_ok, safetensors};
 
 /// A checkpoint and how it is packed.

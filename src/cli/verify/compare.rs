@@ -204,7 +204,8 @@ mod tests {
             let compared = comparison.finish();
             assert!(compared.header_equal);
             assert_eq!(compared.differences, expected, "pieces of {cut} bytes");
-            let errors = [(0, SquaredError { error: 0.25, energy: 25.0 }), (1, SquaredError { error: 0.0, energy: 2.0 })];
+            let errors =
+                [(0, SquaredError { error: 0.25, energy: 25.0 }), (1, SquaredError { error: 0.0, energy: 2.0 })];
             assert_eq!(compared.errors, errors, "pieces of {cut} bytes");
         }
     }
