@@ -1,1 +1,3 @@
 //! Command line: one file per subcommand.
+
+pub mod analyze;
