@@ -12,7 +12,7 @@ const TILE_BYTES: usize = 16 << 20;
 
 /// How many vectors of this width are taken at once.
 pub(super) fn tile_rows(width: usize) -> usize {
-    (TILE_BYTES / (4 * width.max(1))).clamp(32, 1024)
+    (TILE_BYTES / (4 * width.max(1))).clamp(4, 1024)
 }
 
 /// The vectors of these groups, each divided by its length; a vector of zeros stays one.
