@@ -20,7 +20,7 @@ use super::packed_tree::{PackedTree, PackedTreeError};
 use crate::archive::{Archive, ArchiveError};
 use crate::materialize::{EngineChoice, MaterializeError};
 
-/// Options of `mcwcfs unpack`.
+/// Writes the files of archives as they were before packing.
 #[derive(Debug, Args)]
 pub struct UnpackArgs {
     /// An archive, or a directory of archives and sidecars
@@ -97,19 +97,6 @@ pub enum UnpackError {
         /// What the system said.
         source: io::Error,
     },
-}
-
-impl UnpackError {
-    /// Whether the archive's bytes are at fault: its content is not what was packed.
-    pub fn is_damage(&self) -> bool {
-        match self {
-            Self::WrongContent { .. } => true,
-            Self::Archive(error) => !matches!(error, ArchiveError::Io { .. }),
-            Self::Decode(MaterializeError::Archive(error)) => !matches!(**error, ArchiveError::Io { .. }),
-            Self::Decode(MaterializeError::Decode { .. }) => true,
-            _ => false,
-        }
-    }
 }
 
 /// One file to be written.

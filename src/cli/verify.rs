@@ -24,9 +24,9 @@ use crate::archive::{Archive, ArchiveError};
 use crate::format::part::Coding;
 use crate::materialize::{EngineChoice, MaterializeError};
 
-pub use compare::{Comparison, TensorDifference};
+pub use compare::{Compared, Comparison, SquaredError, TensorDifference};
 
-/// Options of `mcwcfs verify`.
+/// Checks archives: every checksum, every decoded file, and on request against the originals.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// An archive, or a directory of archives and sidecars
@@ -35,7 +35,7 @@ pub struct VerifyArgs {
     /// Compare with the original: a directory, or one .safetensors file
     #[arg(long, value_name = "PATH")]
     pub against: Option<PathBuf>,
-    /// Fail where a tensor's squared error relative to its energy is larger
+    /// Fail where an archive's squared error over squared weights, all quantized tensors together, is larger
     #[arg(long, value_name = "E", requires = "against")]
     pub max_rel_mse: Option<f64>,
     /// Threads that decode [default: all cores]
@@ -87,10 +87,12 @@ pub struct Verification {
 pub struct VerifiedArchive {
     /// Where it lies.
     pub archive: String,
-    /// Why it does not open; its files are unknown then.
+    /// Why it does not open, its files being unknown then, or why it is wrong as a whole.
     pub problem: Option<String>,
     /// Its safetensors files.
     pub files: Vec<VerifiedFile>,
+    /// Squared error over squared weights, over all quantized tensors together; absent without originals to compare with.
+    pub relative_squared_error: Option<f64>,
 }
 
 /// One safetensors file of an archive.
@@ -106,6 +108,9 @@ pub struct VerifiedFile {
     pub against: Option<String>,
     /// Tensors that are not bit for bit the original's; absent without an original.
     pub differences: Option<Vec<TensorDifference>>,
+    /// Squared error of its quantized tensors.
+    #[serde(skip)]
+    pub quantized: SquaredError,
 }
 
 /// Verifies, prints the result, and returns it: what is not `sound` is for exit code 3.
@@ -142,7 +147,12 @@ fn verify_archive(
     threads: usize,
 ) -> Result<VerifiedArchive, VerifyError> {
     let path = root.join(relative);
-    let mut verified = VerifiedArchive { archive: path.display().to_string(), problem: None, files: Vec::new() };
+    let mut verified = VerifiedArchive {
+        archive: path.display().to_string(),
+        problem: None,
+        files: Vec::new(),
+        relative_squared_error: None,
+    };
     let archive = match Archive::open(&path) {
         Ok(archive) => Arc::new(archive),
         Err(ArchiveError::Io { path, source }) => return Err(VerifyError::Io { path, source }),
@@ -162,6 +172,19 @@ fn verify_archive(
         verified.files.push(verify_file(&archive, file, original, args, threads, &progress)?);
     }
     progress.finish_and_clear();
+    if verified.files.iter().all(|file| file.differences.is_some()) && args.against.is_some() {
+        let mut together = SquaredError::default();
+        verified.files.iter().for_each(|file| together.add(file.quantized));
+        let error = together.relative();
+        verified.relative_squared_error = Some(error);
+        let limit = args.max_rel_mse.unwrap_or(f64::MAX);
+        let is_within = error <= limit; // which a NaN is not
+        if !is_within {
+            let path = path.display();
+            verified.problem =
+                Some(format!("{path}: relative squared error {error:.3e}, expected at most {limit:.3e}"));
+        }
+    }
     Ok(verified)
 }
 
@@ -192,6 +215,7 @@ fn verify_file(
         problems: Vec::new(),
         against: original_path.as_ref().map(|path| path.display().to_string()),
         differences: None,
+        quantized: SquaredError::default(),
     };
     let mut original = match &original_path {
         Some(path) => open_original(path, entry.length_bytes, &mut verified.problems),
@@ -237,21 +261,27 @@ fn verify_file(
             digest(original_hash),
             entry.source_sha256,
         );
-        let (header_equal, differences) = comparison.finish();
-        if !header_equal {
+        let compared = comparison.finish();
+        if !compared.header_equal {
             verified.problems.push("header: found other bytes than the original's".into());
         }
-        let may_differ = match quantized_tensors(archive, file) {
-            Ok(names) => names,
+        let quantized = match quantized_tensors(archive, file) {
+            Ok(tensors) => tensors,
             Err(error) => {
                 verified.problems.push(error.to_string());
                 return Ok(verified);
             }
         };
-        for difference in &differences {
-            verified.problems.extend(problem_of(difference, &may_differ, args.max_rel_mse));
+        let may_differ: BTreeSet<&str> = quantized.iter().map(|&tensor| entry.tensors[tensor].name.as_str()).collect();
+        for TensorDifference { tensor, .. } in &compared.differences {
+            if !may_differ.contains(tensor.as_str()) {
+                let problem = format!("{tensor}: differs from the original, though it is stored bit-exact");
+                verified.problems.push(problem);
+            }
         }
-        verified.differences = Some(differences);
+        let errors = compared.errors.iter().filter(|(tensor, _)| quantized.contains(tensor));
+        errors.for_each(|&(_, error)| verified.quantized.add(error));
+        verified.differences = Some(compared.differences);
     }
     Ok(verified)
 }
@@ -267,29 +297,18 @@ fn open_original(path: &Path, expected: u64, problems: &mut Vec<String>) -> Opti
     None
 }
 
-/// Names of the tensors that were quantized: only they may differ from the original.
-fn quantized_tensors(archive: &Archive, file: usize) -> Result<BTreeSet<String>, ArchiveError> {
+/// The tensors that were quantized, by number: only they may differ from the original.
+fn quantized_tensors(archive: &Archive, file: usize) -> Result<BTreeSet<usize>, ArchiveError> {
     let mut quantized = BTreeSet::new();
     for record in 0..archive.index().records.len() as u32 {
         let side = archive.side_information(record)?;
         for (part, header) in archive.record(record).parts.iter().zip(&side.parts) {
             if part.file as usize == file && matches!(header.coding, Coding::Quantized(_)) {
-                quantized.insert(archive.files()[file].tensors[part.tensor as usize].name.clone());
+                quantized.insert(part.tensor as usize);
             }
         }
     }
     Ok(quantized)
-}
-
-fn problem_of(difference: &TensorDifference, may_differ: &BTreeSet<String>, limit: Option<f64>) -> Option<String> {
-    let TensorDifference { tensor, relative_squared_error } = difference;
-    if !may_differ.contains(tensor) {
-        return Some(format!("{tensor}: differs from the original, though it is stored bit-exact"));
-    }
-    let (error, limit) = (relative_squared_error.unwrap_or(f64::INFINITY), limit.unwrap_or(f64::MAX));
-    let is_within = error <= limit; // which a NaN is not
-    let message = || format!("{tensor}: relative squared error {error:.3e}, expected at most {limit:.3e}");
-    (!is_within).then(message)
 }
 
 /// Everything beside the archives: sidecars byte for byte, and no original without a packed counterpart.
@@ -315,7 +334,7 @@ fn compare_directories(
         let directory = relative.parent().unwrap_or(Path::new(""));
         packed.extend(archive.files.iter().map(|file| directory.join(&file.name)));
     }
-    let unreadable_archive = archives.iter().any(|archive| archive.problem.is_some());
+    let unreadable_archive = archives.iter().any(|archive| archive.files.is_empty());
     let mut waiting = vec![PathBuf::new()];
     while let Some(directory) = waiting.pop() {
         let path = original.join(&directory);
@@ -369,9 +388,9 @@ fn summary(file: &VerifiedFile) -> String {
             let error = |difference: &TensorDifference| difference.relative_squared_error.unwrap_or(f64::INFINITY);
             let worst = differences.iter().max_by(|a, b| error(a).total_cmp(&error(b))).expect("not empty");
             let (count, exact) = (differences.len(), file.tensors - differences.len());
-            let (tensor, worst) = (&worst.tensor, error(worst));
+            let (all, tensor, worst) = (file.quantized.relative(), &worst.tensor, error(worst));
             format!(
-                "every checksum right, {exact} tensors bit-exact, {count} quantized, largest relative squared error \
+                "every checksum right, {exact} tensors bit-exact, {count} not: relative squared error {all:.3e}, at most \
                  {worst:.3e} ({tensor})"
             )
         }

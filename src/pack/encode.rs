@@ -6,7 +6,6 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::entropy_model::{ClassHistograms, TablePool};
@@ -597,7 +596,7 @@ impl<'a> Encoder<'a> {
                 Target::RelativeSquaredError(wanted) if scan.quantized > 0 => {
                     let compared = self.compare(file, out)?;
                     let (squared_error, energy) = self.quantized_error(&compared);
-                    let error = squared_error / energy;
+                    let error = if energy > 0.0 { squared_error / energy } else { 0.0 };
                     if (error <= wanted && error > wanted * (1.0 - RATE_TOLERANCE)) || settled {
                         let missed = (error > wanted)
                             .then(|| format!("relative squared error {error:.3e} after {attempt} encodings"));
@@ -622,7 +621,7 @@ impl<'a> Encoder<'a> {
         let quantized = self.quantized_tensors();
         let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
         let mut window = Vec::new();
-        for (file, source) in self.checkpoint.files.iter().enumerate().map(|(number, source)| (number, source)) {
+        for (file, source) in self.checkpoint.files.iter().enumerate() {
             let header_bytes = source.header.bytes.len() as u64;
             let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
             let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
@@ -631,14 +630,14 @@ impl<'a> Encoder<'a> {
                 let bytes = source.tensor_bytes(number);
                 let is_quantized = quantized.contains(&(file, number));
                 let (mut squared_error, mut energy) = (0.0, 0.0);
+                let mut is_equal = true;
                 for (chunk_number, chunk) in bytes.chunks(COMPARE_WINDOW).enumerate() {
                     window.resize(chunk.len(), 0);
                     let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
-                    window.par_chunks_mut(1 << 20).enumerate().try_for_each(|(piece, out)| {
-                        materializer.read(&archive, file, first + (piece << 20) as u64, out).map(drop)
-                    })?;
+                    read_in_parallel(&materializer, &archive, file, first, &mut window)?;
                     decoded_hash.update(&window);
                     source_hash.update(chunk);
+                    is_equal &= window == chunk;
                     if is_quantized {
                         for (decoded, value) in
                             values_of(&tensor.dtype, &window).into_iter().zip(values_of(&tensor.dtype, chunk))
@@ -646,11 +645,12 @@ impl<'a> Encoder<'a> {
                             squared_error += f64::from(decoded - value).powi(2);
                             energy += f64::from(value).powi(2);
                         }
-                    } else if window != chunk {
-                        return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                     }
                 }
-                if is_quantized && squared_error.is_nan() && window != bytes {
+                if is_equal {
+                    // Also where a quantizer refused it: its values may be infinite, and their error is still none.
+                    (squared_error, energy) = (0.0, 0.0);
+                } else if !is_quantized || squared_error.is_nan() {
                     return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                 }
                 errors.push((squared_error, energy));
@@ -738,4 +738,29 @@ fn bytes_of(tensor: &TensorInfo, values: &[f32]) -> Vec<u8> {
         Dtype::F16 => values.iter().flat_map(|&value| f16_from_f32(value).to_le_bytes()).collect(),
         _ => values.iter().flat_map(|&value| value.to_le_bytes()).collect(),
     }
+}
+
+/// Fills `out` from `offset` on, on as many threads as there are.
+///
+/// Plain threads, not rayon's: one that waits for a tensor that another decodes must not be a thread that the decoding is
+/// spread over, or it would wait for itself.
+fn read_in_parallel(
+    materializer: &Materializer,
+    archive: &Arc<Archive>,
+    file: usize,
+    offset: u64,
+    out: &mut [u8],
+) -> Result<(), MaterializeError> {
+    let piece_bytes = out.len().div_ceil(rayon::current_num_threads()).max(1 << 20);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = out
+            .chunks_mut(piece_bytes)
+            .enumerate()
+            .map(|(piece, out)| {
+                let first = offset + (piece * piece_bytes) as u64;
+                scope.spawn(move || materializer.read(archive, file, first, out).map(drop))
+            })
+            .collect();
+        readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
+    })
 }

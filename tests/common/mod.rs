@@ -4,6 +4,8 @@
 
 #![allow(dead_code)] // every test binary uses a part of this
 
+pub mod archives;
+
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;

@@ -11,25 +11,59 @@ use crate::tensor::{Dtype, TensorInfo};
 pub struct TensorDifference {
     /// Name of the tensor.
     pub tensor: String,
-    /// Sum of squared errors over the sum of squared original values; infinite (in JSON:
-    /// null) where a value that is not finite changed, absent for types without an error, such as integers.
+    /// Sum of squared errors over the sum of squared original values; infinite (in JSON: null) where a value that is not
+    /// finite changed, absent for types without an error, such as integers.
     pub relative_squared_error: Option<f64>,
+}
+
+/// Squared error and energy of one tensor or of several.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SquaredError {
+    /// Sum of squared differences; infinite where a value that is not finite changed.
+    pub error: f64,
+    /// Sum of squared original values.
+    pub energy: f64,
+}
+
+impl SquaredError {
+    /// Error over energy; 0 where there is no error.
+    pub fn relative(self) -> f64 {
+        // -0.0 for 0.0 is a difference without an error.
+        if self.error == 0.0 { 0.0 } else { self.error / self.energy }
+    }
+
+    /// Both sums go on.
+    pub fn add(&mut self, other: Self) {
+        self.error += other.error;
+        self.energy += other.energy;
+    }
+}
+
+/// What a comparison found.
+#[derive(Debug, PartialEq)]
+pub struct Compared {
+    /// Whether the headers are the same bytes.
+    pub header_equal: bool,
+    /// Tensors that are not the same bytes.
+    pub differences: Vec<TensorDifference>,
+    /// Per tensor of a float type that has elements, in the order of the data: its number and its error.
+    pub errors: Vec<(usize, SquaredError)>,
 }
 
 /// Follows two byte streams of one file.
 pub struct Comparison<'a> {
     tensors: &'a [TensorInfo],
     cursor: TensorCursor<'a>,
-    header_equal: bool,
     current: Option<TensorError>,
-    differences: Vec<TensorDifference>,
+    compared: Compared,
 }
 
 impl<'a> Comparison<'a> {
     /// Starts before the first byte.
     pub fn new(header_bytes: u64, tensors: &'a [TensorInfo]) -> Self {
         let cursor = TensorCursor::new(header_bytes, tensors);
-        Self { tensors, cursor, header_equal: true, current: None, differences: Vec::new() }
+        let compared = Compared { header_equal: true, differences: Vec::new(), errors: Vec::new() };
+        Self { tensors, cursor, current: None, compared }
     }
 
     /// Takes the next bytes of both.
@@ -40,7 +74,7 @@ impl<'a> Comparison<'a> {
             let range = position..position + piece.length;
             position = range.end;
             let Some(tensor) = piece.tensor else {
-                self.header_equal &= decoded[range.clone()] == original[range];
+                self.compared.header_equal &= decoded[range.clone()] == original[range];
                 continue;
             };
             if self.current.as_ref().is_none_or(|current| current.tensor != tensor) {
@@ -53,16 +87,22 @@ impl<'a> Comparison<'a> {
     }
 
     fn close_tensor(&mut self) {
-        let Some(closed) = self.current.take().filter(|closed| closed.differs) else { return };
-        let relative_squared_error = closed.relative();
-        self.differences
-            .push(TensorDifference { tensor: self.tensors[closed.tensor].name.clone(), relative_squared_error });
+        let Some(closed) = self.current.take() else { return };
+        let info = &self.tensors[closed.tensor];
+        let error = float_bytes(&info.dtype).map(|_| closed.sums);
+        if let Some(error) = error {
+            self.compared.errors.push((closed.tensor, error));
+        }
+        if closed.differs {
+            let relative_squared_error = error.map(SquaredError::relative);
+            self.compared.differences.push(TensorDifference { tensor: info.name.clone(), relative_squared_error });
+        }
     }
 
-    /// Whether the headers are equal, and the tensors that are not.
-    pub fn finish(mut self) -> (bool, Vec<TensorDifference>) {
+    /// What was found.
+    pub fn finish(mut self) -> Compared {
         self.close_tensor();
-        (self.header_equal, self.differences)
+        self.compared
     }
 }
 
@@ -71,8 +111,7 @@ struct TensorError {
     tensor: usize,
     dtype: Dtype,
     differs: bool,
-    squared_error: f64,
-    energy: f64,
+    sums: SquaredError,
     /// The first bytes of an element whose last bytes are yet to come, decoded and original.
     pending: (Vec<u8>, Vec<u8>),
 }
@@ -80,7 +119,7 @@ struct TensorError {
 impl TensorError {
     fn new(tensor: usize, dtype: &Dtype) -> Self {
         let dtype = dtype.clone();
-        Self { tensor, dtype, differs: false, squared_error: 0.0, energy: 0.0, pending: (Vec::new(), Vec::new()) }
+        Self { tensor, dtype, differs: false, sums: SquaredError::default(), pending: (Vec::new(), Vec::new()) }
     }
 
     fn feed(&mut self, mut decoded: &[u8], mut original: &[u8]) {
@@ -107,18 +146,12 @@ impl TensorError {
     fn add(&mut self, decoded: &[u8], original: &[u8]) {
         let reference = float(&self.dtype, original);
         if reference.is_finite() {
-            self.energy += reference * reference;
+            self.sums.energy += reference * reference;
         }
         if decoded != original {
             let error = float(&self.dtype, decoded) - reference;
-            self.squared_error += if error.is_finite() { error * error } else { f64::INFINITY };
+            self.sums.error += if error.is_finite() { error * error } else { f64::INFINITY };
         }
-    }
-
-    fn relative(&self) -> Option<f64> {
-        float_bytes(&self.dtype)?;
-        // -0.0 for 0.0 is a difference without an error.
-        Some(if self.squared_error == 0.0 { 0.0 } else { self.squared_error / self.energy })
     }
 }
 
@@ -168,7 +201,12 @@ mod tests {
             for (a, b) in decoded.chunks(cut).zip(original.chunks(cut)) {
                 comparison.feed(a, b);
             }
-            assert_eq!(comparison.finish(), (true, expected.clone()), "pieces of {cut} bytes");
+            let compared = comparison.finish();
+            assert!(compared.header_equal);
+            assert_eq!(compared.differences, expected, "pieces of {cut} bytes");
+            let errors =
+                [(0, SquaredError { error: 0.25, energy: 25.0 }), (1, SquaredError { error: 0.0, energy: 2.0 })];
+            assert_eq!(compared.errors, errors, "pieces of {cut} bytes");
         }
     }
 
@@ -178,7 +216,7 @@ mod tests {
         let error_of = |decoded: &[f32], original: &[f32]| {
             let mut comparison = Comparison::new(0, &tensors);
             comparison.feed(&floats(decoded), &floats(original));
-            comparison.finish().1.first().and_then(|difference| difference.relative_squared_error)
+            comparison.finish().differences.first().and_then(|difference| difference.relative_squared_error)
         };
         assert_eq!(error_of(&[1.0, f32::NAN], &[1.0, f32::NAN]), None, "the same bits");
         assert_eq!(error_of(&[1.0, f32::INFINITY], &[1.0, f32::NAN]), Some(f64::INFINITY));
@@ -190,6 +228,6 @@ mod tests {
     fn a_changed_header_is_seen() {
         let mut comparison = Comparison::new(2, &[]);
         comparison.feed(b"ab", b"ac");
-        assert_eq!(comparison.finish(), (false, vec![]));
+        assert!(!comparison.finish().header_equal);
     }
 }

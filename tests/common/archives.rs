@@ -1,0 +1,127 @@
+//! Small archives that between them use every mode of the format, made by the program from seeded checkpoints.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mcwcfs::archive::{Archive, ArchiveError};
+use mcwcfs::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+
+use crate::arguments;
+use crate::common::{Bert, Random, Tensor, mcwcfs_ok, safetensors};
+
+/// A checkpoint and how it is packed.
+pub struct Recipe {
+    pub name: &'static str,
+    /// What `inspect --json` must show somewhere, or the archive is not what its tests are for.
+    pub must_contain: &'static [&'static str],
+    pub options: &'static [&'static str],
+    pub tensors: fn() -> Vec<Tensor>,
+}
+
+/// Every kind of archive, each a few kilobytes.
+pub const RECIPES: &[Recipe] = &[
+    Recipe {
+        name: "lossless-bf16",
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: || Bert { layers: 2, hidden: 32, ffn_units: 48, dtype: "BF16", ..Bert::default() }.tensors(),
+    },
+    Recipe {
+        name: "lossless-mixed-types",
+        must_contain: &["\"raw\"", "\"split\""],
+        options: &["--lossless"],
+        tensors: mixed_types,
+    },
+    Recipe {
+        name: "lossy-predicted",
+        must_contain: &["\"keyframe\"", "\"predicted", "\"permuted_records\": 3"],
+        options: &["--max-rel-mse", "0.01"],
+        tensors: || Bert { layers: 4, hidden: 32, ffn_units: 96, drift: 0.05, ..Bert::default() }.tensors(),
+    },
+    Recipe {
+        name: "lossy-fine-steps",
+        must_contain: &["\"keyframe\""],
+        options: &["--max-rel-mse", "0.000001"],
+        tensors: || Bert { layers: 2, hidden: 32, ffn_units: 48, dtype: "F16", seed: 9, ..Bert::default() }.tensors(),
+    },
+];
+
+fn mixed_types() -> Vec<Tensor> {
+    let mut random = Random::new(11);
+    let mut tensors = vec![
+        Tensor::floats("f64", "F64", &[10, 8], &random.normals(80, 1.0)),
+        Tensor::floats("f32", "F32", &[40, 20], &random.normals(800, 0.02)),
+        Tensor::floats("f16", "F16", &[40, 20], &random.normals(800, 0.02)),
+        Tensor::floats("scalar", "F32", &[], &[0.5]),
+        Tensor::raw("empty", "F32", &[0, 4], vec![]),
+        Tensor::raw("bool", "BOOL", &[30], vec![1; 30]),
+    ];
+    tensors.push(Tensor::raw("i64", "I64", &[20], random.bytes(160)));
+    tensors.push(Tensor::raw("fp8", "F8_E4M3", &[50, 3], random.bytes(150)));
+    tensors
+}
+
+impl Recipe {
+    /// The safetensors file.
+    pub fn checkpoint(&self) -> Vec<u8> {
+        safetensors(&(self.tensors)())
+    }
+
+    /// Packs it in `directory` and gives the archive's path.
+    pub fn pack(&self, directory: &Path) -> PathBuf {
+        let (checkpoint, archive) =
+            (directory.join("model.safetensors"), directory.join(format!("{}.mcwc", self.name)));
+        std::fs::write(&checkpoint, self.checkpoint()).expect("the checkpoint");
+        let mut arguments = arguments!["pack", &checkpoint, &archive].to_vec();
+        arguments.extend(self.options.iter().map(Into::into));
+        mcwcfs_ok(arguments);
+        let report = mcwcfs_ok(arguments!["inspect", "--json", &archive]);
+        for part in self.must_contain {
+            assert!(
+                report.contains(part),
+                "{}: {part} is missing, so this archive tests nothing:\n{report}",
+                self.name
+            );
+        }
+        archive
+    }
+}
+
+/// Why an archive, or a range of one of its files, could not be read.
+#[derive(Debug)]
+pub enum ReadError {
+    Open(ArchiveError),
+    Decode(MaterializeError),
+}
+
+/// The files of an archive in windows of `window` bytes, each decoded or an error: what a reader of a mount would get.
+pub fn read_in_windows(
+    path: &Path,
+    engine: EngineChoice,
+    window: usize,
+) -> Result<Vec<Vec<Result<Vec<u8>, ReadError>>>, ReadError> {
+    let archive = Arc::new(Archive::open(path).map_err(ReadError::Open)?);
+    let materializer = Materializer::new(MaterializeOptions { cache_bytes: 1 << 22, engine });
+    let read = |file: usize, offset: u64| {
+        let mut bytes = vec![0; window];
+        let length = materializer.read(&archive, file, offset, &mut bytes).map_err(ReadError::Decode)?;
+        bytes.truncate(length);
+        Ok(bytes)
+    };
+    let files = archive
+        .files()
+        .iter()
+        .enumerate()
+        .map(|(number, file)| (0..file.length_bytes).step_by(window).map(|offset| read(number, offset)).collect());
+    Ok(files.collect())
+}
+
+/// The decoded files of an archive that must be sound.
+pub fn decode(path: &Path, engine: EngineChoice) -> Vec<(String, Vec<u8>)> {
+    let names = Archive::open(path).unwrap_or_else(|error| panic!("{error}"));
+    let files = read_in_windows(path, engine, 1 << 20).unwrap_or_else(|error| panic!("{error:?}"));
+    let whole = |windows: Vec<Result<Vec<u8>, ReadError>>| -> Vec<u8> {
+        windows.into_iter().flat_map(|bytes| bytes.unwrap_or_else(|error| panic!("{error:?}"))).collect()
+    };
+    names.files().iter().map(|file| file.name.clone()).zip(files.into_iter().map(whole)).collect()
+}

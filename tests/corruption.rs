@@ -1,0 +1,151 @@
+//! A damaged archive gives a clear error or the original bytes: never a panic, never other bytes.
+
+mod common;
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use common::archives::{RECIPES, ReadError, Recipe, decode, read_in_windows};
+use mcwcfs::materialize::EngineChoice;
+
+/// Not a multiple of anything: windows start and end inside strips and tensors.
+const WINDOW: usize = 1021;
+
+/// A sound archive and what it decodes to.
+struct Sound {
+    archive: Vec<u8>,
+    files: Vec<Vec<u8>>,
+    scratch: tempfile::TempDir,
+}
+
+impl Sound {
+    fn new(recipe: &Recipe) -> Self {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let path = recipe.pack(scratch.path());
+        let files = decode(&path, EngineChoice::Reference).into_iter().map(|(_, bytes)| bytes).collect();
+        Self { archive: fs::read(path).expect("the archive"), files, scratch }
+    }
+
+    /// Reads `damaged` as an archive. Every window is an error or has the original's bytes; returns whether all are.
+    fn check(&self, path: &Path, damaged: &[u8], what: &str) -> bool {
+        fs::write(path, damaged).expect("a scratch file");
+        let read = catch_unwind(AssertUnwindSafe(|| read_in_windows(path, EngineChoice::Auto, WINDOW)));
+        let files = match read.unwrap_or_else(|_| panic!("{what}: a panic")) {
+            Ok(files) => files,
+            Err(error) => {
+                assert_clear(&error, what);
+                return false;
+            }
+        };
+        assert_eq!(files.len(), self.files.len(), "{what}");
+        let mut intact = true;
+        for (windows, original) in files.iter().zip(&self.files) {
+            assert_eq!(windows.len(), original.len().div_ceil(WINDOW), "{what}");
+            for (window, original) in windows.iter().zip(original.chunks(WINDOW)) {
+                match window {
+                    Ok(bytes) => assert!(bytes == original, "{what}: other bytes than the original's"),
+                    Err(error) => {
+                        assert_clear(error, what);
+                        intact = false;
+                    }
+                }
+            }
+        }
+        intact
+    }
+
+    /// Runs `check` on many damaged copies, on all cores, and returns how many were read without any error.
+    fn check_all(&self, count: usize, damage: impl Fn(usize) -> (Vec<u8>, String) + Sync) -> usize {
+        let (next, intact) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for worker in 0..thread::available_parallelism().map_or(1, usize::from) {
+                let path = self.scratch.path().join(format!("damaged-{worker}"));
+                let (next, intact, damage) = (&next, &intact, &damage);
+                scope.spawn(move || {
+                    loop {
+                        let number = next.fetch_add(1, Ordering::Relaxed);
+                        if number >= count {
+                            return;
+                        }
+                        let (bytes, what) = damage(number);
+                        intact.fetch_add(usize::from(self.check(&path, &bytes, &what)), Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        intact.into_inner()
+    }
+}
+
+/// An error names the archive and is one line.
+fn assert_clear(error: &ReadError, what: &str) {
+    let message = match error {
+        ReadError::Open(error) => error.to_string(),
+        ReadError::Decode(error) => error.to_string(),
+    };
+    assert!(message.contains("damaged-") && message.lines().count() == 1, "{what}: {message}");
+}
+
+fn assert_every_changed_byte_is_noticed(recipe: &Recipe) {
+    let sound = Sound::new(recipe);
+    assert!(sound.check(&sound.scratch.path().join("damaged-not"), &sound.archive, "the sound archive"));
+    // One bit, another bit, all bits: the masks go round so that each position of a field meets each of them.
+    let masks = [1, 0x80, 0xff, 0x10];
+    let count = 2 * sound.archive.len();
+    let intact = sound.check_all(count, |number| {
+        let (position, turn) = (number / 2, number % 2);
+        let mask = masks[(position + 2 * turn) % 4] ^ u8::try_from(turn << 1).expect("0 or 2");
+        let mut damaged = sound.archive.clone();
+        damaged[position] ^= mask;
+        (damaged, format!("{}: byte {position} xor {mask:#04x}", recipe.name))
+    });
+    assert_eq!(intact, 0, "every byte of the file is covered by a checksum");
+}
+
+fn assert_every_truncation_is_refused(recipe: &Recipe) {
+    let sound = Sound::new(recipe);
+    let count = sound.archive.len();
+    let intact = sound.check_all(count, |length| {
+        (sound.archive[..length].to_vec(), format!("{}: cut to {length} bytes", recipe.name))
+    });
+    assert_eq!(intact, 0, "the preamble states the length");
+    let longer = [&sound.archive[..], &[0]].concat();
+    assert!(!sound.check(&sound.scratch.path().join("damaged-longer"), &longer, "one byte more"));
+}
+
+macro_rules! for_each_recipe {
+    ($($module:ident: $number:literal),* $(,)?) => { $(
+        mod $module {
+            use super::*;
+
+            #[test]
+            fn every_changed_byte_is_noticed() {
+                assert_every_changed_byte_is_noticed(&RECIPES[$number]);
+            }
+
+            #[test]
+            fn every_truncation_is_refused() {
+                assert_every_truncation_is_refused(&RECIPES[$number]);
+            }
+        }
+    )* };
+}
+
+for_each_recipe! { lossless_bf16: 0, lossless_mixed_types: 1, lossy_predicted: 2, lossy_fine_steps: 3 }
+
+/// Bytes exchanged between sound archives are no mixture of both.
+#[test]
+fn a_splice_of_two_archives_is_refused() {
+    let (one, other) = (Sound::new(&RECIPES[0]), Sound::new(&RECIPES[2]));
+    let length = one.archive.len().min(other.archive.len());
+    let intact = one.check_all(length / 16, |number| {
+        let at = 1 + 16 * number;
+        let mut spliced = one.archive.clone();
+        spliced[at..length].copy_from_slice(&other.archive[at..length]);
+        (spliced, format!("the other archive's bytes from {at} to {length}"))
+    });
+    assert_eq!(intact, 0, "no splice is sound");
+}
