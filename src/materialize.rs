@@ -14,30 +14,13 @@ use crate::cache::{Cache, CacheStats};
 use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
+use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
-use crate::decode::reference::ReferenceEngine;
-use crate::decode::{DecodeError, Engine, PreparedPart};
+use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::format::part::{Coding, StoredPlacement};
 use crate::tensor::TensorInfo;
 
-/// Which engine decodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum EngineChoice {
-    /// The fastest this machine has.
-    #[default]
-    Auto,
-    /// The portable reference decoder.
-    Reference,
-}
-
-impl EngineChoice {
-    /// The engine chosen.
-    pub fn engine(self) -> Arc<dyn Engine> {
-        match self {
-            Self::Auto | Self::Reference => Arc::new(ReferenceEngine),
-        }
-    }
-}
+pub use crate::decode::EngineChoice;
 
 /// How a [`Materializer`] works.
 #[derive(Clone, Copy, Debug)]
@@ -206,14 +189,9 @@ impl Materializer {
             strip: Some(strip as u32),
         };
         self.cache.get_or_try_insert(key, || {
-            let range = part.strip_range(strip);
-            let mut stored = vec![0; (range.end - range.start) as usize];
-            archive.read_body(address, range.start, &mut stored)?;
             let mut decoded = zeroed(part.strip_output_bytes(strip));
             let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
-            self.engine
-                .decode_strip(part, strip, &stored, None, out)
-                .map_err(|error| decode_error(archive, address, error))?;
+            self.decode(archive, address, part, strip, None, out)?;
             Ok(decoded)
         })
     }
@@ -233,16 +211,40 @@ impl Materializer {
             };
             let mut decoded = zeroed(part.length_bytes() as usize);
             let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
-            out.par_chunks_mut(part.full_strip_output_bytes() as usize).enumerate().try_for_each(|(strip, out)| {
-                let range = part.strip_range(strip);
-                let mut stored = vec![0; (range.end - range.start) as usize];
-                archive.read_body(address, range.start, &mut stored)?;
-                self.engine
-                    .decode_strip(part, strip, &stored, reference.as_deref(), out)
-                    .map_err(|error| decode_error(archive, address, error))
+            let group = self.engine.strips_at_once();
+            let group_bytes = group * part.full_strip_output_bytes() as usize;
+            out.par_chunks_mut(group_bytes).enumerate().try_for_each(|(number, out)| {
+                self.decode(archive, address, part, group * number, reference.as_deref(), out)
             })?;
             Ok(decoded)
         })
+    }
+
+    /// Decodes as many whole strips of a part as fill `out`, from number `first` on.
+    fn decode(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        first: usize,
+        reference: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let strip_bytes = part.full_strip_output_bytes() as usize;
+        let last = first + out.len().div_ceil(strip_bytes) - 1;
+        let (start, end) = (part.strip_range(first).start, part.strip_range(last).end);
+        let mut stored = vec![0; (end - start) as usize + WORDS_PADDING];
+        let unpadded = stored.len() - WORDS_PADDING;
+        archive.read_body(address, start, &mut stored[..unpadded])?;
+        let mut jobs: Vec<StripJob<'_>> = (first..)
+            .zip(out.chunks_mut(strip_bytes))
+            .map(|(strip, out)| {
+                let offset = (part.strip_range(strip).start - start) as usize;
+                StripJob { strip, stored: &stored[offset..], out }
+            })
+            .collect();
+        let decoded = self.engine.decode_strips(part, reference, &mut jobs);
+        decoded.map_err(|error| decode_error(archive, address, error))
     }
 
     fn prepared(&self, archive: &Archive, record: u32) -> Result<Arc<PreparedRecord>, MaterializeError> {
