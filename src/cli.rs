@@ -6,6 +6,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use log::LevelFilter;
+
+use crate::telemetry;
 
 pub mod decoded;
 pub mod inspect;
@@ -51,7 +54,11 @@ struct McwcPack {
 
 /// The process `mcwcfs`.
 pub fn mcwcfs() -> ExitCode {
-    match Mcwcfs::parse().command {
+    let command = Mcwcfs::parse().command;
+    if !matches!(command, Command::Mount(_) | Command::Umount(_)) {
+        telemetry::start(LevelFilter::Warn); // mount has a flag for it
+    }
+    match command {
         Command::Pack(args) => finish(pack::run(&args)),
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
@@ -66,7 +73,9 @@ pub fn mcwcfs() -> ExitCode {
 
 /// The process `mcwc-pack`.
 pub fn mcwc_pack() -> ExitCode {
-    finish(pack::run(&McwcPack::parse().pack))
+    let arguments = McwcPack::parse();
+    telemetry::start(LevelFilter::Warn);
+    finish(pack::run(&arguments.pack))
 }
 
 /// One line for an error, and its exit code.

@@ -38,6 +38,8 @@ pub struct MountOptions {
     pub fsname: String,
     /// Whether users other than the mounting one may enter. Without privileges, `/etc/fuse.conf` must permit it.
     pub allow_other: bool,
+    /// Whether the kernel refuses to execute what is shown.
+    pub no_exec: bool,
     /// Owner of everything shown.
     pub uid: u32,
     /// Group of everything shown.
@@ -56,7 +58,16 @@ impl Default for MountOptions {
         // SAFETY: these calls have no preconditions and cannot fail.
         let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
         let fsname = SUBTYPE.to_owned();
-        Self { fsname, allow_other: false, uid, gid, file_mode: 0o444, directory_mode: 0o555, event_loops: 2 }
+        Self {
+            fsname,
+            allow_other: false,
+            no_exec: false,
+            uid,
+            gid,
+            file_mode: 0o444,
+            directory_mode: 0o555,
+            event_loops: 2,
+        }
     }
 }
 

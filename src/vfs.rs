@@ -181,7 +181,7 @@ impl Vfs {
     /// Fills `out` with the bytes of a file from `offset_bytes` on; returns how many that was, less than `out.len()` only
     /// where the file ends. Blocks while reading the source or decoding, and holds no lock meanwhile.
     ///
-    /// A failure has one log line, with the path, the tensors and what was wrong, however often it is met.
+    /// A failure has one log line, with the path, the tensor and what was wrong, however often it is met.
     pub fn read(&self, inode: Inode, offset_bytes: u64, out: &mut [u8]) -> Result<usize, VfsError> {
         let node = self.node(inode)?;
         let left = node.attributes.length_bytes.saturating_sub(offset_bytes);

@@ -1,9 +1,10 @@
 //! `mcwcfs mount SRC MNT`.
 //!
 //! Exit codes are those of mount(8): 0 mounted (in the foreground: and unmounted again), 1 wrong usage, 2 the system
-//! lacks something, 32 the mount failed.
+//! lacks something, 4 a mistake of ours, 8 interrupted before the mount answered, 32 the mount failed.
 
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -17,9 +18,11 @@ use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
 
-pub(super) const WRONG_USAGE: u8 = 1;
-pub(super) const SYSTEM: u8 = 2;
-pub(super) const MOUNT_FAILED: u8 = 32;
+const WRONG_USAGE: u8 = 1;
+const SYSTEM: u8 = 2;
+const INTERNAL: u8 = 4;
+const INTERRUPTED: u8 = 8;
+const MOUNT_FAILED: u8 = 32;
 
 /// The kernel's readahead below the mount where nobody says: good for whole models and bearable for slices.
 const READAHEAD_KIB: u32 = 1024;
@@ -61,6 +64,9 @@ struct MountFlags {
     /// Let other users in; without root, user_allow_other in /etc/fuse.conf must permit it
     #[arg(long)]
     allow_other: bool,
+    /// Refuse to execute anything
+    #[arg(long)]
+    noexec: bool,
     /// Owner of everything [default: who mounts]
     #[arg(long)]
     uid: Option<u32>,
@@ -95,6 +101,11 @@ struct MirroredFlags {
 
 /// Mounts, and returns the exit code once the mount answers or, in the foreground, has ended.
 pub fn run(args: MountArgs) -> ExitCode {
+    // The panic has said on standard error what was wrong.
+    catch_unwind(AssertUnwindSafe(|| run_unguarded(args))).unwrap_or(ExitCode::from(INTERNAL))
+}
+
+fn run_unguarded(args: MountArgs) -> ExitCode {
     let flags = match mirrored(&args.options) {
         Ok(mirrored) => args.flags.or(mirrored),
         Err(message) => return fail(WRONG_USAGE, &message),
@@ -134,6 +145,7 @@ fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -
         mount: MountOptions {
             fsname: flags.fsname.unwrap_or(default.fsname),
             allow_other: flags.allow_other,
+            no_exec: flags.noexec,
             uid: flags.uid.unwrap_or(default.uid),
             gid: flags.gid.unwrap_or(default.gid),
             file_mode: flags.file_mode.unwrap_or(default.file_mode),
@@ -152,7 +164,7 @@ fn in_background(mountpoint: &Path, log_file: Option<&Path>) -> ExitCode {
         },
         None => default_log(mountpoint),
     };
-    match launch::launch(std::env::args_os().skip(1), log) {
+    match launch::launch(std::env::args_os().skip(1), log, INTERRUPTED) {
         Ok(Outcome::Ready) => ExitCode::SUCCESS,
         Ok(Outcome::Failed(code, message)) => fail(code, &message),
         Err(error) => fail(SYSTEM, &format!("starting the daemon: {error}")),
@@ -191,7 +203,7 @@ fn mirrored(options: &[String]) -> Result<MountFlags, String> {
 /// What mount(8) and fstab say to others, and what is so anyway.
 fn is_ignored(option: &str) -> bool {
     const OTHERS: [&str; 12] =
-        ["", "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "noexec"];
+        ["", "defaults", "auto", "noauto", "nofail", "_netdev", "user", "users", "nouser", "owner", "group", "exec"];
     const SO_ANYWAY: [&str; 5] = ["ro", "nosuid", "nodev", "noatime", "default_permissions"];
     OTHERS.contains(&option)
         || SO_ANYWAY.contains(&option)
@@ -209,6 +221,7 @@ impl MountFlags {
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
             allow_other: self.allow_other || other.allow_other,
+            noexec: self.noexec || other.noexec,
             uid: self.uid.or(other.uid),
             gid: self.gid.or(other.gid),
             file_mode: self.file_mode.or(other.file_mode),
@@ -257,7 +270,9 @@ mod tests {
 
     #[test]
     fn options_mirror_flags_with_either_dash() {
-        let flags = options("cache_size=4G,allow-other,uid=7,file_mode=0400,engine=reference,log_level=debug").unwrap();
+        let flags = options("cache_size=4G,allow-other,noexec,uid=7,file_mode=0400,engine=reference,log_level=debug");
+        let flags = flags.unwrap();
+        assert!(flags.noexec);
         assert_eq!((flags.cache_size, flags.allow_other, flags.uid), (Some(4 << 30), true, Some(7)));
         assert_eq!((flags.file_mode, flags.engine), (Some(0o400), Some(EngineChoice::Reference)));
         assert_eq!(flags.log_level, Some(LevelFilter::Debug));

@@ -1,7 +1,7 @@
 //! Into the background: the daemon is this program, started again.
 //!
-//! The parent starts itself anew with [`ROLE`] in the environment, in a session of its own, and waits for one line on the
-//! child's standard output: [`READY`], or an exit code and a message. So `mcwcfs mount` returns when the mount answers, and
+//! The parent starts itself anew with `MCWCFS_ROLE` in the environment, in a session of its own, and waits for one line on the
+//! child's standard output: `ready`, or an exit code and a message. So `mcwcfs mount` returns when the mount answers, and
 //! what went wrong is said on the caller's terminal. The child's standard error is its log file from the start.
 
 use std::ffi::OsString;
@@ -11,6 +11,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts::SIGINT;
+use signal_hook::flag::register_conditional_shutdown;
 
 /// Environment variable that tells the child what it is.
 const ROLE: &str = "MCWCFS_ROLE";
@@ -32,11 +37,17 @@ pub fn is_daemon() -> bool {
 }
 
 /// Starts this program again with the same `arguments` (without its name) as a daemon, and waits until it has said what
-/// became of it.
+/// became of it. SIGINT meanwhile ends this process with the exit code `interrupted`, and the daemon, finding nobody to
+/// report to, takes its mount back.
 ///
 /// # Errors
 /// When no process can be started.
-pub fn launch(arguments: impl IntoIterator<Item = OsString>, log: Option<File>) -> io::Result<Outcome> {
+pub fn launch(
+    arguments: impl IntoIterator<Item = OsString>,
+    log: Option<File>,
+    interrupted: u8,
+) -> io::Result<Outcome> {
+    register_conditional_shutdown(SIGINT, interrupted.into(), Arc::new(AtomicBool::new(true)))?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(arguments).env(ROLE, DAEMON).stdin(Stdio::null()).stdout(Stdio::piped());
     command.stderr(log.map_or_else(Stdio::null, Stdio::from));
@@ -47,7 +58,11 @@ pub fn launch(arguments: impl IntoIterator<Item = OsString>, log: Option<File>) 
     let outcome = read_outcome(BufReader::new(output))?;
     match outcome {
         Some(outcome) => Ok(outcome),
-        None => Ok(Outcome::Failed(2, format!("the daemon ended before it was ready: {}", child.wait()?))),
+        None => {
+            let status = child.wait()?;
+            let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(2); // 2: a signal, say
+            Ok(Outcome::Failed(code, format!("the daemon ended before it was ready: {status}")))
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::{debug, warn};
@@ -36,10 +36,8 @@ pub(super) fn raise_descriptor_limit() {
 /// to the end; that end is not waited for. A mount whose daemon died is cleared in either case.
 pub fn umount(mountpoint: &Path, lazily: bool) -> Result<(), DaemonError> {
     let is_dead = fuse::is_dead(mountpoint);
-    // A dead mount cannot be looked at, so its path cannot be resolved; as given, made absolute, it will do.
-    let resolved = if is_dead { std::path::absolute(mountpoint) } else { mountpoint.canonicalize() };
     let not_mounted = || DaemonError::NotMounted { mountpoint: mountpoint.to_owned() };
-    let path = resolved.map_err(|_| not_mounted())?;
+    let path = resolve(mountpoint).map_err(|_| not_mounted())?;
     if !fuse::mount_at(&path).is_some_and(|entry| entry.is_ours()) {
         return Err(not_mounted());
     }
@@ -54,6 +52,18 @@ pub fn umount(mountpoint: &Path, lazily: bool) -> Result<(), DaemonError> {
         }
         _ => Ok(()),
     }
+}
+
+/// The path as the table of mounts has it. A mount point that is dead, or whose owner lets nobody else in, cannot be looked
+/// at; then only what leads to it is resolved.
+fn resolve(mountpoint: &Path) -> io::Result<PathBuf> {
+    mountpoint.canonicalize().or_else(|error| {
+        let absolute = std::path::absolute(mountpoint)?;
+        match (absolute.parent(), absolute.file_name()) {
+            (Some(parent), Some(name)) => Ok(parent.canonicalize()?.join(name)),
+            _ => Err(error),
+        }
+    })
 }
 
 /// The process that serves the mount, as it says itself.

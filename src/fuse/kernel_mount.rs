@@ -48,7 +48,10 @@ fn mount_directly(mountpoint: &Path, options: &MountOptions) -> io::Result<Owned
     let target = CString::new(mountpoint.as_os_str().as_bytes())?;
     let kind = CString::new(format!("fuse.{SUBTYPE}"))?;
     let data = CString::new(data)?;
-    let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOATIME;
+    let mut flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOATIME;
+    if options.no_exec {
+        flags |= libc::MS_NOEXEC;
+    }
     // SAFETY: all pointers are to C strings that outlive the call.
     let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr().cast()) };
     if result == 0 { Ok(device.into()) } else { Err(annotate("mount(2)")) }
@@ -60,6 +63,9 @@ fn mount_by_helper(mountpoint: &Path, options: &MountOptions) -> io::Result<Owne
     let mut list = format!("ro,nosuid,nodev,noatime,default_permissions,fsname={fsname},subtype={SUBTYPE}");
     if options.allow_other {
         list.push_str(",allow_other");
+    }
+    if options.no_exec {
+        list.push_str(",noexec");
     }
     let (ours, theirs) = UnixStream::pair()?;
     let theirs_number = theirs.as_raw_fd();

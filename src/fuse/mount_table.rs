@@ -1,8 +1,10 @@
 //! What is mounted where, from `/proc/self/mountinfo`: asking the mount itself could wait for a daemon that hangs.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs;
-use std::os::unix::ffi::OsStringExt;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::SUBTYPE;
@@ -34,8 +36,14 @@ pub fn mount_at(mountpoint: &Path) -> Option<MountEntry> {
 }
 
 /// Whether `mountpoint` is a FUSE mount whose daemon is gone.
+///
+/// Asks for totals, because the kernel asks the daemon for them each time; the root's attributes it may still know.
 pub fn is_dead(mountpoint: &Path) -> bool {
-    fs::metadata(mountpoint).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+    let Ok(path) = CString::new(mountpoint.as_os_str().as_bytes()) else { return false };
+    let mut totals = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` is a C string, and `totals` has room for the answer, which is not read.
+    let result = unsafe { libc::statvfs(path.as_ptr(), totals.as_mut_ptr()) };
+    result != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOTCONN)
 }
 
 /// `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/sda1 rw`: optional fields end at the dash.

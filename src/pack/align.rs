@@ -20,6 +20,9 @@ use crate::codec::permutation::{GroupedPermutation, Permutation};
 /// Up to this many blocks are matched exactly.
 pub const EXACT_BLOCKS: usize = 256;
 
+/// With more blocks than this in groups of several, which is more query heads than any model has, nothing is moved.
+const MOST_GROUPED_BLOCKS: u32 = 1024;
+
 /// How permutations are chosen; all but `Similarity` are the paper's ablations (Tables 14 and 15).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Alignment {
@@ -56,9 +59,9 @@ pub fn align(
     let symmetry = current.symmetry();
     let identity = || GroupedPermutation::identity(symmetry).expect("checked when the blocks were made");
     match (alignment, block_type) {
-        (Alignment::None, _)
-        | (Alignment::FfnOnly, BlockType::Attention)
-        | (Alignment::HeadsOnly, BlockType::Ffn) => identity(),
+        (Alignment::None, _) | (Alignment::FfnOnly, BlockType::Attention) | (Alignment::HeadsOnly, BlockType::Ffn) => {
+            identity()
+        }
         (Alignment::Random { seed }, _) => {
             let stream = u64::from(layer) << 8 | block_type as u64;
             let mut chance = fastrand::Rng::with_seed(seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -86,15 +89,16 @@ fn by_similarity(previous: &BlockVectors<'_>, current: &BlockVectors<'_>) -> Gro
         };
         return GroupedPermutation::free(bijection(outer)).expect("checked when the blocks were made");
     }
+    if symmetry.groups * symmetry.members > MOST_GROUPED_BLOCKS {
+        return GroupedPermutation::identity(symmetry).expect("checked when the blocks were made");
+    }
     // Every pair of groups has its own best matching of members; groups are matched by what that gives (Eq. 129).
     let products = similarity::GroupProducts::of(current, previous);
     let groups = symmetry.groups as usize;
-    let matched: Vec<(f32, Vec<u32>)> = (0..groups * groups)
-        .into_par_iter()
-        .map(|pair| products.match_members(pair / groups, pair % groups))
-        .collect();
+    let matched: Vec<(f32, Vec<u32>)> =
+        (0..groups * groups).into_par_iter().map(|pair| products.match_members(pair / groups, pair % groups)).collect();
     let scores = ndarray::Array2::from_shape_fn((groups, groups), |(i, j)| matched[i * groups + j].0);
-    let outer = if groups <= EXACT_BLOCKS { hungarian::assign(&scores) } else { screened_greedy::assign_dense(&scores) };
+    let outer = hungarian::assign(&scores);
     let inner = outer.iter().enumerate().map(|(group, &below)| matched[group * groups + below as usize].1.clone());
     let inner = inner.map(bijection).collect();
     GroupedPermutation::new(bijection(outer), inner).expect("checked when the blocks were made")

@@ -26,6 +26,9 @@ pub trait Checkpoint: Send + Sync + std::fmt::Debug {
     fn files(&self) -> &[ArchivedFile];
 
     /// Fills `out` with the bytes of file `file` from `offset_bytes` on; returns how many that was. Blocks while decoding.
+    ///
+    /// # Errors
+    /// With a message that names the archive, the tensor and the record.
     fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError>;
 }
 

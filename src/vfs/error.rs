@@ -59,15 +59,11 @@ pub enum VfsError {
         expected_bytes: u64,
     },
     /// A file's bytes cannot be produced from its archive.
-    #[error("{path} (archive {archive}), {tensors}: {source}", path = path.display(), archive = archive.display())]
+    #[error("{path}: {source}", path = path.display())]
     Decode {
         /// The file, from the root of the tree.
         path: PathBuf,
-        /// Its archive, from the root of the source.
-        archive: PathBuf,
-        /// The tensors that were wanted.
-        tensors: String,
-        /// What was wrong.
+        /// What was wrong, with archive, tensor and record.
         source: BoxError,
     },
 }

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, Metadata};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -124,6 +125,11 @@ impl Listing {
     }
 }
 
+/// Whether a file of this name is one that `mcwc-pack` is still writing, or that it left behind when it was killed.
+fn is_unfinished_name(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b".mcwc-pack-")
+}
+
 /// Whether a file of this name is an archive.
 fn is_archive_name(name: &OsStr) -> bool {
     Path::new(name).extension().is_some_and(|extension| extension == "mcwc")
@@ -134,6 +140,9 @@ fn list(source: &Source, path: &Path, candidates: &mut Vec<Candidate>) -> io::Re
     let mut listing = Listing { modified: fs::metadata(&absolute)?.modified()?, ..Listing::empty() };
     for entry in fs::read_dir(&absolute)? {
         let name = entry?.file_name();
+        if is_unfinished_name(&name) {
+            continue;
+        }
         let shown = path.join(&name);
         // A file that vanished meanwhile, a link to nothing: one name is left out, not its directory.
         if let Err(reason) = classify(source, path, name, &mut listing, candidates) {

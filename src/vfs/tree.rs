@@ -89,29 +89,7 @@ impl Archived {
             Ok(found) => format!("{found} bytes decoded at byte {offset_bytes}, expected {}", out.len()).into(),
             Err(error) => error,
         };
-        let tensors = self.tensors(offset_bytes, out.len() as u64);
-        Err(VfsError::Decode { path: path.to_owned(), archive: self.archive_path.clone(), tensors, source })
-    }
-
-    /// Names the tensors that a range of the file touches.
-    fn tensors(&self, offset_bytes: u64, length_bytes: u64) -> String {
-        let file = self.file();
-        let data_offset = file.header.len() as u64;
-        let end = offset_bytes.saturating_add(length_bytes);
-        let names: Vec<&str> = file
-            .tensors
-            .iter()
-            .filter(|tensor| {
-                let from = data_offset.saturating_add(tensor.offset_bytes);
-                from < end && offset_bytes < from.saturating_add(tensor.length_bytes)
-            })
-            .map(|tensor| tensor.name.as_str())
-            .collect();
-        match names[..] {
-            [] => "header".to_owned(),
-            [only] => format!("tensor {only}"),
-            [first, .., last] => format!("tensors {first} to {last}"),
-        }
+        Err(VfsError::Decode { path: path.to_owned(), source })
     }
 }
 

@@ -1,0 +1,299 @@
+//! The numbers of an analysis and their table.
+
+use std::fmt;
+
+use indicatif::ProgressBar;
+use log::warn;
+use serde::Serialize;
+
+use crate::codec::architecture::{BlockType, CheckpointPlan, RecordPlan};
+use crate::codec::blocks::Symmetry;
+use crate::codec::permutation::{GroupedPermutation, PermutationCoding, encode};
+use crate::pack::align::{Alignment, BlockVectors, PairStatistics, align, compare};
+use crate::pack::source::Checkpoint;
+use crate::tensor::TensorInfo;
+
+/// What the layers of a checkpoint have in common.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The checkpoint as it was named.
+    pub checkpoint: String,
+    /// Family of architectures, or `None` if unknown.
+    pub family: Option<&'static str>,
+    /// Elements over all tensors.
+    pub parameters: u64,
+    /// Elements of tensors that a permutation may move, with their biases.
+    pub alignable_parameters: u64,
+    /// The share of the two (Eq. 134).
+    pub alignable_fraction: f64,
+    /// One entry per block type with a symmetry and two layers that follow one another.
+    pub block_types: Vec<TypeReport>,
+}
+
+/// One block type over all pairs of layers.
+#[derive(Clone, Debug, Serialize)]
+pub struct TypeReport {
+    /// `ffn` or `attention`.
+    pub block_type: &'static str,
+    /// Groups of blocks in a layer.
+    pub groups: u32,
+    /// Blocks in a group.
+    pub members: u32,
+    /// Pairs of layers that were compared.
+    pub pairs: u32,
+    /// Weights of all layers that have one below; biases are not counted.
+    pub weights: u64,
+    /// What the weights show.
+    pub weights_found: Comparison,
+    /// What Gaussian numbers of the same shape and scale show.
+    pub gaussian_control: Comparison,
+}
+
+/// Before and after alignment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// Cosine of a block with its reference (Eq. 105), over blocks and pairs, in canonical order.
+    pub cosine_before: Spread,
+    /// The same with the permutation.
+    pub cosine_after: Spread,
+    /// Explained variance (Eq. 106) of a scaled copy, over pairs, in canonical order.
+    pub r2_before: Spread,
+    /// The same with the permutation.
+    pub r2_after: Spread,
+    /// Normalized residual energy (Eq. 107) of a scaled copy, over pairs, in canonical order.
+    pub nre_before: Spread,
+    /// The same with the permutation.
+    pub nre_after: Spread,
+    /// Gain of mean cosine (Eq. 135).
+    pub cosine_gain: f64,
+    /// Relative reduction of mean residual energy (Eq. 136).
+    pub nre_reduction: f64,
+    /// Bits of the permutations as they would be stored.
+    pub permutation_bits: u64,
+    /// Estimate for Gaussian weights: bits that prediction without alignment saves, `-0.5 log2 NRE` per weight.
+    pub estimated_bits_saved_before: f64,
+    /// The same with alignment, the permutations not yet paid for.
+    pub estimated_bits_saved_after: f64,
+    /// What alignment adds to prediction once the permutations are paid for (Eq. 17): an estimate.
+    pub estimated_net_bits: f64,
+    /// The same per weight.
+    pub estimated_net_bits_per_weight: f64,
+}
+
+/// Mean and standard deviation.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Spread {
+    /// Mean.
+    pub mean: f64,
+    /// Standard deviation, of the whole population.
+    pub deviation: f64,
+}
+
+/// Two records that follow one another, the upper one first.
+type Pair<'a> = (&'a RecordPlan, &'a RecordPlan);
+
+/// Measures every pair of layers of every block type.
+pub(super) fn analyze(checkpoint: &Checkpoint, plan: &CheckpointPlan, seed: u64, progress: &ProgressBar) -> Report {
+    let parameters = checkpoint.parameters();
+    let placed = plan.records.iter().flat_map(|record| &record.parts).filter(|part| part.placement.is_some());
+    let alignable_parameters =
+        placed.map(|part| checkpoint.files[part.file].header.tensors[part.tensor].elements()).sum();
+    let pairs = pairs(checkpoint, plan);
+    progress.set_length(pairs.len() as u64);
+    progress.set_message("layers compared");
+    let block_types = [BlockType::Attention, BlockType::Ffn]
+        .into_iter()
+        .filter_map(|block_type| {
+            let pairs: Vec<Pair<'_>> =
+                pairs.iter().filter(|(record, _)| record.block_type == block_type).copied().collect();
+            type_report(checkpoint, block_type, &pairs, seed, progress)
+        })
+        .collect();
+    Report {
+        checkpoint: checkpoint.path.display().to_string(),
+        family: plan.family,
+        parameters,
+        alignable_parameters,
+        alignable_fraction: if parameters == 0 { 0.0 } else { alignable_parameters as f64 / parameters as f64 },
+        block_types,
+    }
+}
+
+/// The records that have a symmetry and follow another one.
+pub(super) fn pairs<'a>(checkpoint: &Checkpoint, plan: &'a CheckpointPlan) -> Vec<Pair<'a>> {
+    let files = checkpoint.plan_files();
+    let mut pairs = Vec::new();
+    let mut last: [Option<&RecordPlan>; BlockType::ALL.len()] = [None; BlockType::ALL.len()];
+    for record in plan.records.iter().filter(|record| record.symmetry.is_some()) {
+        let previous = last[record.block_type as usize].replace(record);
+        if let Some(previous) = previous.filter(|previous| record.follows(previous, &files)) {
+            pairs.push((record, previous));
+        }
+    }
+    pairs
+}
+
+/// The blocks of a record; `None` with a warning where they are no floating-point numbers.
+pub(super) fn vectors<'a>(checkpoint: &'a Checkpoint, record: &RecordPlan) -> Option<BlockVectors<'a>> {
+    let parts = record.parts.iter().filter_map(|part| {
+        let file = &checkpoint.files[part.file];
+        let info: &TensorInfo = &file.header.tensors[part.tensor];
+        part.placement.map(|placement| (info, placement, file.tensor_bytes(part.tensor)))
+    });
+    let vectors = BlockVectors::new(record.symmetry?, parts);
+    if let Err(error) = &vectors {
+        let (layer, block_type) = (record.layer.unwrap_or_default(), record.block_type.name());
+        warn!("not compared: layer {layer}, {block_type}: {error}");
+    }
+    vectors.ok()
+}
+
+/// Gives back the memory of a record's tensors.
+pub(super) fn release(checkpoint: &Checkpoint, record: &RecordPlan) {
+    for part in &record.parts {
+        checkpoint.files[part.file].release(part.tensor);
+    }
+}
+
+fn type_report(
+    checkpoint: &Checkpoint,
+    block_type: BlockType,
+    pairs: &[Pair<'_>],
+    seed: u64,
+    progress: &ProgressBar,
+) -> Option<TypeReport> {
+    let (mut found, mut control) = (Measured::default(), Measured::default());
+    for (record, previous) in pairs {
+        let layer = record.layer.unwrap_or_default();
+        if let (Some(upper), Some(lower)) = (vectors(checkpoint, record), vectors(checkpoint, previous)) {
+            found.add(block_type, layer, &lower, &upper);
+            // A layer's noise is the same as the upper of one pair and the lower of the next.
+            let noise = |layer: u32| seed.wrapping_mul(1 << 32).wrapping_add(u64::from(layer));
+            let lower = lower.gaussian_control(noise(layer.wrapping_sub(1)));
+            control.add(block_type, layer, &lower, &upper.gaussian_control(noise(layer)));
+        }
+        release(checkpoint, previous);
+        progress.inc(1);
+    }
+    let symmetry: Symmetry = pairs.first()?.0.symmetry?;
+    let pairs = found.after.len() as u32;
+    (pairs > 0).then(|| TypeReport {
+        block_type: block_type.name(),
+        groups: symmetry.groups,
+        members: symmetry.members,
+        pairs,
+        weights: found.after.iter().map(|pair| pair.weights).sum(),
+        weights_found: found.comparison(),
+        gaussian_control: control.comparison(),
+    })
+}
+
+/// Statistics of the pairs so far.
+#[derive(Default)]
+struct Measured {
+    before: Vec<PairStatistics>,
+    after: Vec<PairStatistics>,
+    permutation_bits: u64,
+    last: Option<GroupedPermutation>,
+}
+
+impl Measured {
+    fn add(&mut self, block_type: BlockType, layer: u32, lower: &BlockVectors<'_>, upper: &BlockVectors<'_>) {
+        let permutation = align(Alignment::Similarity, block_type, layer, lower, upper);
+        let identity = GroupedPermutation::identity(upper.symmetry()).expect("checked when the blocks were made");
+        self.before.push(compare(lower, upper, &identity));
+        self.after.push(compare(lower, upper, &permutation));
+        self.permutation_bits += 8 * encode(&permutation, self.last.as_ref(), PermutationCoding::Shortest).len() as u64;
+        self.last = Some(permutation);
+    }
+
+    fn comparison(&self) -> Comparison {
+        let cosines = |pairs: &[PairStatistics]| Spread::of(pairs.iter().flat_map(|pair| pair.cosines.iter().copied()));
+        let r2 = |pairs: &[PairStatistics]| Spread::of(pairs.iter().map(PairStatistics::explained_variance));
+        let nre = |pairs: &[PairStatistics]| Spread::of(pairs.iter().map(PairStatistics::normalized_residual_energy));
+        let saved = |pairs: &[PairStatistics]| pairs.iter().map(PairStatistics::gaussian_bits_saved).sum::<f64>();
+        let (cosine_before, cosine_after) = (cosines(&self.before), cosines(&self.after));
+        let (nre_before, nre_after) = (nre(&self.before), nre(&self.after));
+        let (saved_before, saved_after) = (saved(&self.before), saved(&self.after));
+        let net = saved_after - saved_before - self.permutation_bits as f64;
+        let weights: u64 = self.after.iter().map(|pair| pair.weights).sum();
+        Comparison {
+            cosine_before,
+            cosine_after,
+            r2_before: r2(&self.before),
+            r2_after: r2(&self.after),
+            nre_before,
+            nre_after,
+            cosine_gain: cosine_after.mean - cosine_before.mean,
+            nre_reduction: if nre_before.mean > 0.0 { 1.0 - nre_after.mean / nre_before.mean } else { 0.0 },
+            permutation_bits: self.permutation_bits,
+            estimated_bits_saved_before: saved_before,
+            estimated_bits_saved_after: saved_after,
+            estimated_net_bits: net,
+            estimated_net_bits_per_weight: if weights == 0 { 0.0 } else { net / weights as f64 },
+        }
+    }
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64> + Clone) -> Self {
+        let count = values.clone().count().max(1) as f64;
+        let mean = values.clone().sum::<f64>() / count;
+        let variance = values.map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+        Self { mean, deviation: variance.sqrt() }
+    }
+}
+
+impl fmt::Display for Spread {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(&format!("{:.3}±{:.3}", self.mean, self.deviation))
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { checkpoint, parameters, .. } = self;
+        let family = self.family.unwrap_or("unknown architecture");
+        let percent = 100.0 * self.alignable_fraction;
+        writeln!(formatter, "{checkpoint}: {family}, {parameters} parameters, {percent:.1} % of them alignable")?;
+        if self.block_types.is_empty() {
+            return writeln!(formatter, "No two layers have blocks that are known to be permutable.");
+        }
+        writeln!(formatter)?;
+        let (cosine, r2, nre) = ("cosine", "R2", "residual energy");
+        writeln!(formatter, "{:20}  {cosine:^27}  {r2:^27}  {nre:^27}", "")?;
+        let (before, after) = ("before", "after");
+        write!(formatter, "{:20}", "")?;
+        for _ in 0..3 {
+            write!(formatter, "  {before:>13} {after:>13}")?;
+        }
+        writeln!(formatter, "  {:>17}  {:>15}", "permutation bits", "net bits/weight")?;
+        for block_type in &self.block_types {
+            for (name, found) in [
+                (block_type.block_type, &block_type.weights_found),
+                ("  Gaussian control", &block_type.gaussian_control),
+            ] {
+                write!(formatter, "{name:20}  {:>13} {:>13}", found.cosine_before, found.cosine_after)?;
+                write!(formatter, "  {:>13} {:>13}", found.r2_before, found.r2_after)?;
+                write!(formatter, "  {:>13} {:>13}", found.nre_before, found.nre_after)?;
+                let (bits, net) = (found.permutation_bits, found.estimated_net_bits_per_weight);
+                writeln!(formatter, "  {bits:>17}  {net:>15.4}")?;
+            }
+        }
+        writeln!(formatter)?;
+        for block_type in &self.block_types {
+            let TypeReport { block_type, groups, members, pairs, weights, .. } = block_type;
+            let blocks =
+                if *members == 1 { format!("{groups} blocks") } else { format!("{groups} groups of {members} blocks") };
+            writeln!(formatter, "{block_type}: {pairs} pairs of layers, {blocks} each, {weights} weights.")?;
+        }
+        writeln!(
+            formatter,
+            "Biases are outside the blocks. Residual energy and R2 are those of one scaled copy per pair."
+        )?;
+        writeln!(
+            formatter,
+            "Net bits are an estimate for Gaussian weights: what alignment adds to prediction, less its permutations."
+        )
+    }
+}

@@ -1,0 +1,301 @@
+//! The program: `mcwcfs mount` and `mcwcfs umount`, readiness, signals, exit codes.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use memmap2::MmapOptions;
+
+use crate::common::Random;
+use crate::support::{checked, extended_attribute, require_fuse};
+
+/// A source with sidecars, a mount point, and whatever is mounted there, which comes down with the value.
+struct Place {
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir_all(directory.path().join("source/bert")).unwrap();
+        fs::create_dir(directory.path().join("mnt")).unwrap();
+        let place = Self { directory };
+        fs::write(place.source().join("bert/config.json"), "{}").unwrap();
+        fs::write(place.source().join("weights.bin"), Random::new(1).bytes(1 << 20)).unwrap();
+        place
+    }
+
+    fn source(&self) -> PathBuf {
+        self.directory.path().join("source")
+    }
+
+    fn mountpoint(&self) -> PathBuf {
+        self.directory.path().join("mnt")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.path().join("daemon.log")
+    }
+
+    fn command(&self, options: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mcwcfs"));
+        command.arg("mount").args([self.source(), self.mountpoint()]).args(options);
+        command.arg("--log-file").arg(self.log()).stdin(Stdio::null());
+        command
+    }
+
+    /// Mounts in the background.
+    fn mount(&self, options: &[&str]) -> Output {
+        self.command(options).output().unwrap()
+    }
+
+    /// Mounts in the foreground, and returns when the log says that it is mounted.
+    fn foreground(&self) -> (Child, BufReader<std::process::ChildStderr>) {
+        let mut child = self.command(&["--foreground"]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("mounted: ") {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "ended before it was mounted");
+        }
+        (child, log)
+    }
+
+    fn umount(&self, options: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_mcwcfs")).arg("umount").args(options).arg(self.mountpoint()).output().unwrap()
+    }
+
+    fn is_mounted(&self) -> bool {
+        mcwcfs::fuse::mount_at(&self.mountpoint()).is_some()
+    }
+
+    fn daemon(&self) -> i32 {
+        extended_attribute(&self.mountpoint(), "user.mcwc.daemon_pid").unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        while self.is_mounted() && mcwcfs::fuse::unmount(&self.mountpoint(), true).is_ok() {}
+    }
+}
+
+fn kill(pid: i32, signal: i32) {
+    // SAFETY: the call takes two integers, and the process is one that this test started.
+    checked(unsafe { libc::kill(pid, signal) }).unwrap();
+}
+
+/// Whether a process still runs; one that ended and that nobody has waited for does not.
+fn is_running(pid: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    status.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+#[track_caller]
+fn assert_fails(output: &Output, code: i32, parts: &[&str]) {
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    for part in parts {
+        assert!(message.contains(part), "{part:?} in: {message}");
+    }
+}
+
+#[test]
+fn mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone() {
+    require_fuse!();
+    let place = Place::new();
+    let output = place.mount(&[]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    assert_eq!(fs::read(place.mountpoint().join("bert/config.json")).unwrap(), b"{}");
+    assert_eq!(fs::metadata(place.mountpoint()).unwrap().ino(), 1);
+    let daemon = place.daemon();
+    assert!(is_running(daemon));
+    let output = place.umount(&[]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(!is_running(daemon));
+    assert!(!place.is_mounted());
+    let log = fs::read_to_string(place.log()).unwrap();
+    assert!(log.contains("mounted: ") && log.contains("unmounted: "), "{log}");
+}
+
+#[test]
+fn options_reach_the_mount_by_flag_and_by_o() {
+    require_fuse!();
+    let place = Place::new();
+    let output = place.mount(&["-o", "ro,nofail,noexec,file_mode=0400,uid=7,fsname=zoo", "--gid", "8", "--uid", "9"]);
+    assert!(output.status.success(), "{output:?}");
+    let metadata = fs::metadata(place.mountpoint().join("weights.bin")).unwrap();
+    assert_eq!((metadata.mode() & 0o7777, metadata.uid(), metadata.gid()), (0o400, 9, 8));
+    assert_eq!(mcwcfs::fuse::mount_at(&place.mountpoint()).unwrap().source, "zoo");
+    let table = fs::read_to_string("/proc/mounts").unwrap();
+    assert!(table.lines().any(|line| line.starts_with("zoo ") && line.contains("noexec")), "{table}");
+}
+
+#[test]
+fn readahead_is_set_where_permitted() {
+    require_fuse!();
+    let place = Place::new();
+    assert!(place.mount(&["--readahead", "2MiB"]).status.success());
+    let device = mcwcfs::fuse::mount_at(&place.mountpoint()).unwrap().device;
+    let readahead = fs::read_to_string(format!("/sys/class/bdi/{device}/read_ahead_kb")).unwrap_or_default();
+    let log = fs::read_to_string(place.log()).unwrap();
+    assert!(readahead.trim() == "2048" || log.contains("readahead left at"), "{readahead} {log}");
+}
+
+#[test]
+fn line_18_a_signal_unmounts_cleanly() {
+    require_fuse!();
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let place = Place::new();
+        let (mut child, _log) = place.foreground();
+        kill(child.id() as i32, signal);
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert!(!place.is_mounted());
+    }
+}
+
+#[test]
+fn line_18_a_signal_lets_the_last_user_finish() {
+    require_fuse!();
+    let place = Place::new();
+    let (mut child, mut log) = place.foreground();
+    let file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
+    kill(child.id() as i32, libc::SIGTERM);
+    let mut line = String::new();
+    while !line.contains("in use") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "ended with a file open");
+    }
+    let mut out = vec![0; 1 << 20];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut out, 0).unwrap();
+    assert!(out == Random::new(1).bytes(1 << 20));
+    drop(file);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(!place.is_mounted());
+}
+
+#[test]
+fn line_18_a_second_signal_does_not_wait() {
+    require_fuse!();
+    let place = Place::new();
+    let (mut child, mut log) = place.foreground();
+    let _file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
+    kill(child.id() as i32, libc::SIGTERM);
+    let mut line = String::new();
+    while !line.contains("in use") {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "ended at the first signal");
+    }
+    kill(child.id() as i32, libc::SIGTERM);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn line_18_a_killed_daemon_leaves_cached_pages_readable_and_a_mount_that_is_named_and_cleared() {
+    require_fuse!();
+    let place = Place::new();
+    let (mut child, _log) = place.foreground();
+    let file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
+    // SAFETY: nobody can change a file of a read-only mount.
+    let map = unsafe { MmapOptions::new().populate().map(&file) }.unwrap();
+    assert!(map[..] == Random::new(1).bytes(1 << 20));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(map[..] == Random::new(1).bytes(1 << 20));
+    assert!(mcwcfs::fuse::is_dead(&place.mountpoint()));
+    assert_fails(&place.mount(&[]), 32, &["dead mount", "mcwcfs umount"]);
+    let output = place.umount(&[]);
+    assert!(output.status.success(), "{output:?}");
+    assert!(!place.is_mounted());
+    assert!(place.mount(&[]).status.success());
+}
+
+#[test]
+fn umount_refuses_a_mount_in_use_unless_lazily() {
+    require_fuse!();
+    let place = Place::new();
+    assert!(place.mount(&[]).status.success());
+    let file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
+    assert_fails(&place.umount(&[]), 32, &["busy"]);
+    assert!(place.is_mounted());
+    assert!(place.umount(&["--lazy"]).status.success());
+    assert!(!place.is_mounted());
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut [0; 100], 1000).unwrap();
+}
+
+#[test]
+fn line_19_overlapping_source_and_mount_point_are_refused() {
+    require_fuse!();
+    let place = Place::new();
+    let mount = |source: &Path, mountpoint: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mcwcfs"));
+        command.arg("mount").args([source, mountpoint]).arg("--log-file").arg(place.log()).output().unwrap()
+    };
+    let source = place.source();
+    for (source, mountpoint) in [(&source, &source), (&source, &source.join("bert")), (&source.join("bert"), &source)] {
+        assert_fails(&mount(source, mountpoint), 1, &["neither inside nor around"]);
+    }
+    assert_fails(&mount(&source.join("missing"), &place.mountpoint()), 32, &["source", "missing"]);
+    assert_fails(&mount(&source, &source.join("missing")), 32, &["mount point", "missing"]);
+    assert_fails(&mount(&source, &source.join("weights.bin")), 1, &["neither inside nor around"]);
+}
+
+#[test]
+fn a_mount_point_is_used_once() {
+    require_fuse!();
+    let place = Place::new();
+    assert!(place.mount(&[]).status.success());
+    assert_fails(&place.mount(&[]), 32, &["already"]);
+    assert!(place.umount(&[]).status.success());
+    assert_fails(&place.umount(&[]), 32, &["not a mount of mcwcfs"]);
+}
+
+/// Run by root in a mount namespace of its own, where the device is open to all, as it is on a desktop.
+const AS_NOBODY: &str = r#"
+mount -t tmpfs -o dev,mode=755 tmpfs "$PLACE/dev"
+mknod -m 666 "$PLACE/dev/fuse" c 10 229
+mount --bind "$PLACE/dev/fuse" /dev/fuse
+cp "$PROGRAM" "$PLACE/mcwcfs"
+chown -R 65534:65534 "$PLACE"
+exec setpriv --reuid=65534 --regid=65534 --clear-groups sh -eu -c '
+    cd "$PLACE"
+    ./mcwcfs mount source mnt --log-file log
+    cmp source/weights.bin mnt/weights.bin
+    grep -q " $PLACE/mnt fuse.mcwcfs ro," /proc/mounts
+    ./mcwcfs umount mnt
+    test -z "$(ls mnt)"
+    if ./mcwcfs mount source mnt --allow-other --log-file log; then exit 1; fi
+'
+"#;
+
+#[test]
+fn a_user_without_privileges_mounts_through_the_setuid_helper() {
+    require_fuse!();
+    // SAFETY: the call has no preconditions and cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    let has_helper = Command::new("fusermount3").arg("-V").output().is_ok();
+    if !is_root || !has_helper {
+        eprintln!("not tested: needs root to prepare a device, and fusermount3");
+        return;
+    }
+    let place = Place::new();
+    let path = place.directory.path();
+    fs::create_dir(path.join("dev")).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-eu", "-c", AS_NOBODY]).env("PLACE", path);
+    let output = command.env("PROGRAM", env!("CARGO_BIN_EXE_mcwcfs")).env("HOME", path).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("user_allow_other"), "{message}");
+}
+
+#[test]
+fn a_wrong_option_is_named_in_one_line() {
+    let place = Place::new();
+    assert_fails(&place.mount(&["-o", "frobnicate=1"]), 1, &["-o frobnicate=1"]);
+    assert_fails(&place.mount(&["-o", "rw"]), 1, &["read-only"]);
+}

@@ -1,0 +1,15 @@
+//! The filesystem contract on real mounts, read as unmodified readers read.
+//!
+//! `contract` has a test for each line of the contract, named after it: `line_07_...`. Its mounts run inside the test's own
+//! process, over checkpoints in memory that can count, fail and wait. `daemon` runs the program. `archives` mounts what
+//! `mcwc-pack` wrote.
+//!
+//! Where there is no `/dev/fuse` each test says so in one line and passes; where there is one, none is skipped.
+
+mod archives;
+#[path = "../common/mod.rs"]
+mod common;
+mod concurrency;
+mod contract;
+mod daemon;
+mod support;
