@@ -4,9 +4,10 @@
 //! `X.mcwc` shows its `.safetensors` files under their original names in the directory where it lies; every other file is
 //! passed through byte for byte. Nothing here depends on a mount, so everything here is tested without one.
 //!
-//! The tree is a snapshot: [`Vfs::open`] lists the source, opens the archives' indexes and decodes nothing. After that a
-//! `Vfs` has no state that a request changes, so it takes no locks and a request needs nothing but an [`Inode`]: there
-//! are no handles. A source file that changed after the snapshot is refused ([`VfsError::Changed`]), never served mixed.
+//! The tree is a snapshot: [`Vfs::open`] lists the source, opens the archives' indexes and decodes nothing. After that no
+//! request changes it, so requests share it without a lock, and a request needs nothing but an [`Inode`]: there are no
+//! handles, and a successor process can answer for files that its predecessor opened. A source file that changed after
+//! the snapshot is refused ([`VfsError::Changed`]), never served mixed.
 //!
 //! What decides between two files of one name in one directory: see `vfs/tree.rs`. What a symbolic link becomes: see
 //! `vfs/scan.rs`.
