@@ -10,6 +10,7 @@ use log::LevelFilter;
 
 use crate::telemetry;
 
+pub mod analyze;
 pub mod decoded;
 pub mod inspect;
 pub mod mount;
@@ -42,6 +43,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Unpack(unpack::UnpackArgs),
+    /// Show how alike the layers of a checkpoint are, before and after alignment.
+    Analyze(analyze::AnalyzeArgs),
 }
 
 /// Packs a checkpoint into a .mcwc archive.
@@ -67,6 +70,7 @@ pub fn mcwcfs() -> ExitCode {
             true => ExitCode::SUCCESS,
             false => ExitCode::from(NOT_SOUND),
         })),
+        Command::Analyze(args) => finish(analyze::run(&args).map(|()| ExitCode::SUCCESS)),
         Command::Unpack(args) => finish(unpack::run(&args).map(|()| ExitCode::SUCCESS)),
     }
 }

@@ -1,6 +1,6 @@
 //! The stages of the codec that encoder and decoder share, both directions side by side so that they cannot drift apart.
 //!
-//! The pipeline of the paper, in the order of decoding: entropy decoding ([`entropy`]), dequantization ([`quantizer`]),
+//! The pipeline of the paper, in the order of decoding: entropy decoding ([`entropy`]), dequantization ([`quantizer`], [`trellis`]),
 //! prediction ([`predictor`]) through motion ([`motion`], [`blocks`], [`permutation`]). [`lossless`] is the bit-exact path,
 //! [`integers`] codes side information. Choosing among them is the encoder's business: `pack`. Nothing here reads or writes
 //! files.
@@ -14,3 +14,4 @@ pub mod motion;
 pub mod permutation;
 pub mod predictor;
 pub mod quantizer;
+pub mod trellis;

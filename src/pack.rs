@@ -3,6 +3,7 @@
 //! [`encode`] is Algorithm 1's upper half over a whole checkpoint. It uses the decoder's own engine for its local decode loop
 //! and never repeats it.
 
+pub mod align;
 pub mod encode;
 pub mod entropy_model;
 pub mod lossless;

@@ -8,7 +8,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::pack::encode::{Encoder, PackError, Progress};
-use crate::pack::options::{Alignment, PackOptions, PredictorChoice, Steps, Target};
+use crate::pack::options::{AlignmentChoice, PackOptions, PredictorChoice, Steps, Target};
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
@@ -26,7 +26,7 @@ pub struct PackArgs {
     keyframe_interval: u32,
     /// How blocks of neighbouring layers are matched.
     #[arg(long, value_enum, default_value_t)]
-    alignment: Alignment,
+    alignment: AlignmentChoice,
     /// Which predictors may be chosen.
     #[arg(long, value_enum, default_value_t)]
     predictor: PredictorChoice,

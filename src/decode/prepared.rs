@@ -11,7 +11,9 @@ use crate::codec::motion::Motion;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
 use crate::format::limits;
-use crate::format::part::{Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams};
+use crate::format::part::{
+    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, StoredTrellis, SymbolStreams,
+};
 use crate::format::strip::StripLayout;
 use crate::tensor::{Dtype, TensorInfo};
 
@@ -80,11 +82,19 @@ impl Symbols {
     pub fn table_of_run(&self, run: usize) -> &CodingTable {
         &self.tables[self.table_of_run.get(run) as usize]
     }
+
+    /// The two tables of a run whose table number stands for a pair.
+    pub fn table_pair_of_run(&self, run: usize) -> [&CodingTable; 2] {
+        let first = 2 * self.table_of_run.get(run) as usize;
+        [&self.tables[first], &self.tables[first + 1]]
+    }
 }
 
 /// Quantizer side information, decoded.
 #[derive(Debug)]
 pub struct Quantizer {
+    /// Present where codes are trellis-coded.
+    pub trellis: Option<StoredTrellis>,
     step: f32,
     scales: Option<Integers>,
     means: Option<(f32, Integers)>,
@@ -178,7 +188,7 @@ impl PreparedPart {
                 if u32::from(*raw_bits) > bits {
                     return Err(inconsistent("raw bits", raw_bits, format!("1 to {bits}")));
                 }
-                let symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs)?;
+                let symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs, 1)?;
                 part.kind = PartKind::Split { carrier: *carrier, carrier_bits: bits, symbols };
                 (usize::from(*raw_bits), bits as usize / 8)
             }
@@ -186,7 +196,8 @@ impl PreparedPart {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
-                let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs)?;
+                let per_number = if info.trellis == Some(StoredTrellis::TablePairs) { 2 } else { 1 };
+                let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
                 part.kind = prepare_quantized(info, symbols, motion, runs)?;
                 (usize::from(info.raw_bits), 2)
             }
@@ -334,6 +345,7 @@ impl PreparedPart {
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // literals and numbers alike
 fn inconsistent(field: &'static str, found: impl ToString, expected: impl ToString) -> DecodeError {
     DecodeError::Inconsistent { field, found: found.to_string(), expected: expected.to_string() }
 }
@@ -353,6 +365,7 @@ fn prepare_symbols(
     raw_bits: u32,
     pool: &[Arc<CodingTable>],
     runs: u64,
+    tables_per_number: usize,
 ) -> Result<Symbols, DecodeError> {
     let tables = streams
         .tables
@@ -362,10 +375,13 @@ fn prepare_symbols(
             table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let table_of_run = match tables.len() {
-        0 if runs > 0 => return Err(inconsistent("part tables", 0, "one table at least")),
-        0 | 1 => Integers::Constant(0),
-        count => decode_integers("table of run", &streams.table_of_run, runs, 0, count as i32 - 1)?,
+    if tables.len() % tables_per_number != 0 {
+        return Err(inconsistent("part tables", tables.len(), "pairs of tables"));
+    }
+    let table_of_run = match tables.len() / tables_per_number {
+        0 if runs > 0 => return Err(inconsistent("part tables", tables.len(), "one table at least")),
+        _ if streams.table_of_run.0.is_empty() => Integers::Constant(0),
+        count => decode_integers("table of run", &streams.table_of_run, runs, 0, count.max(1) as i32 - 1)?,
     };
     Ok(Symbols {
         run_elements: streams.run_elements as usize,
@@ -413,5 +429,9 @@ fn prepare_quantized(
             Some(Prediction { reference_part: stored.reference_part, motion, coefficients })
         }
     };
-    Ok(PartKind::Quantized { symbols, quantizer: Quantizer { step: info.step, scales, means }, prediction })
+    Ok(PartKind::Quantized {
+        symbols,
+        quantizer: Quantizer { trellis: info.trellis, step: info.step, scales, means },
+        prediction,
+    })
 }

@@ -6,7 +6,8 @@ use super::{DecodeError, Engine, PreparedPart};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
-use crate::format::part::Carrier;
+use crate::codec::trellis::{multiple, next_state, quantizer_of};
+use crate::format::part::{Carrier, StoredTrellis};
 use crate::format::strip::{LANES, STATE_BYTES, StripLayout};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 use crate::tensor::Dtype;
@@ -62,10 +63,14 @@ impl StripView<'_> {
         self.number * symbols.runs_per_strip
     }
 
+    fn lane_reader(&self) -> LaneReader<'_> {
+        let states = self.stored[..STATE_BYTES].try_into().expect("the layout starts with the states");
+        LaneReader::new(states, &self.stored[self.layout.words_range()])
+    }
+
     /// Entropy-decodes the table position of every symbol.
     fn positions(&self, symbols: &Symbols) -> Result<Vec<u8>, DecodeError> {
-        let states = self.stored[..STATE_BYTES].try_into().expect("the layout starts with the states");
-        let mut reader = LaneReader::new(states, &self.stored[self.layout.words_range()]);
+        let mut reader = self.lane_reader();
         let mut positions = vec![0; self.layout.symbols];
         for (run, positions) in positions.chunks_mut(self.layout.run_elements).enumerate() {
             decode_run(&mut reader, symbols.table_of_run(self.first_run(symbols) + run), positions);
@@ -142,6 +147,47 @@ impl StripView<'_> {
         Ok(())
     }
 
+    /// Reconstruction points of scalar codes, in steps.
+    fn scalar_points(&self, symbols: &Symbols) -> Result<Vec<f32>, DecodeError> {
+        let positions = self.positions(symbols)?;
+        let raw = self.raw();
+        let point = |(index, (&position, &raw)): (usize, (&u8, &u64))| {
+            let table = symbols.table_of_run(self.first_run(symbols) + index / self.layout.run_elements);
+            if symbols.raw_bits == 0 {
+                return table.points()[usize::from(position)];
+            }
+            join_code(table.code(position), raw as u32, symbols.raw_bits) as f32
+        };
+        Ok(positions.iter().zip(&raw).enumerate().map(point).collect())
+    }
+
+    /// Reconstruction points of trellis-coded codes, in steps: entropy decoding and trellis go hand in hand, because the
+    /// state may choose the table.
+    fn trellis_points(&self, symbols: &Symbols, trellis: StoredTrellis) -> Result<Vec<f32>, DecodeError> {
+        let mut reader = self.lane_reader();
+        let raw = self.raw();
+        let mut states = [0; LANES];
+        let mut points = Vec::with_capacity(self.layout.symbols);
+        for (run, raw) in raw.chunks(self.layout.run_elements).enumerate() {
+            let run = self.first_run(symbols) + run;
+            for (index, &raw) in raw.iter().enumerate() {
+                let state = &mut states[index % LANES];
+                let in_use = quantizer_of(*state);
+                let table = match trellis {
+                    StoredTrellis::SharedTables => symbols.table_of_run(run),
+                    StoredTrellis::TablePairs => symbols.table_pair_of_run(run)[usize::from(in_use)],
+                };
+                let position = reader.decode_symbol(index % LANES, table);
+                let code = join_code(table.code(position), raw as u32, symbols.raw_bits);
+                let multiple = multiple(code, in_use);
+                *state = next_state(*state, multiple);
+                points.push(multiple as f32 + table.point_offset(position)); // exact: 18 bits and 8 more
+            }
+        }
+        reader.finish().map_err(|error| DecodeError::Lanes { strip: self.number, error })?;
+        Ok(points)
+    }
+
     fn decode_quantized(
         &self,
         symbols: &Symbols,
@@ -150,20 +196,10 @@ impl StripView<'_> {
         dtype: &Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let positions = self.positions(symbols)?;
-        let mut points: Vec<f32> = Vec::with_capacity(self.layout.symbols);
-        if symbols.raw_bits == 0 {
-            for (index, &position) in positions.iter().enumerate() {
-                let run = self.first_run(symbols) + index / self.layout.run_elements;
-                points.push(symbols.table_of_run(run).points()[usize::from(position)]);
-            }
-        } else {
-            for (index, (&position, raw)) in positions.iter().zip(self.raw()).enumerate() {
-                let run = self.first_run(symbols) + index / self.layout.run_elements;
-                let symbol = symbols.table_of_run(run).code(position);
-                points.push(join_code(symbol, raw as u32, symbols.raw_bits) as f32);
-            }
-        }
+        let mut points = match quantizer.trellis {
+            None => self.scalar_points(symbols)?,
+            Some(trellis) => self.trellis_points(symbols, trellis)?,
+        };
         for (position, value) in self.exceptions()? {
             points[position] = i16::from_le_bytes([value[0], value[1]]).into();
         }

@@ -156,6 +156,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The error for a field whose value means nothing.
+    #[allow(clippy::needless_pass_by_value)] // literals and numbers alike
     pub fn invalid(
         &self,
         field: &'static str,

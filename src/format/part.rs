@@ -59,6 +59,15 @@ pub struct StoredPrediction {
     pub predictor: StoredPredictor,
 }
 
+/// Trellis-coded quantization: which of two interleaved quantizers a symbol belongs to depends on the symbols before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredTrellis {
+    /// Both quantizers share each run's entropy table.
+    SharedTables,
+    /// A run's table number stands for a pair: the first quantizer's table and the second's.
+    TablePairs,
+}
+
 /// Quantizer side information (Eq. 61).
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizerInfo {
@@ -66,6 +75,8 @@ pub struct QuantizerInfo {
     pub step: f32,
     /// Raw low bits below every coded symbol.
     pub raw_bits: u8,
+    /// Present where codes are trellis-coded, absent where they are scalar.
+    pub trellis: Option<StoredTrellis>,
     /// Per run, an integer whose multiplier the step is taken times; absent where all runs share the step.
     pub scales: Option<StoredIntegers>,
     /// A run's mean is its integer times this, in weight units; absent where no run has one.
@@ -149,6 +160,7 @@ const CODING_QUANTIZED: u8 = 2;
 const HAS_SCALES: u8 = 1;
 const HAS_MEANS: u8 = 2;
 const HAS_PREDICTION: u8 = 4;
+const HAS_TRELLIS: u8 = 8;
 
 const SCALED_COPY: u8 = 0;
 const ROW_AFFINE: u8 = 1;
@@ -236,11 +248,19 @@ impl QuantizerInfo {
         }
         let offset = reader.position();
         let flags = reader.u8("quantizer flags")?;
-        if flags & !(HAS_SCALES | HAS_MEANS | HAS_PREDICTION) != 0 {
+        if flags & !(HAS_SCALES | HAS_MEANS | HAS_PREDICTION | HAS_TRELLIS) != 0 {
             return Err(FormatError::UnknownFeature {
                 feature: format!("quantizer flags {flags:#x} at byte {offset}"),
             });
         }
+        let trellis = match flags & HAS_TRELLIS {
+            0 => None,
+            _ => match reader.u8("trellis")? {
+                0 => Some(StoredTrellis::SharedTables),
+                1 => Some(StoredTrellis::TablePairs),
+                other => return Err(FormatError::UnknownFeature { feature: format!("trellis {other}") }),
+            },
+        };
         let scales = if flags & HAS_SCALES != 0 { Some(StoredIntegers::parse(reader, "scales")?) } else { None };
         let means = if flags & HAS_MEANS != 0 {
             Some((reader.finite_f32("mean step")?, StoredIntegers::parse(reader, "means")?))
@@ -248,7 +268,7 @@ impl QuantizerInfo {
             None
         };
         let prediction = if flags & HAS_PREDICTION != 0 { Some(StoredPrediction::parse(reader)?) } else { None };
-        Ok(Self { step, raw_bits, scales, means, prediction })
+        Ok(Self { step, raw_bits, trellis, scales, means, prediction })
     }
 
     fn write(&self, writer: &mut Writer) {

@@ -374,17 +374,14 @@ impl<'a> Encoder<'a> {
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let encoder = RecordEncoder { pool, options: self.options };
         for (ordinal, (record, treatments)) in self.plan.records.iter().zip(&self.treatments).enumerate() {
-            let tensors: Vec<&TensorInfo> =
-                record.parts.iter().map(|part| self.tensor(part.file, part.tensor).0).collect();
-            let drafts: Vec<Drafted<'_>> = (record.parts.iter().zip(treatments))
-                .map(|(part, &treatment)| {
-                    let (tensor, bytes) = self.tensor(part.file, part.tensor);
-                    Drafted::new(treatment, tensor, bytes, step as f32, self.options)
-                })
+            let source: Vec<(&TensorInfo, &[u8])> =
+                record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
+            let drafts: Vec<Drafted<'_>> = (source.iter().zip(treatments))
+                .map(|(&(tensor, bytes), &treatment)| Drafted::new(treatment, tensor, bytes, step as f32, self.options))
                 .collect();
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
-            let encoded = encoder.encode(record, &tensors, &drafts, context.as_ref());
+            let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
             stages.add(&encoded.stages);
             predicted_records += u64::from(encoded.predicted);
             keyframe_records += u64::from(!encoded.predicted);
@@ -422,8 +419,7 @@ impl<'a> Encoder<'a> {
             }
 
             if self.may_be_a_reference(record) {
-                let decoded =
-                    self.decode_record(record, &tensors, &drafts, &encoded, context.as_ref(), &pool_tables)?;
+                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), &pool_tables)?;
                 let permutation = encoded.grouped;
                 let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
                 contexts.insert(record.block_type, context);
@@ -451,23 +447,20 @@ impl<'a> Encoder<'a> {
     fn decode_record(
         &self,
         record: &RecordPlan,
-        tensors: &[&TensorInfo],
+        source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
         encoded: &super::record::EncodedRecord,
         context: Option<&Context>,
         tables: &[Arc<CodingTable>],
-    ) -> Result<Vec<Option<Vec<f32>>>, SelfCheckError> {
+    ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
                 let Drafted::Quantized { .. } = draft else { return Ok(None) };
-                let tensor = tensors[ordinal];
+                let tensor = source[ordinal].0;
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
-                let reference = context
-                    .and_then(|context| context.decoded[ordinal].as_ref())
-                    .map(|values| bytes_of(tensor, values));
-                let bytes = decode_part(tensor, &encoded.parts[ordinal], tables, motion, reference.as_deref())?;
-                Ok(Some(values_of(&tensor.dtype, &bytes)))
+                let reference = context.and_then(|context| context.decoded[ordinal].as_deref());
+                decode_part(tensor, &encoded.parts[ordinal], tables, motion, reference).map(Some)
             })
             .collect()
     }
@@ -727,17 +720,6 @@ fn write_index(file: &mut std::fs::File, index: &Index, records_end: u64) -> std
 fn set_ordinary_mode(file: &std::fs::File) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     file.set_permissions(std::fs::Permissions::from_mode(0o644))
-}
-
-/// Decoded values in the tensor's own type again; they came from it, so nothing is rounded.
-fn bytes_of(tensor: &TensorInfo, values: &[f32]) -> Vec<u8> {
-    use crate::numerics::{bf16_from_f32, f16_from_f32};
-    use crate::tensor::Dtype;
-    match tensor.dtype {
-        Dtype::BF16 => values.iter().flat_map(|&value| bf16_from_f32(value).to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|&value| f16_from_f32(value).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|&value| value.to_le_bytes()).collect(),
-    }
 }
 
 /// Fills `out` from `offset` on, on as many threads as there are.

@@ -1,5 +1,7 @@
 //! What a user can choose when packing.
 
+use super::align::Alignment;
+
 /// How close the decoded weights must be to the original.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Target {
@@ -14,7 +16,7 @@ pub enum Target {
 
 /// How blocks are matched between layers (Tables 14 and 15 of the paper).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Alignment {
+pub enum AlignmentChoice {
     /// Wherever it pays, by weight similarity.
     #[default]
     Weights,
@@ -24,8 +26,24 @@ pub enum Alignment {
     Ffn,
     /// Attention heads only.
     Heads,
-    /// At random: the ablation's control. Kept wherever prediction is, whether it pays or not.
+    /// At random: the ablation's control, kept like any other only where it pays.
     Random,
+}
+
+/// Seed of the random permutations: the ablation is the same every time.
+const RANDOM_SEED: u64 = 1;
+
+impl AlignmentChoice {
+    /// How permutations are found.
+    pub fn method(self) -> Alignment {
+        match self {
+            Self::Weights => Alignment::Similarity,
+            Self::None => Alignment::None,
+            Self::Ffn => Alignment::FfnOnly,
+            Self::Heads => Alignment::HeadsOnly,
+            Self::Random => Alignment::Random { seed: RANDOM_SEED },
+        }
+    }
 }
 
 /// Which predictors may be chosen.
@@ -60,7 +78,7 @@ pub struct PackOptions {
     /// Keyframe interval (K).
     pub keyframe_interval: u32,
     /// How blocks are matched.
-    pub alignment: Alignment,
+    pub alignment: AlignmentChoice,
     /// Which predictors may be chosen.
     pub predictor: PredictorChoice,
     /// Where steps are set.
@@ -74,7 +92,7 @@ impl Default for PackOptions {
         Self {
             target: Target::Lossless,
             keyframe_interval: 4,
-            alignment: Alignment::default(),
+            alignment: AlignmentChoice::default(),
             predictor: PredictorChoice::default(),
             steps: Steps::default(),
             embedding_refinement: 2.0,

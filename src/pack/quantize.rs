@@ -116,6 +116,7 @@ impl PartQuantizer {
         QuantizerInfo {
             step: self.step,
             raw_bits: self.raw_bits as u8,
+            trellis: None,
             scales: self.scales.as_ref().map(|scales| integers::encode(scales)),
             means: None,
             prediction: None,

@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 
+use super::align::{Alignment, BlockVectors, align};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
-use super::options::{Alignment, PackOptions, PredictorChoice};
+use super::options::{PackOptions, PredictorChoice};
 use super::part::{EncodedPart, EncoderPrediction, QuantizedSymbols, RunLayout, SelfCheckError, count, measure};
 use super::quantize::{PartQuantizer, may_be_quantized, refinement, values_of};
 use crate::codec::architecture::{PartPlan, RecordPlan};
@@ -151,8 +152,8 @@ pub struct Context {
     pub plan: RecordPlan,
     /// Its permutation, for delta coding.
     pub permutation: Option<GroupedPermutation>,
-    /// Decoded values of its quantized parts.
-    pub decoded: Vec<Option<Vec<f32>>>,
+    /// Decoded bytes of its quantized parts.
+    pub decoded: Vec<Option<Vec<u8>>>,
 }
 
 /// What mode decision measured for a record, in bits of the quantized parts.
@@ -199,17 +200,17 @@ pub struct RecordEncoder<'a> {
 }
 
 impl RecordEncoder<'_> {
-    /// Encodes one record. `context` is the record below it, where this one may be predicted; `align` finds a permutation of
-    /// this record's blocks onto that one's.
+    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `context` is the
+    /// record below, where this one may be predicted from it.
     pub fn encode(
         &self,
         plan: &RecordPlan,
-        tensors: &[&TensorInfo],
+        source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
         context: Option<&Context>,
     ) -> EncodedRecord {
         let (permutation, predictions, stages) = match context {
-            Some(context) => self.decide(plan, tensors, drafts, context),
+            Some(context) => self.decide(plan, source, drafts, context),
             None => (None, drafts.iter().map(|_| None).collect(), StageBits::default()),
         };
         let predicted = predictions.iter().any(Option::is_some);
@@ -276,12 +277,13 @@ impl RecordEncoder<'_> {
     fn decide(
         &self,
         plan: &RecordPlan,
-        tensors: &[&TensorInfo],
+        source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
         context: &Context,
     ) -> (Option<GroupedPermutation>, Vec<Option<PartPrediction>>, StageBits) {
-        let align = self.options.predictor != PredictorChoice::None && self.options.alignment != Alignment::None;
-        let permutation = if align { align_record(plan, tensors, drafts, context, self.options) } else { None };
+        let alignment = self.options.alignment.method();
+        let may_align = self.options.predictor != PredictorChoice::None && alignment != Alignment::None;
+        let permutation = if may_align { align_record(plan, source, drafts, context, alignment) } else { None };
         let permutation = permutation.filter(|permutation| !permutation.is_identity());
         let permutation_bits = permutation.as_ref().map(|permutation| {
             let previous = context.permutation.as_ref();
@@ -297,6 +299,7 @@ impl RecordEncoder<'_> {
             if let (Drafted::Quantized { values, layout, quantizer }, Some(decoded)) =
                 (draft, &context.decoded[ordinal])
             {
+                let decoded = values_of(&source[ordinal].0.dtype, decoded);
                 let step_of_run = |run: usize| quantizer.step_of_run(run);
                 let candidate =
                     PartCandidate { values, layout: *layout, step_of_run: &step_of_run, raw_bits: quantizer.raw_bits };
@@ -308,10 +311,10 @@ impl RecordEncoder<'_> {
                 let bits = |prediction: &Option<MeasuredPrediction>| {
                     prediction.as_ref().map_or(keyframe, |prediction| prediction.bits)
                 };
-                let plain = predict(decoded);
+                let plain = predict(&decoded);
                 let motion = permutation
                     .as_ref()
-                    .and_then(|permutation| motion_of(&plan.parts[ordinal], tensors[ordinal], permutation));
+                    .and_then(|permutation| motion_of(&plan.parts[ordinal], source[ordinal].0, permutation));
                 let shifted = motion.map(|motion| {
                     let reference: Vec<f32> =
                         (0..decoded.len()).map(|element| decoded[motion.reference_of(element)]).collect();
@@ -380,12 +383,33 @@ pub fn decode_part(
     Ok(decoded)
 }
 
+/// Finds the permutation of a record's blocks onto those of the decoded record below it (Appendix A). `None` where the
+/// architecture allows none or there is nothing to compare.
 fn align_record(
-    _plan: &RecordPlan,
-    _tensors: &[&TensorInfo],
-    _drafts: &[Drafted<'_>],
-    _context: &Context,
-    _options: &PackOptions,
+    plan: &RecordPlan,
+    source: &[(&TensorInfo, &[u8])],
+    drafts: &[Drafted<'_>],
+    context: &Context,
+    alignment: Alignment,
 ) -> Option<GroupedPermutation> {
-    None
+    let symmetry = plan.symmetry?;
+    let layer = plan.layer?;
+    let compared = || {
+        let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
+        parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
+            Drafted::Quantized { .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
+            Drafted::Raw(_) | Drafted::Split(..) => None,
+        })
+    };
+    let current =
+        BlockVectors::new(symmetry, compared().map(|(tensor, placement, bytes, _)| (tensor, placement, bytes)));
+    let below =
+        BlockVectors::new(symmetry, compared().map(|(tensor, placement, _, decoded)| (tensor, placement, decoded)));
+    match (below, current) {
+        (Ok(below), Ok(current)) => Some(align(alignment, plan.block_type, layer, &below, &current)),
+        (Err(error), _) | (_, Err(error)) => {
+            log::debug!("not aligned: layer {layer}, {}: {error}", plan.block_type.name());
+            None
+        }
+    }
 }

@@ -68,6 +68,13 @@ impl CodingTable {
         &self.points
     }
 
+    /// How far the reconstruction point of a position lies from its code, in steps.
+    #[inline]
+    pub fn point_offset(&self, position: u8) -> f32 {
+        let offset = self.table.point_offsets.get(usize::from(position)).copied().unwrap_or(0);
+        f32::from(offset) / POINT_UNIT
+    }
+
     /// The position that `slot` (0 to 4095) belongs to.
     #[inline]
     pub fn position_of_slot(&self, slot: u32) -> u8 {

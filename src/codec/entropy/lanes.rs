@@ -96,6 +96,23 @@ impl<'a> LaneReader<'a> {
         Self { states, words: words.as_chunks().0, next_word: 0 }
     }
 
+    /// Decodes the next symbol of a lane: its table position. Corrupt data give some position of the table.
+    #[inline]
+    pub fn decode_symbol(&mut self, lane: usize, table: &CodingTable) -> u8 {
+        let state = &mut self.states[lane];
+        let slot = *state & ((1 << PRECISION) - 1);
+        let position = table.position_of_slot(slot);
+        let (first_slot, slots) = table.interval(position);
+        // No overflow: at most (2^20 - 1) * 4095 + 4095.
+        *state = (*state >> PRECISION) * slots + slot - first_slot;
+        if *state < STATE_LOW {
+            let word = self.words.get(self.next_word).map_or(0, |&word| u16::from_le_bytes(word));
+            *state = *state << 16 | u32::from(word);
+            self.next_word += 1;
+        }
+        position
+    }
+
     /// Checks that every word was used and every lane came home.
     pub fn finish(&self) -> Result<(), LaneError> {
         let words = self.words.len();
@@ -116,17 +133,7 @@ impl<'a> LaneReader<'a> {
 /// zero, and [`LaneReader::finish`] tells.
 pub fn decode_run(reader: &mut LaneReader<'_>, table: &CodingTable, positions: &mut [u8]) {
     for (index, position) in positions.iter_mut().enumerate() {
-        let state = &mut reader.states[index % LANES];
-        let slot = *state & ((1 << PRECISION) - 1);
-        *position = table.position_of_slot(slot);
-        let (first_slot, slots) = table.interval(*position);
-        // No overflow: at most (2^20 - 1) * 4095 + 4095.
-        *state = (*state >> PRECISION) * slots + slot - first_slot;
-        if *state < STATE_LOW {
-            let word = reader.words.get(reader.next_word).map_or(0, |&word| u16::from_le_bytes(word));
-            *state = *state << 16 | u32::from(word);
-            reader.next_word += 1;
-        }
+        *position = reader.decode_symbol(index % LANES, table);
     }
 }
 
