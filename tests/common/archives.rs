@@ -34,7 +34,7 @@ pub const RECIPES: &[Recipe] = &[
     },
     Recipe {
         name: "lossy-predicted",
-        must_contain: &["\"keyframe\"", "\"predicted", "\"permuted_records\": 1"],
+        must_contain: &["\"keyframe", "\"predicted", "\"permuted_records\": 1"],
         options: &["--max-rel-mse", "0.02"],
         tensors: || {
             Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 3, ..Bert::default() }
@@ -43,7 +43,7 @@ pub const RECIPES: &[Recipe] = &[
     },
     Recipe {
         name: "lossy-fine-steps",
-        must_contain: &["\"keyframe\""],
+        must_contain: &["\"keyframe"],
         options: &["--max-rel-mse", "0.000003"],
         tensors: || Bert { layers: 1, hidden: 64, ffn_units: 64, dtype: "F16", seed: 9, ..Bert::default() }.tensors(),
     },
