@@ -97,12 +97,11 @@ pub enum ReadError {
     Decode(MaterializeError),
 }
 
+/// Some consecutive bytes of a decoded file, or why there are none.
+pub type Window = Result<Vec<u8>, ReadError>;
+
 /// The files of an archive in windows of `window` bytes, each decoded or an error: what a reader of a mount would get.
-pub fn read_in_windows(
-    path: &Path,
-    engine: EngineChoice,
-    window: usize,
-) -> Result<Vec<Vec<Result<Vec<u8>, ReadError>>>, ReadError> {
+pub fn read_in_windows(path: &Path, engine: EngineChoice, window: usize) -> Result<Vec<Vec<Window>>, ReadError> {
     let archive = Arc::new(Archive::open(path).map_err(ReadError::Open)?);
     let materializer = Materializer::new(MaterializeOptions { cache_bytes: 1 << 22, engine });
     let read = |file: usize, offset: u64| {
@@ -123,7 +122,7 @@ pub fn read_in_windows(
 pub fn decode(path: &Path, engine: EngineChoice) -> Vec<(String, Vec<u8>)> {
     let names = Archive::open(path).unwrap_or_else(|error| panic!("{error}"));
     let files = read_in_windows(path, engine, 1 << 20).unwrap_or_else(|error| panic!("{error:?}"));
-    let whole = |windows: Vec<Result<Vec<u8>, ReadError>>| -> Vec<u8> {
+    let whole = |windows: Vec<Window>| -> Vec<u8> {
         windows.into_iter().flat_map(|bytes| bytes.unwrap_or_else(|error| panic!("{error:?}"))).collect()
     };
     names.files().iter().map(|file| file.name.clone()).zip(files.into_iter().map(whole)).collect()

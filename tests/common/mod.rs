@@ -256,6 +256,8 @@ impl Mount {
         let errors = fs::File::create(&log).expect("a log file");
         let status = Command::new(env!("CARGO_BIN_EXE_mcwcfs"))
             .arg("mount")
+            .arg("--log-file")
+            .arg(directory.path().join("decoding.log"))
             .args(options)
             .args([source, &path])
             .stdin(std::process::Stdio::null())
