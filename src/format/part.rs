@@ -277,7 +277,13 @@ impl QuantizerInfo {
         let flag = |present: bool, bit: u8| if present { bit } else { 0 };
         writer.u8(flag(self.scales.is_some(), HAS_SCALES)
             | flag(self.means.is_some(), HAS_MEANS)
-            | flag(self.prediction.is_some(), HAS_PREDICTION));
+            | flag(self.prediction.is_some(), HAS_PREDICTION)
+            | flag(self.trellis.is_some(), HAS_TRELLIS));
+        match self.trellis {
+            None => {}
+            Some(StoredTrellis::SharedTables) => writer.u8(0),
+            Some(StoredTrellis::TablePairs) => writer.u8(1),
+        }
         if let Some(scales) = &self.scales {
             writer.blob(&scales.0);
         }
@@ -395,3 +401,6 @@ impl SymbolStreams {
         writer.blob(&self.strip_exceptions.0);
     }
 }
+
+#[cfg(test)]
+mod tests;
