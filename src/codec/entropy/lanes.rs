@@ -172,6 +172,22 @@ mod tests {
         bytes
     }
 
+    #[test]
+    fn the_example_of_the_specification_holds() {
+        let table = Table { codes: vec![0, -1, 1], frequencies: vec![2048, 1024, 1024], point_offsets: vec![] };
+        let table = CodingTable::new(table);
+        let (states, words) = encode_lanes(&[0, 1, 2], 3, |_| &table);
+        assert_eq!(states[..4], [0x0002_0000, 0x0004_0800, 0x0004_0c00, 0x0001_0000]);
+        assert!(words.is_empty());
+
+        let mut states = [STATE_LOW; LANES];
+        states[5] = 70_000;
+        let words = 4660_u16.to_le_bytes();
+        let mut reader = LaneReader::new(&state_bytes(states), &words);
+        assert_eq!(reader.decode_symbol(5, &table), 0);
+        assert_eq!(reader.finish(), Err(LaneError::EndState { lane: 5, state: 35_184 * 65_536 + 4660 }));
+    }
+
     proptest! {
         #[test]
         fn decoding_gives_the_encoded_symbols_and_constriction_agrees(
