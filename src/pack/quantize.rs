@@ -4,10 +4,11 @@ use rayon::prelude::*;
 
 use super::options::{PackOptions, Steps, Target};
 use super::part::RunLayout;
+use super::quantized_symbols::Rounding;
 use crate::codec::architecture::BlockType;
 use crate::codec::integers;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
-use crate::format::part::QuantizerInfo;
+use crate::format::part::{QuantizerInfo, StoredTrellis};
 use crate::numerics::{f32_from_bf16, f32_from_f16};
 use crate::tensor::{Dtype, TensorInfo};
 
@@ -59,6 +60,8 @@ pub struct PartQuantizer {
     pub scales: Option<Vec<i32>>,
     /// Raw bits per symbol.
     pub raw_bits: u32,
+    /// How values become codes.
+    pub rounding: Rounding,
 }
 
 impl PartQuantizer {
@@ -97,13 +100,16 @@ impl PartQuantizer {
             return None;
         }
         let reach = largest(&mut sample);
-        let raw_bits = (reach / TABLE_REACH).log2().ceil().max(0.0) as u32;
+        let rounding = options.rounding();
+        // Codes of the trellis are two steps apart.
+        let code_steps = if rounding.trellis { 2.0 } else { 1.0 };
+        let raw_bits = (reach / code_steps / TABLE_REACH).log2().ceil().max(0.0) as u32;
         let most = values
             .par_iter()
             .enumerate()
             .map(|(element, value)| (value / step_of_run(element / layout.run_elements)).abs())
             .reduce(|| 0.0, f32::max);
-        (raw_bits <= 8 && most < 32_000.0).then_some(Self { step, scales, raw_bits })
+        (raw_bits <= 8 && most < 32_000.0).then_some(Self { step, scales, raw_bits, rounding })
     }
 
     /// Step of a run.
@@ -116,7 +122,7 @@ impl PartQuantizer {
         QuantizerInfo {
             step: self.step,
             raw_bits: self.raw_bits as u8,
-            trellis: None,
+            trellis: self.rounding.trellis.then_some(StoredTrellis::SharedTables),
             scales: self.scales.as_ref().map(|scales| integers::encode(scales)),
             means: None,
             prediction: None,
@@ -171,6 +177,6 @@ mod tests {
         let layout = RunLayout::of_shape(&[64, 64]);
         let values: Vec<f32> = (0..4096).map(|index| index as f32 / 4096.0 - 0.5).collect();
         let quantizer = PartQuantizer::new(&values, layout, 0.001, &PackOptions::default()).expect("it fits");
-        assert_eq!(quantizer.raw_bits, 5, "500 codes on each side are 16 times 31");
+        assert_eq!(quantizer.raw_bits, 4, "250 codes on each side are 16 times 16");
     }
 }
