@@ -401,6 +401,3 @@ impl SymbolStreams {
         writer.blob(&self.strip_exceptions.0);
     }
 }
-
-#[cfg(test)]
-mod tests;
