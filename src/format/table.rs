@@ -133,6 +133,13 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_specification_holds() {
+        let mut writer = Writer::new();
+        Table { codes: vec![0, -1, 1], frequencies: vec![2048, 1024, 1024], point_offsets: vec![] }.write(&mut writer);
+        assert_eq!(writer.into_bytes(), [3, 0, 0, 1, 2, 0x80, 0x10, 0x80, 8, 0x80, 8]);
+    }
+
+    #[test]
     fn four_boundaries_in_a_bucket_are_an_error_and_three_are_not() {
         let three = Table { codes: (0..4).collect(), frequencies: vec![1, 1, 1, 4093], point_offsets: vec![] };
         assert!(parse(&three).is_ok());
