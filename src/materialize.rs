@@ -71,6 +71,15 @@ struct UnitKey {
     strip: Option<u32>,
 }
 
+/// What a read leaves in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    /// Every strip it touched, and tensors that others are predicted from.
+    Strips,
+    /// Tensors that others are predicted from, and strips it took only a piece of.
+    ReferencesOnly,
+}
+
 type PreparedRecord = Vec<PreparedPart>;
 
 /// Prepared records kept: their side information is small beside what they decode to.
@@ -113,6 +122,28 @@ impl Materializer {
         offset_bytes: u64,
         out: &mut [u8],
     ) -> Result<usize, MaterializeError> {
+        self.read_and(Keep::Strips, archive, file, offset_bytes, out)
+    }
+
+    /// As [`Self::read`], for who reads each byte once: a strip that fits `out` is decoded in place and not kept.
+    pub fn read_once(
+        &self,
+        archive: &Arc<Archive>,
+        file: usize,
+        offset_bytes: u64,
+        out: &mut [u8],
+    ) -> Result<usize, MaterializeError> {
+        self.read_and(Keep::ReferencesOnly, archive, file, offset_bytes, out)
+    }
+
+    fn read_and(
+        &self,
+        keep: Keep,
+        archive: &Arc<Archive>,
+        file: usize,
+        offset_bytes: u64,
+        out: &mut [u8],
+    ) -> Result<usize, MaterializeError> {
         let entry = &archive.files()[file];
         let available = entry.length_bytes.saturating_sub(offset_bytes);
         let length = available.min(out.len() as u64) as usize;
@@ -133,7 +164,7 @@ impl Materializer {
             let within = data_offset - info.offset_bytes;
             let wanted = (info.length_bytes - within).min(out.len() as u64) as usize;
             let (piece, rest) = out.split_at_mut(wanted);
-            self.read_tensor(archive, archive.address(file, tensor), within, piece)?;
+            self.read_tensor(keep, archive, archive.address(file, tensor), within, piece)?;
             out = rest;
             data_offset += wanted as u64;
             tensor += 1;
@@ -144,6 +175,7 @@ impl Materializer {
     /// Fills `out` with the bytes of one tensor from `offset` on; they must lie inside it.
     fn read_tensor(
         &self,
+        keep: Keep,
         archive: &Arc<Archive>,
         address: PartAddress,
         offset: u64,
@@ -165,6 +197,18 @@ impl Materializer {
         while !out.is_empty() {
             let strip = (offset / strip_bytes) as usize;
             let within = (offset % strip_bytes) as usize;
+            if keep == Keep::ReferencesOnly && within == 0 {
+                let to_the_end = offset + out.len() as u64 == part.length_bytes();
+                let whole_strips = if to_the_end { out.len() } else { out.len() - out.len() % strip_bytes as usize };
+                let (piece, rest) = out.split_at_mut(whole_strips.min(self.group_bytes(part)));
+                if !piece.is_empty() {
+                    self.decode(archive, address, part, strip, None, piece)?;
+                    offset += piece.len() as u64;
+                    out = rest;
+                    continue;
+                }
+                out = rest;
+            }
             let decoded = self.strip(archive, address, part, strip)?;
             let (piece, rest) = out.split_at_mut((decoded.len() - within).min(out.len()));
             piece.copy_from_slice(&decoded[within..][..piece.len()]);
@@ -211,13 +255,17 @@ impl Materializer {
             };
             let mut decoded = zeroed(part.length_bytes() as usize);
             let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
-            let group = self.engine.strips_at_once();
-            let group_bytes = group * part.full_strip_output_bytes() as usize;
-            out.par_chunks_mut(group_bytes).enumerate().try_for_each(|(number, out)| {
-                self.decode(archive, address, part, group * number, reference.as_deref(), out)
+            out.par_chunks_mut(self.group_bytes(part)).enumerate().try_for_each(|(group, out)| {
+                let first = group * self.engine.strips_at_once();
+                self.decode(archive, address, part, first, reference.as_deref(), out)
             })?;
             Ok(decoded)
         })
+    }
+
+    /// Bytes of as many strips as the engine decodes best together.
+    fn group_bytes(&self, part: &PreparedPart) -> usize {
+        self.engine.strips_at_once() * part.full_strip_output_bytes() as usize
     }
 
     /// Decodes as many whole strips of a part as fill `out`, from number `first` on.

@@ -44,57 +44,66 @@ unsafe fn in_groups<const TABLE_USE: usize, const WIDE: bool, O>(jobs: &mut [Run
     assert!(jobs.iter().all(|job| job.out.len() == symbols), "runs in lockstep are equally long");
     // SAFETY: every run has room for `symbols` values.
     unsafe {
-        match jobs {
-            [] => {}
-            [a] => lockstep::<1, TABLE_USE, WIDE, O>([a], symbols),
-            [a, b] => lockstep::<2, TABLE_USE, WIDE, O>([a, b], symbols),
-            [a, b, c] => lockstep::<3, TABLE_USE, WIDE, O>([a, b, c], symbols),
-            [a, b, c, d] => lockstep::<4, TABLE_USE, WIDE, O>([a, b, c, d], symbols),
-            [a, b, c, d, rest @ ..] => {
-                lockstep::<4, TABLE_USE, WIDE, O>([a, b, c, d], symbols);
-                for job in rest {
-                    lockstep::<1, TABLE_USE, WIDE, O>([job], symbols);
-                }
+        for group in jobs.chunks_mut(STRIPS) {
+            match group.len() {
+                1 => lockstep::<1, TABLE_USE, WIDE, O>(group, symbols),
+                2 => lockstep::<2, TABLE_USE, WIDE, O>(group, symbols),
+                3 => lockstep::<3, TABLE_USE, WIDE, O>(group, symbols),
+                _ => lockstep::<4, TABLE_USE, WIDE, O>(group, symbols),
             }
         }
     }
 }
 
+/// The first `N` jobs, 1 to 4.
 #[inline(always)]
 unsafe fn lockstep<const N: usize, const TABLE_USE: usize, const WIDE: bool, O>(
-    jobs: [&mut RunJob<'_, O>; N],
+    jobs: &mut [RunJob<'_, O>],
     symbols: usize,
 ) {
-    // SAFETY: `Strip::start` is given a job each; a step writes 32 values, or as many as the mask has bits, and there are
-    // `symbols` in all.
+    // Four variables, used or not: LLVM keeps the states of an array in memory.
+    // SAFETY: a step writes 32 values, or as many as the mask has bits, and there are `symbols` in all.
     unsafe {
-        let mut jobs = jobs;
-        let mut strips: [Strip<'_>; N] = std::array::from_fn(|strip| Strip::start(&*jobs[strip]));
-        let out: [*mut u8; N] = std::array::from_fn(|strip| jobs[strip].out.as_mut_ptr().cast());
-        let width = size_of::<O>();
+        let mut a = Strip::start(&mut jobs[0]);
+        let mut b = Strip::start(&mut jobs[1.min(N - 1)]);
+        let mut c = Strip::start(&mut jobs[2.min(N - 1)]);
+        let mut d = Strip::start(&mut jobs[3.min(N - 1)]);
         for vector in 0..symbols / LANES {
-            // Written out, because LLVM keeps the states in memory where it does not unroll.
-            if N > 0 {
-                strips[0].step::<TABLE_USE, WIDE, false>(out[0].add(width * LANES * vector), !0);
-            }
+            let offset = size_of::<O>() * LANES * vector;
+            a.step::<TABLE_USE, WIDE, false>(offset, !0);
             if N > 1 {
-                strips[1].step::<TABLE_USE, WIDE, false>(out[1].add(width * LANES * vector), !0);
+                b.step::<TABLE_USE, WIDE, false>(offset, !0);
             }
             if N > 2 {
-                strips[2].step::<TABLE_USE, WIDE, false>(out[2].add(width * LANES * vector), !0);
+                c.step::<TABLE_USE, WIDE, false>(offset, !0);
             }
             if N > 3 {
-                strips[3].step::<TABLE_USE, WIDE, false>(out[3].add(width * LANES * vector), !0);
+                d.step::<TABLE_USE, WIDE, false>(offset, !0);
             }
         }
         let rest = symbols % LANES;
         if rest > 0 {
-            for (strip, out) in strips.iter_mut().zip(out) {
-                strip.step::<TABLE_USE, WIDE, true>(out.add(width * (symbols - rest)), (1 << rest) - 1);
+            let (offset, lanes) = (size_of::<O>() * (symbols - rest), (1 << rest) - 1);
+            a.step::<TABLE_USE, WIDE, true>(offset, lanes);
+            if N > 1 {
+                b.step::<TABLE_USE, WIDE, true>(offset, lanes);
+            }
+            if N > 2 {
+                c.step::<TABLE_USE, WIDE, true>(offset, lanes);
+            }
+            if N > 3 {
+                d.step::<TABLE_USE, WIDE, true>(offset, lanes);
             }
         }
-        for (strip, job) in strips.into_iter().zip(&mut jobs) {
-            strip.store(job);
+        a.store(&mut jobs[0]);
+        if N > 1 {
+            b.store(&mut jobs[1]);
+        }
+        if N > 2 {
+            c.store(&mut jobs[2]);
+        }
+        if N > 3 {
+            d.store(&mut jobs[3]);
         }
     }
 }
@@ -108,11 +117,12 @@ struct Strip<'a> {
     words: Words<'a>,
     tables: [&'a DecodingTable; 2],
     values: &'a RunValues,
+    out: *mut u8,
 }
 
 impl<'a> Strip<'a> {
     #[inline(always)]
-    unsafe fn start<O>(job: &RunJob<'a, O>) -> Self {
+    unsafe fn start<O>(job: &mut RunJob<'a, O>) -> Self {
         // SAFETY: the arrays are a register long.
         unsafe {
             Self {
@@ -123,6 +133,7 @@ impl<'a> Strip<'a> {
                 words: job.words,
                 tables: job.tables.map(CodingTable::decoding),
                 values: job.values,
+                out: job.out.as_mut_ptr().cast(),
             }
         }
     }
@@ -138,11 +149,11 @@ impl<'a> Strip<'a> {
         job.lanes.used = self.used;
     }
 
-    /// Decodes a symbol of each lane in `lanes` and writes its values to `out`, which has room for them.
+    /// Decodes a symbol of each lane in `lanes` and writes its values `offset` bytes into the output, which has room.
     #[inline(always)]
     unsafe fn step<const TABLE_USE: usize, const WIDE: bool, const MASKED: bool>(
         &mut self,
-        out: *mut u8,
+        offset: usize,
         lanes: __mmask32,
     ) {
         // SAFETY: tables are two registers of words each, `Words::pointer` has a register behind it, and what is stored
@@ -191,7 +202,7 @@ impl<'a> Strip<'a> {
             if MASKED {
                 refill &= lanes;
             }
-            let words = _mm512_loadu_si512(self.words.pointer(self.used).cast());
+            let words = load_next_words(self.words.pointer(self.used));
             let refilled_high = _mm512_mask_mov_epi16(high, refill, low);
             let refilled_low = _mm512_mask_expand_epi16(low, refill, words);
             self.used += refill.count_ones() as usize;
@@ -208,6 +219,7 @@ impl<'a> Strip<'a> {
                 _ => look_up_either(&values[0], &values[1], second_quantizer, position),
             };
             let low = value(&self.values.low);
+            let out = self.out.add(offset);
             if WIDE {
                 let high = value(&self.values.high);
                 let first_half = _mm512_permutex2var_epi16(low, interleave(0), high);
@@ -233,6 +245,25 @@ impl<'a> Strip<'a> {
             }
         }
     }
+}
+
+/// A register of words.
+///
+/// Not an intrinsic, which LLVM would fold into the expansion: that form costs Zen several times the two instructions.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_next_words(pointer: *const u8) -> __m512i {
+    let words;
+    // SAFETY: the caller has 64 bytes to read there.
+    unsafe {
+        core::arch::asm!(
+            "vmovdqu64 {words}, [{pointer}]",
+            words = out(zmm_reg) words,
+            pointer = in(reg) pointer,
+            options(pure, readonly, nostack, preserves_flags),
+        );
+    }
+    words
 }
 
 /// `table[index]` in each word; upper bytes of the index are 0, and so is `table[0]`.

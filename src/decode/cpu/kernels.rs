@@ -36,7 +36,8 @@ impl<'a> Words<'a> {
     /// Where word `index` lies, or where the words end if there are fewer: [`WORDS_PADDING`] bytes can be read there.
     #[inline(always)]
     pub fn pointer(&self, index: usize) -> *const u8 {
-        self.bytes[2 * index.min(self.count)..].as_ptr()
+        // SAFETY: `new` has seen that the words and the padding are there.
+        unsafe { self.bytes.as_ptr().add(2 * index.min(self.count)) }
     }
 
     /// Word `index`; something where there is none.

@@ -7,6 +7,71 @@ use crate::format::strip::{LANES, StripLayout};
 /// Symbols whose raw bits are collected at a time: they stay in the first-level cache.
 pub const BLOCK: usize = 1024;
 
+/// For each byte, its bits as one byte each.
+static BYTES_OF_BITS: [u64; 256] = bytes_of_bits();
+
+const fn bytes_of_bits() -> [u64; 256] {
+    let mut table = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut bit = 0;
+        while bit < 8 {
+            table[byte] |= (byte as u64 >> bit & 1) << (8 * bit);
+            bit += 1;
+        }
+        byte += 1;
+    }
+    table
+}
+
+/// How bit planes become one byte per symbol.
+pub trait Spread {
+    /// Gathers bit `plane` of each of 32 symbols from the words of `planes`, fewer than 8: bit = lane.
+    fn spread(planes: &[[u8; 4]], bits: &mut [u8; LANES]);
+}
+
+/// Any CPU: eight symbols of one plane are a table look-up.
+#[derive(Debug)]
+pub struct ByTable;
+
+impl Spread for ByTable {
+    #[inline(always)]
+    fn spread(planes: &[[u8; 4]], bits: &mut [u8; LANES]) {
+        let mut eights = [0_u64; LANES / 8];
+        for (plane, word) in planes.iter().enumerate() {
+            for (eight, &byte) in eights.iter_mut().zip(word) {
+                *eight |= BYTES_OF_BITS[usize::from(byte)] << plane;
+            }
+        }
+        for (bits, eight) in bits.as_chunks_mut().0.iter_mut().zip(eights) {
+            *bits = eight.to_le_bytes();
+        }
+    }
+}
+
+/// AVX-512: a word of a plane is a mask. Used only by what is compiled for AVX-512 with BW and VL.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug)]
+pub struct ByMask;
+
+#[cfg(target_arch = "x86_64")]
+impl Spread for ByMask {
+    #[inline(always)]
+    fn spread(planes: &[[u8; 4]], bits: &mut [u8; LANES]) {
+        use core::arch::x86_64::*;
+        // SAFETY: `bits` is 32 bytes long; only functions compiled for AVX-512 are given this type.
+        unsafe {
+            let mut sum = _mm256_setzero_si256();
+            let mut value = _mm256_set1_epi8(1);
+            for &word in planes {
+                sum = _mm256_mask_add_epi8(sum, u32::from_le_bytes(word), sum, value);
+                value = _mm256_add_epi8(value, value);
+            }
+            _mm256_storeu_si256(bits.as_mut_ptr().cast(), sum);
+        }
+    }
+}
+
 /// Where the raw bits of a run lie.
 #[derive(Clone, Debug)]
 pub struct RawBits<'a> {
@@ -70,39 +135,34 @@ impl<'a> RawBits<'a> {
 
     /// Gives the raw bits of all symbols in blocks, each with the number of its first symbol in the run.
     #[inline(always)]
-    pub fn for_each_block<T: RawWord>(&self, mut take: impl FnMut(usize, &[T])) {
+    pub fn for_each_block<S: Spread, T: RawWord>(&self, mut take: impl FnMut(usize, &[T])) {
         let mut block = [T::default(); BLOCK];
         for start in (0..self.symbols.len()).step_by(BLOCK) {
             let block = &mut block[..BLOCK.min(self.symbols.len() - start)];
-            self.collect(start, block);
+            self.collect::<S, T>(start, block);
             take(start, block);
         }
     }
 
     #[inline(always)]
-    fn collect<T: RawWord>(&self, start: usize, block: &mut [T]) {
-        block.fill(T::default());
+    fn collect<S: Spread, T: RawWord>(&self, start: usize, block: &mut [T]) {
+        let planes = self.layout.bit_planes();
+        if planes == 0 {
+            block.fill(T::default());
+        } else {
+            let shift = 8 * self.layout.byte_planes();
+            let words = self.bit_words[start / LANES * planes..].chunks_exact(planes);
+            for (raw, words) in block.chunks_mut(LANES).zip(words) {
+                let mut bits = [0; LANES];
+                S::spread(words, &mut bits);
+                for (raw, bits) in raw.iter_mut().zip(bits) {
+                    *raw = T::shifted(bits, shift);
+                }
+            }
+        }
         for plane in 0..self.layout.byte_planes() {
             for (raw, &byte) in block.iter_mut().zip(&self.byte_plane(plane)[start..]) {
                 *raw = raw.or(T::shifted(byte, 8 * plane));
-            }
-        }
-        let planes = self.layout.bit_planes();
-        if planes == 0 {
-            return;
-        }
-        let shift = 8 * self.layout.byte_planes();
-        let words = self.bit_words[start / LANES * planes..].chunks_exact(planes);
-        for (raw, words) in block.chunks_mut(LANES).zip(words) {
-            let mut bits = [0_u8; LANES];
-            for (plane, &word) in words.iter().enumerate() {
-                let word = u32::from_le_bytes(word);
-                for (lane, bits) in bits.iter_mut().enumerate() {
-                    *bits |= ((word >> lane & 1) as u8) << plane;
-                }
-            }
-            for (raw, bits) in raw.iter_mut().zip(bits) {
-                *raw = raw.or(T::shifted(bits, shift));
             }
         }
     }

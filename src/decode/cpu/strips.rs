@@ -2,10 +2,11 @@
 //! worth writing per instruction set is behind [`Kernels`].
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::finish::{RunPrediction, join_any};
 use super::kernels::{Kernels, Lanes, Output, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
-use super::raw_bits::RawBits;
+use super::raw_bits::{ByTable, RawBits};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
 use crate::codec::lossless::widen;
@@ -87,7 +88,10 @@ impl<'a> PartDecoder<'a> {
                     (0, Some(prediction)) => (Path::Residual { prediction }, TableUse::of(trellis), Meaning::F32),
                     // Raw bits lead the trellis, so its kernels cannot follow it.
                     _ => {
-                        let meaning = if trellis.is_none() { Meaning::Code } else { Meaning::Position };
+                        // Points beside their codes are found by position.
+                        let on_codes = |table: &Arc<CodingTable>| table.table().point_offsets.is_empty();
+                        let is_plain = trellis.is_none() || symbols.tables().iter().all(on_codes);
+                        let meaning = if is_plain { Meaning::Code } else { Meaning::Position };
                         (Path::Raw { trellis, prediction }, TableUse::One, meaning)
                     }
                 };
@@ -315,6 +319,12 @@ impl<'a> PartDecoder<'a> {
                     None => unsafe {
                         (finish.dequantize)(strip.scratch.as_chunks().0, &raw, step, mean, &mut residuals);
                     },
+                    // SAFETY: see above.
+                    Some(StoredTrellis::SharedTables) if self.meaning == Meaning::Code => unsafe {
+                        let codes = strip.scratch.as_chunks().0;
+                        let states = &mut strip.lanes.trellis;
+                        (finish.dequantize_trellis)(codes, &raw, states, step, mean, &mut residuals);
+                    },
                     Some(trellis) => {
                         let points = self.trellis_points(strip, trellis, &raw, run_of_part);
                         for (residual, point) in residuals.iter_mut().zip(points) {
@@ -390,7 +400,7 @@ impl<'a> PartDecoder<'a> {
             StoredTrellis::TablePairs => [&tables[2 * number], &tables[2 * number + 1]],
         };
         let mut points = Vec::with_capacity(strip.scratch.len() / 2);
-        raw.for_each_block(|start, raw: &[u16]| {
+        raw.for_each_block::<ByTable, u16>(|start, raw| {
             for (index, &raw) in (start..).zip(raw) {
                 let lane = index % LANES;
                 let state = strip.lanes.trellis[lane] as u8;
