@@ -410,7 +410,8 @@ fn zeroed(length: usize) -> Arc<[u8]> {
     std::iter::repeat_n(0, length).collect()
 }
 
-fn decode_error(archive: &Archive, address: PartAddress, error: DecodeError) -> MaterializeError {
+/// An error of the engine with what it was decoding.
+pub fn decode_error(archive: &Archive, address: PartAddress, error: DecodeError) -> MaterializeError {
     let record = archive.record(address.record);
     MaterializeError::Decode {
         archive: archive.path().display().to_string(),

@@ -8,6 +8,7 @@ mod finish;
 mod kernels;
 mod portable;
 mod raw_bits;
+mod stages;
 mod strips;
 mod values;
 
@@ -20,6 +21,7 @@ mod avx512;
 mod tests;
 
 pub use kernels::{Kernels, PORTABLE, WORDS_PADDING};
+pub use stages::{Stage, StageClock};
 
 #[cfg(target_arch = "x86_64")]
 pub use kernels::{AVX2, AVX512};
@@ -44,6 +46,44 @@ impl CpuEngine {
     /// The engine for any CPU.
     pub fn portable() -> Self {
         Self { kernels: &PORTABLE }
+    }
+
+    /// [`Engine::decode_strips`], with the time of each stage added to `clock`.
+    pub fn decode_timed(
+        &self,
+        part: &PreparedPart,
+        reference: Option<&[u8]>,
+        jobs: &mut [StripJob<'_>],
+        clock: Option<&StageClock>,
+    ) -> Result<(), DecodeError> {
+        if let Some(clock) = clock {
+            clock.start();
+        }
+        for job in &*jobs {
+            part.check_strip(job.strip, job.stored_bytes(part))?;
+        }
+        if let Some(clock) = clock {
+            clock.end(Stage::Checksum);
+        }
+        if matches!(part.kind(), PartKind::Raw) {
+            for job in jobs {
+                let stored = job.stored_bytes(part);
+                job.out.copy_from_slice(stored);
+            }
+            return Ok(());
+        }
+        let decoder = PartDecoder::new(self.kernels, part, reference, clock);
+        // Lockstep is for strips of one length: all but the part's last.
+        for alike in jobs.chunk_by_mut(|a, b| a.out.len() == b.out.len()) {
+            for group in alike.chunks_mut(self.kernels.strips_at_once) {
+                match group {
+                    [a, b, c, d] => decoder.decode([a, b, c, d])?,
+                    [a, b] => decoder.decode([a, b])?,
+                    group => group.iter_mut().try_for_each(|job| decoder.decode([job]))?,
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -73,27 +113,6 @@ impl Engine for CpuEngine {
         reference: Option<&[u8]>,
         jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
-        for job in &*jobs {
-            part.check_strip(job.strip, job.stored_bytes(part))?;
-        }
-        if matches!(part.kind(), PartKind::Raw) {
-            for job in jobs {
-                let stored = job.stored_bytes(part);
-                job.out.copy_from_slice(stored);
-            }
-            return Ok(());
-        }
-        let decoder = PartDecoder::new(self.kernels, part, reference);
-        // Lockstep is for strips of one length: all but the part's last.
-        for alike in jobs.chunk_by_mut(|a, b| a.out.len() == b.out.len()) {
-            for group in alike.chunks_mut(self.kernels.strips_at_once) {
-                match group {
-                    [a, b, c, d] => decoder.decode([a, b, c, d])?,
-                    [a, b] => decoder.decode([a, b])?,
-                    group => group.iter_mut().try_for_each(|job| decoder.decode([job]))?,
-                }
-            }
-        }
-        Ok(())
+        self.decode_timed(part, reference, jobs, None)
     }
 }

@@ -25,17 +25,25 @@ pub enum EngineChoice {
 impl EngineChoice {
     /// The engine chosen. Logs which and why.
     pub fn engine(self) -> Arc<dyn Engine> {
-        if self == Self::Reference {
-            log::info!("engine: reference, as asked");
-            return Arc::new(ReferenceEngine);
+        match self.cpu_engine() {
+            Some(engine) => Arc::new(engine),
+            None => {
+                log::info!("engine: reference, as asked");
+                Arc::new(ReferenceEngine)
+            }
         }
+    }
+
+    /// The CPU engine chosen, with a log line that says why; `None` where the reference decoder is.
+    pub fn cpu_engine(self) -> Option<CpuEngine> {
         let engines = cpu_engines();
         let best = engines[0];
         let asked = match self {
             Self::Avx512 => Some("avx512"),
             Self::Avx2 => Some("avx2"),
             Self::Portable => Some("portable"),
-            Self::Auto | Self::Reference => None,
+            Self::Auto => None,
+            Self::Reference => return None,
         };
         let chosen = match asked {
             None => {
@@ -53,7 +61,7 @@ impl EngineChoice {
                 }
             },
         };
-        Arc::new(chosen)
+        Some(chosen)
     }
 }
 

@@ -132,7 +132,7 @@ fn join_16<S: Spread>(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) {
         return;
     }
     let low_bits = raw.count() - 1;
-    raw.for_each_block::<S, _>(|start, raw: &[u16]| {
+    raw.for_each_vector::<S, _>(|start, raw: &[u16]| {
         for (element, &raw) in elements[start..].iter_mut().zip(raw) {
             let sign_and_low = (raw >> low_bits) << 15 | raw & ((1 << low_bits) - 1);
             *element = (u16::from_le_bytes(*element) | sign_and_low).to_le_bytes();
@@ -143,7 +143,7 @@ fn join_16<S: Spread>(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) {
 #[inline(always)]
 fn join_32<S: Spread>(raw: &RawBits<'_>, elements: &mut [[u8; 4]]) {
     let low_bits = raw.count() - 1;
-    raw.for_each_block::<S, _>(|start, raw: &[u32]| {
+    raw.for_each_vector::<S, _>(|start, raw: &[u32]| {
         for (element, &raw) in elements[start..].iter_mut().zip(raw) {
             let sign_and_low = (raw >> low_bits) << 31 | raw & ((1 << low_bits) - 1);
             *element = (u32::from_le_bytes(*element) | sign_and_low).to_le_bytes();
@@ -154,7 +154,7 @@ fn join_32<S: Spread>(raw: &RawBits<'_>, elements: &mut [[u8; 4]]) {
 /// Joins symbols of elements of any width, eight bytes each in `out` or fewer: types that are rare in checkpoints.
 pub fn join_any(symbols: &[[u8; 2]], raw: &RawBits<'_>, width: u32, out: &mut [u8]) {
     let (element_bytes, raw_bits) = (width as usize / 8, raw.count());
-    raw.for_each_block::<ByTable, _>(|start, raw: &[u64]| {
+    raw.for_each_vector::<ByTable, _>(|start, raw: &[u64]| {
         let elements = out[start * element_bytes..].chunks_mut(element_bytes);
         for ((out, symbol), &bits) in elements.zip(&symbols[start..]).zip(raw) {
             let symbol = u16::from_le_bytes(*symbol).into();
@@ -187,7 +187,7 @@ fn dequantize_codes<S: Spread>(
     residuals: &mut [[u8; 4]],
 ) {
     let raw_bits = raw.count();
-    raw.for_each_block::<S, _>(|start, raw: &[u16]| {
+    raw.for_each_vector::<S, _>(|start, raw: &[u16]| {
         let run = residuals[start..].iter_mut().zip(&codes[start..]);
         for ((residual, &code), &raw) in run.zip(raw) {
             let point = join_code(i16::from_le_bytes(code), raw.into(), raw_bits) as f32;
@@ -206,17 +206,14 @@ fn dequantize_trellis<S: Spread>(
     residuals: &mut [[u8; 4]],
 ) {
     let raw_bits = raw.count();
-    raw.for_each_block::<S, _>(|start, raw: &[u16]| {
-        let vectors = residuals[start..].chunks_mut(LANES).zip(codes[start..].chunks(LANES));
-        for ((residuals, codes), raw) in vectors.zip(raw.chunks(LANES)) {
-            let lanes = states.iter_mut().zip(residuals);
-            for (((state, residual), &code), &raw) in lanes.zip(codes).zip(raw) {
-                let code = join_code(i16::from_le_bytes(code), raw.into(), raw_bits);
-                let quantizer = i32::from(*state & 1);
-                let multiple = 2 * code - quantizer * code.signum();
-                *state = next_state_by_bits(*state, (multiple >> 1 & 1) as u16);
-                *residual = dequantize(multiple as f32, step, mean).to_le_bytes();
-            }
+    raw.for_each_vector::<S, _>(|start, raw: &[u16]| {
+        let lanes = states.iter_mut().zip(&mut residuals[start..]).zip(&codes[start..]);
+        for (((state, residual), &code), &raw) in lanes.zip(raw) {
+            let code = join_code(i16::from_le_bytes(code), raw.into(), raw_bits);
+            let quantizer = i32::from(*state & 1);
+            let multiple = 2 * code - quantizer * code.signum();
+            *state = next_state_by_bits(*state, (multiple >> 1 & 1) as u16);
+            *residual = dequantize(multiple as f32, step, mean).to_le_bytes();
         }
     });
 }
@@ -276,14 +273,12 @@ fn add_and_round<const BYTES: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::trellis::{NEXT_STATE, STATES};
+    use crate::codec::trellis::NEXT_STATE;
 
     #[test]
     fn the_bits_of_the_next_state_are_the_table_s() {
-        for state in 0..STATES {
-            for bit in 0..2 {
-                assert_eq!(next_state_by_bits(state as u16, bit as u16), u16::from(NEXT_STATE[state][bit]));
-            }
+        for (state, next) in (0..).zip(NEXT_STATE) {
+            assert_eq!([0, 1].map(|bit| next_state_by_bits(state, bit)), next.map(u16::from));
         }
     }
 }

@@ -2,10 +2,8 @@
 
 use std::ops::Range;
 
+use crate::format::limits::RAW_BITS;
 use crate::format::strip::{LANES, StripLayout};
-
-/// Symbols whose raw bits are collected at a time: they stay in the first-level cache.
-pub const BLOCK: usize = 1024;
 
 /// For each byte, its bits as one byte each.
 static BYTES_OF_BITS: [u64; 256] = bytes_of_bits();
@@ -81,9 +79,9 @@ pub struct RawBits<'a> {
     bit_words: &'a [[u8; 4]],
 }
 
-/// An integer that raw bits are collected in; bits that do not fit are dropped.
+/// An integer wide enough for the raw bits of a symbol.
 pub trait RawWord: Copy + Default {
-    /// `bits << shift`.
+    /// `bits << shift`; the shift is less than the integer is wide.
     fn shifted(bits: u8, shift: usize) -> Self;
     /// Both.
     fn or(self, other: Self) -> Self;
@@ -94,7 +92,7 @@ macro_rules! raw_words {
         impl RawWord for $word {
             #[inline(always)]
             fn shifted(bits: u8, shift: usize) -> Self {
-                <$word>::from(bits).checked_shl(shift as u32).unwrap_or(0)
+                <$word>::from(bits).wrapping_shl(shift as u32)
             }
 
             #[inline(always)]
@@ -133,37 +131,45 @@ impl<'a> RawBits<'a> {
         &self.stored[self.layout.byte_plane_range(plane)][self.symbols.clone()]
     }
 
-    /// Gives the raw bits of all symbols in blocks, each with the number of its first symbol in the run.
+    /// Gives the raw bits of all symbols, 32 at a time and the rest of the run, with the number of the first in the run.
     #[inline(always)]
-    pub fn for_each_block<S: Spread, T: RawWord>(&self, mut take: impl FnMut(usize, &[T])) {
-        let mut block = [T::default(); BLOCK];
-        for start in (0..self.symbols.len()).step_by(BLOCK) {
-            let block = &mut block[..BLOCK.min(self.symbols.len() - start)];
-            self.collect::<S, T>(start, block);
-            take(start, block);
+    pub fn for_each_vector<S: Spread, T: RawWord>(&self, mut take: impl FnMut(usize, &[T])) {
+        let byte_planes: [&[u8]; MOST_BYTE_PLANES] =
+            std::array::from_fn(|plane| if plane < self.layout.byte_planes() { self.byte_plane(plane) } else { &[] });
+        let byte_planes = &byte_planes[..self.layout.byte_planes()];
+        let whole = self.symbols.len() / LANES * LANES;
+        for first in (0..whole).step_by(LANES) {
+            let mut raw = self.bits_of_vector::<S, T>(first);
+            for (plane, bytes) in byte_planes.iter().enumerate() {
+                let bytes: &[u8; LANES] = bytes[first..].first_chunk().expect("a whole vector is left");
+                for (raw, &byte) in raw.iter_mut().zip(bytes) {
+                    *raw = raw.or(T::shifted(byte, 8 * plane));
+                }
+            }
+            take(first, &raw);
+        }
+        if whole < self.symbols.len() {
+            let mut raw = self.bits_of_vector::<S, T>(whole);
+            for (plane, bytes) in byte_planes.iter().enumerate() {
+                for (raw, &byte) in raw.iter_mut().zip(&bytes[whole..]) {
+                    *raw = raw.or(T::shifted(byte, 8 * plane));
+                }
+            }
+            take(whole, &raw[..self.symbols.len() - whole]);
         }
     }
 
+    /// The bits of the bit planes at their place above the byte planes.
     #[inline(always)]
-    fn collect<S: Spread, T: RawWord>(&self, start: usize, block: &mut [T]) {
+    fn bits_of_vector<S: Spread, T: RawWord>(&self, first: usize) -> [T; LANES] {
         let planes = self.layout.bit_planes();
         if planes == 0 {
-            block.fill(T::default());
-        } else {
-            let shift = 8 * self.layout.byte_planes();
-            let words = self.bit_words[start / LANES * planes..].chunks_exact(planes);
-            for (raw, words) in block.chunks_mut(LANES).zip(words) {
-                let mut bits = [0; LANES];
-                S::spread(words, &mut bits);
-                for (raw, bits) in raw.iter_mut().zip(bits) {
-                    *raw = T::shifted(bits, shift);
-                }
-            }
+            return [T::default(); LANES];
         }
-        for plane in 0..self.layout.byte_planes() {
-            for (raw, &byte) in block.iter_mut().zip(&self.byte_plane(plane)[start..]) {
-                *raw = raw.or(T::shifted(byte, 8 * plane));
-            }
-        }
+        let mut bits = [0; LANES];
+        S::spread(&self.bit_words[first / LANES * planes..][..planes], &mut bits);
+        bits.map(|bits| T::shifted(bits, 8 * self.layout.byte_planes()))
     }
 }
+
+const MOST_BYTE_PLANES: usize = RAW_BITS as usize / 8;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::finish::{RunPrediction, join_any};
 use super::kernels::{Kernels, Lanes, Output, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
 use super::raw_bits::{ByTable, RawBits};
+use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
 use crate::codec::lossless::widen;
@@ -51,6 +52,7 @@ pub struct PartDecoder<'a> {
     table_use: TableUse,
     meaning: Meaning,
     element_bytes: usize,
+    clock: Option<&'a StageClock>,
     /// By table number, where neither step nor mean changes from run to run.
     kept_values: Vec<RunValues>,
 }
@@ -72,7 +74,13 @@ struct Strip<'a> {
 
 impl<'a> PartDecoder<'a> {
     /// Prepares to decode strips of `part`, which is not raw. `reference` is there if the part is predicted.
-    pub fn new(kernels: &'static Kernels, part: &'a PreparedPart, reference: Option<&'a [u8]>) -> Self {
+    /// `clock` adds up the time of stages, where somebody wants to know.
+    pub fn new(
+        kernels: &'static Kernels,
+        part: &'a PreparedPart,
+        reference: Option<&'a [u8]>,
+        clock: Option<&'a StageClock>,
+    ) -> Self {
         let dtype = part.dtype();
         let (symbols, quantizer, path, table_use, meaning) = match part.kind() {
             PartKind::Raw => unreachable!("raw parts have no symbols"),
@@ -109,10 +117,19 @@ impl<'a> PartDecoder<'a> {
             table_use,
             meaning,
             element_bytes,
+            clock,
             kept_values: Vec::new(),
         };
         decoder.keep_values();
+        decoder.ended(Stage::ValueTables);
         decoder
+    }
+
+    #[inline(always)]
+    fn ended(&self, stage: Stage) {
+        if let Some(clock) = self.clock {
+            clock.end(stage);
+        }
     }
 
     fn keep_values(&mut self) {
@@ -182,11 +199,14 @@ impl<'a> PartDecoder<'a> {
                     self.run_into_scratch::<N, [u8; 2]>(&mut strips, run, elements.clone());
                 }
             }
+            self.ended(Stage::Entropy);
             for strip in &mut strips {
                 self.finish_run(strip, run, elements.clone());
             }
         }
-        strips.into_iter().try_for_each(|strip| self.end(strip))
+        strips.into_iter().try_for_each(|strip| self.end(strip))?;
+        self.ended(Stage::Exceptions);
+        Ok(())
     }
 
     /// A copy of a strip's words where nothing readable follows them.
@@ -262,6 +282,7 @@ impl<'a> PartDecoder<'a> {
                 let run = self.run_of_part(strip, run);
                 self.fill(&mut strip.values, self.symbols.table_number_of_run(run), run);
             }
+            self.ended(Stage::ValueTables);
         }
     }
 
@@ -332,6 +353,7 @@ impl<'a> PartDecoder<'a> {
                         }
                     }
                 }
+                self.ended(Stage::RawBits);
                 let first = self.first_element(strip) + elements.start;
                 let prediction = prediction.and_then(|prediction| {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
@@ -339,6 +361,7 @@ impl<'a> PartDecoder<'a> {
                 self.round(residuals.as_flattened(), prediction, &mut strip.out[bytes]);
             }
         }
+        self.ended(Stage::RawBits);
     }
 
     /// The first element of a strip, counted in the part.
@@ -356,6 +379,7 @@ impl<'a> PartDecoder<'a> {
         };
         // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
         unsafe { round(residuals.as_chunks().0, prediction, out) }
+        self.ended(Stage::Prediction);
     }
 
     /// The predictor of a run and the reference bytes of its elements, gathered if motion has scattered them.
@@ -388,6 +412,7 @@ impl<'a> PartDecoder<'a> {
                 Err(_) => gathered.extend_from_slice(&reference[bytes_of(span)]),
             }
         }
+        self.ended(Stage::Placement);
         Some((predictor, gathered))
     }
 
@@ -400,7 +425,7 @@ impl<'a> PartDecoder<'a> {
             StoredTrellis::TablePairs => [&tables[2 * number], &tables[2 * number + 1]],
         };
         let mut points = Vec::with_capacity(strip.scratch.len() / 2);
-        raw.for_each_block::<ByTable, u16>(|start, raw| {
+        raw.for_each_vector::<ByTable, u16>(|start, raw| {
             for (index, &raw) in (start..).zip(raw) {
                 let lane = index % LANES;
                 let state = strip.lanes.trellis[lane] as u8;
