@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::archives::{RECIPES, Recipe};
+use common::random_archives::write_random_archive;
 use common::{Bert, Mount, Random, Tensor, assert_same_directories, mcwcfs_ok};
 
 fn repository() -> &'static Path {
@@ -228,6 +229,37 @@ fn a_decoder_written_from_the_specification_decodes_to_the_same_bytes() {
                 recipe.name
             );
         }
+    }
+}
+
+#[test]
+fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
+    let work = tempfile::tempdir().expect("a directory");
+    let mut said = String::new();
+    for seed in 0..24 {
+        let archive = work.path().join(format!("{seed}.mcwc"));
+        write_random_archive(seed, &archive);
+        said.push_str(&decode_by_specification(&archive));
+    }
+    for what in [
+        "carrier 0",
+        "carrier 1",
+        "carrier 2",
+        "exceptions",
+        "means",
+        "moved",
+        "points",
+        "raw",
+        "raw bits",
+        "row affine",
+        "scales",
+        "permutation coding 0",
+        "permutation coding 1",
+        "permutation coding 2",
+        "trellis",
+        "table pairs",
+    ] {
+        assert!(said.contains(&format!("{what}: ")), "met no {what}:\n{said}");
     }
 }
 
