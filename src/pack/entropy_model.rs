@@ -226,6 +226,8 @@ pub enum StreamKind {
     Trellis {
         /// Raw bits per symbol.
         raw_bits: u8,
+        /// Which of the two quantizers: 0 or 1.
+        quantizer: u8,
     },
 }
 
@@ -274,7 +276,7 @@ impl ClassHistograms {
         let mut pool = TablePool::default();
         for ((kind, class), histogram) in joined {
             let table = match kind {
-                StreamKind::Trellis { raw_bits: 0 } => histogram.fit_range(),
+                StreamKind::Trellis { raw_bits: 0, .. } => histogram.fit_range(),
                 StreamKind::Trellis { .. } => histogram.fit_range().map(Table::without_points),
                 StreamKind::Quantized { raw_bits: 0 } => histogram.fit(true),
                 StreamKind::Quantized { .. } | StreamKind::Split { .. } => histogram.fit(false),
@@ -376,6 +378,11 @@ impl TablePool {
     /// The class that a table was fitted to.
     pub fn class_of(&self, number: usize) -> i32 {
         self.classes[number]
+    }
+
+    /// The table of another kind for the class that `number` was fitted to; `number` itself where there is none.
+    pub fn companion(&self, number: usize, kind: StreamKind) -> usize {
+        self.by_class.get(&(kind, self.classes[number])).copied().unwrap_or(number)
     }
 
     /// The cheapest table for a run and the bits it takes, tried around the run's own class. `None` where no table of the

@@ -221,7 +221,7 @@ mod tests {
     use super::*;
     use crate::pack::part::count;
 
-    const NEAREST: Rounding = Rounding { trellis: false, lambda: 0.0 };
+    const NEAREST: Rounding = Rounding { trellis: None, lambda: 0.0 };
 
     /// A deterministic stand-in for weights: sums of hashed uniform numbers.
     fn noise(seed: u64, count: usize) -> Vec<f32> {

@@ -13,7 +13,7 @@ use crate::codec::integers;
 use crate::codec::lossless::{narrow, split_element};
 use crate::decode::DecodeError;
 use crate::format::limits::{RAW_STRIP_BYTES, STRIP_SYMBOLS};
-use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, SymbolStreams};
+use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
 
 /// Where runs and strips of a tensor begin.
@@ -84,13 +84,19 @@ pub trait Symbols: Sync {
     /// The bytes of an element as an exception.
     fn exception(&self, element: usize) -> Vec<u8>;
 
+    /// The kind of the second quantizer's tables, where the trellis has tables of its own for it.
+    fn second_kind(&self) -> Option<StreamKind> {
+        None
+    }
+
     /// The class of a run with these symbols: a quarter octave of scale.
     fn class(&self, run: &Histogram) -> i32;
 
-    /// Chooses the final symbols of consecutive runs, given the table of each: the nearest, unless the kind knows better.
-    fn place(&self, runs: Range<usize>, tables: &[&FittedTable]) -> Placed {
+    /// Chooses the final symbols of consecutive runs, given the tables of each (for the trellis' two quantizers, else twice
+    /// the same): the nearest, unless the kind knows better.
+    fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
         let mut placed = Placed::default();
-        for (run, table) in runs.zip(tables) {
+        for (run, [table, _]) in runs.zip(tables) {
             self.for_each(run, &mut |symbol, raw, offset| {
                 let index = placed.positions.len();
                 match table.position(symbol) {
@@ -116,6 +122,8 @@ pub struct Placed {
     pub positions: Vec<u8>,
     /// Raw bits below each symbol.
     pub raw: Vec<u64>,
+    /// Which of the trellis' two quantizers each symbol belongs to; empty without a trellis.
+    pub quantizers: Vec<u8>,
     /// Symbols, and how far each value lies from its point before offsets, in steps.
     pub symbols: Vec<(i32, f32)>,
     /// Index in the strip and value of every exception, in order.
@@ -255,7 +263,8 @@ struct EncodedStrip {
     bytes: Vec<u8>,
     words: usize,
     exceptions: usize,
-    table_of_run: Vec<usize>,
+    /// Pool numbers: one table twice, or a pair.
+    tables_of_run: Vec<[usize; 2]>,
 }
 
 impl EncodedPart {
@@ -272,14 +281,18 @@ impl EncodedPart {
             .into_par_iter()
             .map(|strip| encode_strip(symbols, pool, strip))
             .collect::<Option<_>>()?;
-        let mut numbers: BTreeMap<usize, i32> = BTreeMap::new();
-        for &table in strips.iter().flat_map(|strip| &strip.table_of_run) {
-            numbers.insert(table, 0);
+        let mut numbers: BTreeMap<[usize; 2], i32> = BTreeMap::new();
+        for &tables in strips.iter().flat_map(|strip| &strip.tables_of_run) {
+            numbers.insert(tables, 0);
         }
         for (number, (_, local)) in numbers.iter_mut().enumerate() {
             *local = number as i32;
         }
-        let table_of_run: Vec<i32> = strips.iter().flat_map(|strip| &strip.table_of_run).map(|t| numbers[t]).collect();
+        let table_of_run: Vec<i32> =
+            strips.iter().flat_map(|strip| &strip.tables_of_run).map(|tables| numbers[tables]).collect();
+        let tables_per_number = if symbols.second_kind().is_some() { 2 } else { 1 };
+        let tables: Vec<usize> =
+            numbers.into_keys().flat_map(|tables| tables.into_iter().take(tables_per_number)).collect();
         let words: Vec<i32> = strips.iter().map(|strip| strip.words as i32).collect();
         let exceptions: Vec<i32> = strips.iter().map(|strip| strip.exceptions as i32).collect();
         let mut body = Vec::with_capacity(strips.iter().map(|strip| strip.bytes.len()).sum());
@@ -294,11 +307,15 @@ impl EncodedPart {
                 run_elements: layout.run_elements as u32,
                 runs_per_strip: layout.runs_per_strip as u32,
                 tables: Vec::new(),
-                table_of_run: integers::encode(&table_of_run),
+                table_of_run: if tables.len() > 1 {
+                    integers::encode(&table_of_run)
+                } else {
+                    StoredIntegers::default()
+                },
                 strip_words: integers::encode(&words),
                 strip_exceptions: integers::encode(&exceptions),
             }),
-            tables: numbers.into_keys().collect(),
+            tables,
             strip_crcs,
             body,
         })
@@ -327,11 +344,14 @@ impl EncodedPart {
 fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option<EncodedStrip> {
     let layout = symbols.layout();
     let runs = layout.strip_runs(strip);
-    let table_of_run = choose_tables(symbols, pool, runs.clone())?;
-    let fitted: Vec<&FittedTable> = table_of_run.iter().map(|&table| pool.table(table)).collect();
+    let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
+    let fitted: Vec<[&FittedTable; 2]> =
+        tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
     let placed = symbols.place(runs, &fitted);
-    let tables: Vec<&CodingTable> = fitted.iter().map(|table| &*table.coding).collect();
-    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, |run| tables[run]);
+    let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
+    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, |run, index| {
+        tables[run][placed.quantizers.get(index).copied().map_or(0, usize::from)]
+    });
 
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
@@ -340,14 +360,15 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
     for (_, value) in &placed.exceptions {
         bytes.extend(value);
     }
-    Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), table_of_run })
+    Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), tables_of_run })
 }
 
-/// The cheapest table of each run, as a number of the pool.
-fn choose_tables(symbols: &dyn Symbols, pool: &TablePool, runs: Range<usize>) -> Option<Vec<usize>> {
+/// The cheapest table of each run, or pair of tables, as numbers of the pool.
+fn choose_tables(symbols: &dyn Symbols, pool: &TablePool, runs: Range<usize>) -> Option<Vec<[usize; 2]>> {
     runs.map(|run| {
         let histogram = run_histogram(symbols, run);
-        Some(pool.choose(symbols.kind(), symbols.class(&histogram), &histogram)?.0)
+        let (first, _) = pool.choose(symbols.kind(), symbols.class(&histogram), &histogram)?;
+        Some([first, symbols.second_kind().map_or(first, |kind| pool.companion(first, kind))])
     })
     .collect()
 }
@@ -372,21 +393,27 @@ pub fn count_placed(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Op
         .par_iter()
         .map(|&strip| {
             let runs = layout.strip_runs(strip);
-            let table_of_run = choose_tables(symbols, pool, runs.clone())?;
-            let fitted: Vec<&FittedTable> = table_of_run.iter().map(|&table| pool.table(table)).collect();
+            let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
+            let fitted: Vec<[&FittedTable; 2]> =
+                tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
             let placed = symbols.place(runs, &fitted);
             let mut classes = ClassHistograms::default();
             let mut bits = 40.0 * placed.exceptions.len() as f64;
             let mut squared_error = 0.0;
             let first_run = layout.strip_runs(strip).start;
-            for (run, (placed, table)) in placed.symbols.chunks(layout.run_elements).zip(&fitted).enumerate() {
-                let mut histogram = Histogram::default();
-                for &(symbol, offset) in placed {
-                    histogram.add(symbol, offset);
-                    bits += f64::from(table.bits(symbol)).min(20.0);
+            let kinds = [symbols.kind(), symbols.second_kind().unwrap_or(symbols.kind())];
+            for (run, of_run) in placed.symbols.chunks(layout.run_elements).enumerate() {
+                let mut histograms = [Histogram::default(), Histogram::default()];
+                for (index, &(symbol, offset)) in of_run.iter().enumerate() {
+                    let quantizer =
+                        placed.quantizers.get(run * layout.run_elements + index).copied().map_or(0, usize::from);
+                    histograms[quantizer].add(symbol, offset);
+                    bits += f64::from(fitted[run][quantizer].bits(symbol)).min(20.0);
                     squared_error += f64::from(offset * symbols.unit(first_run + run)).powi(2);
                 }
-                classes.add(symbols.kind(), pool.class_of(table_of_run[run]), &histogram);
+                for (kind, histogram) in kinds.into_iter().zip(&histograms) {
+                    classes.add(kind, pool.class_of(tables_of_run[run][0]), histogram);
+                }
             }
             Some((PlacedCounts { classes, bits, squared_error }, placed.symbols.len()))
         })

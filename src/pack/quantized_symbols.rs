@@ -8,13 +8,14 @@ use super::trellis_search::search;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
 use crate::codec::trellis::{code_of, next_state, quantizer_of};
+use crate::format::part::StoredTrellis;
 use crate::format::strip::LANES;
 
 /// How values become codes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rounding {
     /// Trellis-coded, else scalar.
-    pub trellis: bool,
+    pub trellis: Option<StoredTrellis>,
     /// What a bit is worth in squared steps; 0 rounds to the nearest.
     pub lambda: f32,
 }
@@ -66,8 +67,8 @@ impl Symbols for QuantizedSymbols<'_> {
 
     fn kind(&self) -> StreamKind {
         let raw_bits = self.raw_bits as u8;
-        match self.rounding.trellis {
-            true => StreamKind::Trellis { raw_bits },
+        match self.rounding.trellis.is_some() {
+            true => StreamKind::Trellis { raw_bits, quantizer: 0 },
             false => StreamKind::Quantized { raw_bits },
         }
     }
@@ -78,7 +79,7 @@ impl Symbols for QuantizedSymbols<'_> {
 
     fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32)) {
         // Of the trellis, the first quantizer stands for both until the search has decided.
-        let spacing = if self.rounding.trellis { 2.0 } else { 1.0 };
+        let spacing = if self.rounding.trellis.is_some() { 2.0 } else { 1.0 };
         self.for_each_target(run, |target| {
             let code = (target / spacing).round_ties_even() as i32;
             let (symbol, raw) = split_code(code, self.raw_bits);
@@ -102,12 +103,18 @@ impl Symbols for QuantizedSymbols<'_> {
         (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
     }
 
-    fn place(&self, runs: Range<usize>, tables: &[&FittedTable]) -> Placed {
+    fn second_kind(&self) -> Option<StreamKind> {
+        let raw_bits = self.raw_bits as u8;
+        (self.rounding.trellis == Some(StoredTrellis::TablePairs))
+            .then_some(StreamKind::Trellis { raw_bits, quantizer: 1 })
+    }
+
+    fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
         let mut targets = Vec::with_capacity(runs.len() * self.layout.run_elements);
         for run in runs {
             self.for_each_target(run, |target| targets.push(target));
         }
-        match self.rounding.trellis {
+        match self.rounding.trellis.is_some() {
             true => self.place_trellis(&targets, tables),
             false => self.place_scalar(&targets, tables),
         }
@@ -135,9 +142,9 @@ impl QuantizedSymbols<'_> {
     }
 
     /// Rate-distortion-optimised rounding: the nearest code, or its neighbour towards zero if that is so much shorter.
-    fn place_scalar(&self, targets: &[f32], tables: &[&FittedTable]) -> Placed {
+    fn place_scalar(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
         let mut placed = Placed::default();
-        for (targets, table) in targets.chunks(self.layout.run_elements).zip(tables) {
+        for (targets, [table, _]) in targets.chunks(self.layout.run_elements).zip(tables) {
             for &target in targets {
                 let cost = |code: i32| {
                     let error = target - code as f32;
@@ -159,17 +166,19 @@ impl QuantizedSymbols<'_> {
         placed
     }
 
-    fn place_trellis(&self, targets: &[f32], tables: &[&FittedTable]) -> Placed {
+    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
         let run_elements = self.layout.run_elements;
         let multiples = search(targets, run_elements, tables, self.raw_bits, self.rounding.lambda);
         let mut placed = Placed::default();
         let mut states = [0; LANES];
-        for ((targets, multiples), table) in
+        for ((targets, multiples), tables) in
             targets.chunks(run_elements).zip(multiples.chunks(run_elements)).zip(tables)
         {
             for (index, (&target, &multiple)) in targets.iter().zip(multiples).enumerate() {
                 let state = &mut states[index % LANES];
-                let code = code_of(multiple, quantizer_of(*state));
+                let quantizer = quantizer_of(*state);
+                let table = tables[usize::from(quantizer)];
+                let code = code_of(multiple, quantizer);
                 *state = next_state(*state, multiple);
                 let (symbol, raw) = split_code(code, self.raw_bits);
                 let mut offset = target - multiple as f32;
@@ -179,6 +188,7 @@ impl QuantizedSymbols<'_> {
                 }
                 placed.positions.push(table.position(symbol).expect("the search stays inside the table"));
                 placed.raw.push(raw.into());
+                placed.quantizers.push(quantizer);
                 placed.symbols.push((symbol, offset));
             }
         }
@@ -192,7 +202,7 @@ mod tests {
 
     use super::*;
     use crate::codec::entropy::CodingTable;
-    use crate::format::part::{Coding, QuantizerInfo, StoredTrellis};
+    use crate::format::part::{Coding, QuantizerInfo};
     use crate::pack::part::{EncodedPart, count};
     use crate::pack::record::decode_part;
     use crate::tensor::{Dtype, TensorInfo};
@@ -222,8 +232,8 @@ mod tests {
         };
         let first = count(&symbols, 1).fit();
         let pool = crate::pack::part::count_placed(&symbols, &first, 1).expect("fitted").classes.fit();
-        let trellis = rounding.trellis.then_some(StoredTrellis::SharedTables);
-        let info = QuantizerInfo { step, raw_bits: 0, trellis, scales: None, means: None, prediction: None };
+        let info =
+            QuantizerInfo { step, raw_bits: 0, trellis: rounding.trellis, scales: None, means: None, prediction: None };
         let part = EncodedPart::symbols(Coding::Quantized(info), &symbols, &pool).expect("fitted");
         let shape = vec![512, 256];
         let tensor =
@@ -239,8 +249,11 @@ mod tests {
     #[test]
     fn the_trellis_gains_an_eighth_of_a_bit_at_equal_error() {
         let bits_above_bound = |(bits, error): (f64, f64)| bits + 0.5 * error.log2();
-        let scalar = bits_above_bound(rate_and_error(Rounding { trellis: false, lambda: 0.0 }, 0.3));
-        let trellis = bits_above_bound(rate_and_error(Rounding { trellis: true, lambda: 0.2 }, 0.18));
-        assert!(trellis < scalar - 0.125, "{trellis} and {scalar} bits above the Gaussian bound");
+        let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0 }, 0.3));
+        for trellis in [StoredTrellis::SharedTables, StoredTrellis::TablePairs] {
+            let rounding = Rounding { trellis: Some(trellis), lambda: 0.2 };
+            let bits = bits_above_bound(rate_and_error(rounding, 0.18));
+            assert!(bits < scalar - 0.125, "{trellis:?}: {bits} and {scalar} bits above the Gaussian bound");
+        }
     }
 }

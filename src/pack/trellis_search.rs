@@ -13,11 +13,18 @@ const RESIDUES: usize = 4;
 
 /// Finds the multiples of the step for one strip.
 ///
-/// `targets` are the values to be coded in steps, run after run of `run_elements`; `tables` has one table per run. Codes stay
+/// `targets` are the values to be coded in steps, run after run of `run_elements`; `tables` has each run's table for the first
+/// quantizer and for the second. Codes stay
 /// inside the tables; a target beyond them is the caller's exception. `lambda` is in squared steps per bit.
-pub fn search(targets: &[f32], run_elements: usize, tables: &[&FittedTable], raw_bits: u32, lambda: f32) -> Vec<i32> {
+pub fn search(
+    targets: &[f32],
+    run_elements: usize,
+    tables: &[[&FittedTable; 2]],
+    raw_bits: u32,
+    lambda: f32,
+) -> Vec<i32> {
     let mut multiples = vec![0; targets.len()];
-    let prepared: Vec<RunCosts<'_>> = tables.iter().map(|table| RunCosts::new(table, raw_bits, lambda)).collect();
+    let prepared: Vec<RunCosts<'_>> = tables.iter().map(|&tables| RunCosts::new(tables, raw_bits, lambda)).collect();
     let mut path = Path::default();
     for lane in 0..LANES {
         path.clear();
@@ -38,7 +45,7 @@ pub fn search(targets: &[f32], run_elements: usize, tables: &[&FittedTable], raw
 
 /// What the codes of a run cost.
 struct RunCosts<'a> {
-    table: &'a FittedTable,
+    tables: [&'a FittedTable; 2],
     raw_bits: u32,
     lambda: f32,
     /// Per quantizer, the least and the greatest target for which all residues have a multiple inside the table.
@@ -46,20 +53,21 @@ struct RunCosts<'a> {
 }
 
 impl<'a> RunCosts<'a> {
-    fn new(table: &'a FittedTable, raw_bits: u32, lambda: f32) -> Self {
-        let (low, high) = table.range();
-        let (low, high) = (low << raw_bits, (high << raw_bits) + (1 << raw_bits) - 1);
+    fn new(tables: [&'a FittedTable; 2], raw_bits: u32, lambda: f32) -> Self {
         let bounds = [0, 1].map(|quantizer| {
+            let (low, high) = tables[quantizer as usize].range();
+            let (low, high) = (low << raw_bits, (high << raw_bits) + (1 << raw_bits) - 1);
             let (least, greatest) = (2 * low + quantizer, 2 * high - quantizer);
             ((least + 2) as f32, (greatest - 2) as f32)
         });
-        Self { table, raw_bits, lambda, bounds }
+        Self { tables, raw_bits, lambda, bounds }
     }
 
     #[inline]
     fn cost(&self, target: f32, multiple: i32, quantizer: u8) -> f32 {
         let error = target - multiple as f32;
-        error * error + self.lambda * self.table.bits(code_of(multiple, quantizer) >> self.raw_bits)
+        error * error
+            + self.lambda * self.tables[usize::from(quantizer)].bits(code_of(multiple, quantizer) >> self.raw_bits)
     }
 
     /// The cheapest multiple of one residue: the nearest, or the next one towards zero if its code is so much shorter.
@@ -171,7 +179,7 @@ mod tests {
         fn descend(state: u8, targets: &[f32], costs: &RunCosts<'_>) -> f32 {
             let Some((&target, rest)) = targets.split_first() else { return 0.0 };
             let quantizer = quantizer_of(state);
-            let (low, high) = costs.table.range();
+            let (low, high) = costs.tables[0].range();
             (low..=high)
                 .map(|code| crate::codec::trellis::multiple(code, quantizer))
                 .map(|multiple| {
@@ -179,11 +187,11 @@ mod tests {
                 })
                 .fold(f32::INFINITY, f32::min)
         }
-        descend(0, targets, &RunCosts::new(table, 0, lambda))
+        descend(0, targets, &RunCosts::new([table, table], 0, lambda))
     }
 
     fn path_cost(targets: &[f32], multiples: &[i32], table: &FittedTable, lambda: f32) -> f32 {
-        let costs = RunCosts::new(table, 0, lambda);
+        let costs = RunCosts::new([table, table], 0, lambda);
         let mut state = 0;
         let mut total = 0.0;
         for (&target, &multiple) in targets.iter().zip(multiples) {
@@ -203,7 +211,7 @@ mod tests {
                 *slot = target;
             }
             let table = table();
-            let found = search(&strip, strip.len(), &[&table], 0, 0.1);
+            let found = search(&strip, strip.len(), &[[&table, &table]], 0, 0.1);
             let lane: Vec<i32> = found.into_iter().step_by(LANES).collect();
             let (found, best) = (path_cost(&targets, &lane, &table, 0.1), exhaustive(&targets, &table, 0.1));
             prop_assert!((found - best).abs() < 1e-3, "{found} against {best}");
