@@ -213,7 +213,7 @@ NEXT_STATE = [[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]]
 
 def decode_symbols(part, number, take):
     """Entropy decoding; calls `take(table, position, raw number, state of the trellis)`, which gives the symbol's value
-    and, where there is a trellis, the second bit of its multiple."""
+    and, where there is a trellis, the parity of its code."""
     x, words, raw, exceptions, lengths = strip_pieces(part, number)
     trellis, used, values = [0] * 32, 0, []
     for run, length in enumerate(lengths):
@@ -288,8 +288,8 @@ def points(part):
 
     def trellis(table, position, raw, state):
         code = table.code[position] * 2**part.raw_bits + raw
-        multiple = 2 * code - state % 2 * ((code > 0) - (code < 0))
-        return FLOAT(multiple) + table.point[position], multiple >> 1 & 1
+        multiple = 2 * code + state % 2
+        return FLOAT(multiple) + table.point[position], code & 1
 
     all_points = []
     for number in range(part.strips):
