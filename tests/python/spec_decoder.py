@@ -95,7 +95,7 @@ class Part:
         if flags & 4:
             require(self.record.reference is not None, "reference part: the record has no reference")
             parts = side_of(self.archive, self.record.reference).parts
-            self.reference = parts[reader.varint("reference part", min(2**22, len(parts) - 1))]
+            self.reference = parts[reader.varint("reference part", min(2**20, len(parts) - 1))]
             other = self.reference.tensor
             require((other.dtype, other.shape) == (self.tensor.dtype, self.tensor.shape), "reference part: shape")
             self.axis = None
@@ -125,7 +125,7 @@ class Part:
         ]
 
     def read_streams(self, reader):
-        numbers = [reader.varint("part table", 2**16 - 1) for _ in range(reader.count("part tables", 2**16))]
+        numbers = [reader.varint("part table", 2**12 - 1) for _ in range(reader.count("part tables", 2**12))]
         require(all(number < len(self.archive.tables) for number in numbers), "part table")
         self.tables = [self.archive.tables[number] for number in numbers]
         if self.trellis == 1:
