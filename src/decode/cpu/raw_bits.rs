@@ -162,13 +162,17 @@ impl<'a> RawBits<'a> {
     /// The bits of the bit planes at their place above the byte planes.
     #[inline(always)]
     fn bits_of_vector<S: Spread, T: RawWord>(&self, first: usize) -> [T; LANES] {
+        let mut raw = [T::default(); LANES];
         let planes = self.layout.bit_planes();
-        if planes == 0 {
-            return [T::default(); LANES];
+        if planes > 0 {
+            let mut bits = [0; LANES];
+            S::spread(&self.bit_words[first / LANES * planes..][..planes], &mut bits);
+            // A loop, because `array::map` is no loop to LLVM and stays scalar.
+            for (raw, bits) in raw.iter_mut().zip(bits) {
+                *raw = T::shifted(bits, 8 * self.layout.byte_planes());
+            }
         }
-        let mut bits = [0; LANES];
-        S::spread(&self.bit_words[first / LANES * planes..][..planes], &mut bits);
-        bits.map(|bits| T::shifted(bits, 8 * self.layout.byte_planes()))
+        raw
     }
 }
 

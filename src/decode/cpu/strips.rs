@@ -68,6 +68,8 @@ struct Strip<'a> {
     out: &'a mut [u8],
     /// Values of the run, where they are not elements yet.
     scratch: Vec<u8>,
+    /// Dequantized values of the run, where raw bits are below their codes.
+    residuals: Vec<[u8; 4]>,
     /// Reference elements of the run, where they lie scattered.
     gathered: Vec<u8>,
 }
@@ -234,6 +236,7 @@ impl<'a> PartDecoder<'a> {
             values: RunValues::ZERO,
             out: job.out,
             scratch: Vec::new(),
+            residuals: Vec::new(),
             gathered: Vec::new(),
         }
     }
@@ -334,7 +337,8 @@ impl<'a> PartDecoder<'a> {
             }
             Path::Raw { trellis, prediction } => {
                 let (step, mean) = self.step_and_mean(run_of_part);
-                let mut residuals = vec![[0; 4]; elements.len()];
+                let mut residuals = std::mem::take(&mut strip.residuals);
+                residuals.resize(elements.len(), [0; 4]);
                 match trellis {
                     // SAFETY: see above.
                     None => unsafe {
@@ -359,6 +363,7 @@ impl<'a> PartDecoder<'a> {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
                 });
                 self.round(residuals.as_flattened(), prediction, &mut strip.out[bytes]);
+                strip.residuals = residuals;
             }
         }
         self.ended(Stage::RawBits);
@@ -405,12 +410,10 @@ impl<'a> PartDecoder<'a> {
         {
             return Some((predictor, &reference[bytes_of(span)]));
         }
-        gathered.clear();
-        for span in motion.spans(elements) {
-            match <[u8; 2]>::try_from(&reference[bytes_of(span.clone())]) {
-                Ok(element) => gathered.extend(element), // a copy of constant length, where every column moves alone
-                Err(_) => gathered.extend_from_slice(&reference[bytes_of(span)]),
-            }
+        gathered.resize(elements.len() * self.element_bytes, 0);
+        match self.element_bytes {
+            2 => gather::<2>(reference, motion.spans(elements), gathered),
+            _ => gather::<4>(reference, motion.spans(elements), gathered),
         }
         self.ended(Stage::Placement);
         Some((predictor, gathered))
@@ -483,6 +486,20 @@ impl<'a> PartDecoder<'a> {
             .as_ref()
             .and_then(|prediction| self.prediction_of_run(prediction, run, element..element + 1, &mut gathered));
         self.round(&residual, prediction, out);
+    }
+}
+
+/// Copies spans of elements from `reference`, one after another.
+fn gather<const BYTES: usize>(reference: &[u8], spans: impl Iterator<Item = Range<usize>>, gathered: &mut [u8]) {
+    let reference = reference.as_chunks::<BYTES>().0;
+    let mut rest = gathered.as_chunks_mut::<BYTES>().0;
+    for span in spans {
+        let (next, later) = rest.split_at_mut(span.len());
+        match next {
+            [element] => *element = reference[span.start], // where every column moves alone: no call to copy it
+            _ => next.copy_from_slice(&reference[span]),
+        }
+        rest = later;
     }
 }
 
