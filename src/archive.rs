@@ -79,7 +79,7 @@ pub struct ArchivedFile {
 }
 
 /// Where a tensor is coded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PartAddress {
     /// Record, counted in the index.
     pub record: u32,

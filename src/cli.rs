@@ -11,6 +11,7 @@ use log::LevelFilter;
 use crate::telemetry;
 
 pub mod analyze;
+pub mod bench;
 pub mod decoded;
 pub mod inspect;
 pub mod mount;
@@ -43,6 +44,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Unpack(unpack::UnpackArgs),
+    Bench(bench::BenchArgs),
     /// Show how alike the layers of a checkpoint are, before and after alignment.
     Analyze(analyze::AnalyzeArgs),
 }
@@ -74,6 +76,7 @@ pub fn mcwcfs() -> ExitCode {
             false => ExitCode::from(NOT_SOUND),
         })),
         Command::Analyze(args) => finish(analyze::run(&args).map(|()| ExitCode::SUCCESS)),
+        Command::Bench(args) => finish(bench::run(&args).map(|()| ExitCode::SUCCESS)),
         Command::Unpack(args) => finish(unpack::run(&args).map(|()| ExitCode::SUCCESS)),
     }
 }

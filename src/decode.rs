@@ -4,10 +4,13 @@
 //! A part is checked once, as a [`PreparedPart`]; after that an engine sees one strip at a time and whatever is wrong with
 //! its bytes is a [`DecodeError`], never a panic.
 
+pub mod cpu;
 pub mod prepared;
 pub mod reference;
+pub mod select;
 
 pub use prepared::PreparedPart;
+pub use select::EngineChoice;
 
 use crate::codec::blocks::BlocksError;
 use crate::codec::entropy::LaneError;
@@ -71,6 +74,26 @@ pub enum DecodeError {
     },
 }
 
+/// One strip to decode: from its stored bytes into the tensor's bytes for the elements it holds.
+#[derive(Debug)]
+pub struct StripJob<'a> {
+    /// Strip of the part.
+    pub strip: usize,
+    /// Starts with the bytes that [`PreparedPart::strip_range`] covers; what follows them means nothing. A vector engine
+    /// copies less where at least [`cpu::WORDS_PADDING`] bytes follow.
+    pub stored: &'a [u8],
+    /// [`PreparedPart::strip_output_bytes`] long.
+    pub out: &'a mut [u8],
+}
+
+impl<'a> StripJob<'a> {
+    /// The strip's stored bytes and nothing else.
+    pub fn stored_bytes(&self, part: &PreparedPart) -> &'a [u8] {
+        let range = part.strip_range(self.strip);
+        &self.stored[..(range.end - range.start) as usize]
+    }
+}
+
 /// Decodes strips. One per process, shared by all threads.
 pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Name for logs and `--engine`.
@@ -89,4 +112,23 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
         reference: Option<&[u8]>,
         out: &mut [u8],
     ) -> Result<(), DecodeError>;
+
+    /// How many strips [`Self::decode_strips`] decodes best together.
+    fn strips_at_once(&self) -> usize {
+        1
+    }
+
+    /// Decodes several strips of one part, in any order; the first error found ends it.
+    fn decode_strips(
+        &self,
+        part: &PreparedPart,
+        reference: Option<&[u8]>,
+        jobs: &mut [StripJob<'_>],
+    ) -> Result<(), DecodeError> {
+        for job in jobs {
+            let stored = job.stored_bytes(part);
+            self.decode_strip(part, job.strip, stored, reference, job.out)?;
+        }
+        Ok(())
+    }
 }

@@ -14,30 +14,13 @@ use crate::cache::{Cache, CacheStats};
 use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
+use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
-use crate::decode::reference::ReferenceEngine;
-use crate::decode::{DecodeError, Engine, PreparedPart};
+use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::format::part::{Coding, StoredPlacement};
 use crate::tensor::TensorInfo;
 
-/// Which engine decodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum EngineChoice {
-    /// The fastest this machine has.
-    #[default]
-    Auto,
-    /// The portable reference decoder.
-    Reference,
-}
-
-impl EngineChoice {
-    /// The engine chosen.
-    pub fn engine(self) -> Arc<dyn Engine> {
-        match self {
-            Self::Auto | Self::Reference => Arc::new(ReferenceEngine),
-        }
-    }
-}
+pub use crate::decode::EngineChoice;
 
 /// How a [`Materializer`] works.
 #[derive(Clone, Copy, Debug)]
@@ -88,6 +71,15 @@ struct UnitKey {
     strip: Option<u32>,
 }
 
+/// What a read leaves in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    /// Every strip it touched, and tensors that others are predicted from.
+    Strips,
+    /// Tensors that others are predicted from, and strips it took only a piece of.
+    ReferencesOnly,
+}
+
 type PreparedRecord = Vec<PreparedPart>;
 
 /// Prepared records kept: their side information is small beside what they decode to.
@@ -130,6 +122,28 @@ impl Materializer {
         offset_bytes: u64,
         out: &mut [u8],
     ) -> Result<usize, MaterializeError> {
+        self.read_and(Keep::Strips, archive, file, offset_bytes, out)
+    }
+
+    /// As [`Self::read`], for who reads each byte once: a strip that fits `out` is decoded in place and not kept.
+    pub fn read_once(
+        &self,
+        archive: &Arc<Archive>,
+        file: usize,
+        offset_bytes: u64,
+        out: &mut [u8],
+    ) -> Result<usize, MaterializeError> {
+        self.read_and(Keep::ReferencesOnly, archive, file, offset_bytes, out)
+    }
+
+    fn read_and(
+        &self,
+        keep: Keep,
+        archive: &Arc<Archive>,
+        file: usize,
+        offset_bytes: u64,
+        out: &mut [u8],
+    ) -> Result<usize, MaterializeError> {
         let entry = &archive.files()[file];
         let available = entry.length_bytes.saturating_sub(offset_bytes);
         let length = available.min(out.len() as u64) as usize;
@@ -150,7 +164,7 @@ impl Materializer {
             let within = data_offset - info.offset_bytes;
             let wanted = (info.length_bytes - within).min(out.len() as u64) as usize;
             let (piece, rest) = out.split_at_mut(wanted);
-            self.read_tensor(archive, archive.address(file, tensor), within, piece)?;
+            self.read_tensor(keep, archive, archive.address(file, tensor), within, piece)?;
             out = rest;
             data_offset += wanted as u64;
             tensor += 1;
@@ -161,6 +175,7 @@ impl Materializer {
     /// Fills `out` with the bytes of one tensor from `offset` on; they must lie inside it.
     fn read_tensor(
         &self,
+        keep: Keep,
         archive: &Arc<Archive>,
         address: PartAddress,
         offset: u64,
@@ -182,6 +197,18 @@ impl Materializer {
         while !out.is_empty() {
             let strip = (offset / strip_bytes) as usize;
             let within = (offset % strip_bytes) as usize;
+            if keep == Keep::ReferencesOnly && within == 0 {
+                let to_the_end = offset + out.len() as u64 == part.length_bytes();
+                let whole_strips = if to_the_end { out.len() } else { out.len() - out.len() % strip_bytes as usize };
+                let (piece, rest) = out.split_at_mut(whole_strips.min(self.group_bytes(part)));
+                if !piece.is_empty() {
+                    self.decode(archive, address, part, strip, None, piece)?;
+                    offset += piece.len() as u64;
+                    out = rest;
+                    continue;
+                }
+                out = rest;
+            }
             let decoded = self.strip(archive, address, part, strip)?;
             let (piece, rest) = out.split_at_mut((decoded.len() - within).min(out.len()));
             piece.copy_from_slice(&decoded[within..][..piece.len()]);
@@ -206,14 +233,9 @@ impl Materializer {
             strip: Some(strip as u32),
         };
         self.cache.get_or_try_insert(key, || {
-            let range = part.strip_range(strip);
-            let mut stored = vec![0; (range.end - range.start) as usize];
-            archive.read_body(address, range.start, &mut stored)?;
             let mut decoded = zeroed(part.strip_output_bytes(strip));
             let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
-            self.engine
-                .decode_strip(part, strip, &stored, None, out)
-                .map_err(|error| decode_error(archive, address, error))?;
+            self.decode(archive, address, part, strip, None, out)?;
             Ok(decoded)
         })
     }
@@ -233,16 +255,44 @@ impl Materializer {
             };
             let mut decoded = zeroed(part.length_bytes() as usize);
             let out = Arc::get_mut(&mut decoded).expect("nobody else has it yet");
-            out.par_chunks_mut(part.full_strip_output_bytes() as usize).enumerate().try_for_each(|(strip, out)| {
-                let range = part.strip_range(strip);
-                let mut stored = vec![0; (range.end - range.start) as usize];
-                archive.read_body(address, range.start, &mut stored)?;
-                self.engine
-                    .decode_strip(part, strip, &stored, reference.as_deref(), out)
-                    .map_err(|error| decode_error(archive, address, error))
+            out.par_chunks_mut(self.group_bytes(part)).enumerate().try_for_each(|(group, out)| {
+                let first = group * self.engine.strips_at_once();
+                self.decode(archive, address, part, first, reference.as_deref(), out)
             })?;
             Ok(decoded)
         })
+    }
+
+    /// Bytes of as many strips as the engine decodes best together.
+    fn group_bytes(&self, part: &PreparedPart) -> usize {
+        self.engine.strips_at_once() * part.full_strip_output_bytes() as usize
+    }
+
+    /// Decodes as many whole strips of a part as fill `out`, from number `first` on.
+    fn decode(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        first: usize,
+        reference: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let strip_bytes = part.full_strip_output_bytes() as usize;
+        let last = first + out.len().div_ceil(strip_bytes) - 1;
+        let (start, end) = (part.strip_range(first).start, part.strip_range(last).end);
+        let mut stored = vec![0; (end - start) as usize + WORDS_PADDING];
+        let unpadded = stored.len() - WORDS_PADDING;
+        archive.read_body(address, start, &mut stored[..unpadded])?;
+        let mut jobs: Vec<StripJob<'_>> = (first..)
+            .zip(out.chunks_mut(strip_bytes))
+            .map(|(strip, out)| {
+                let offset = (part.strip_range(strip).start - start) as usize;
+                StripJob { strip, stored: &stored[offset..], out }
+            })
+            .collect();
+        let decoded = self.engine.decode_strips(part, reference, &mut jobs);
+        decoded.map_err(|error| decode_error(archive, address, error))
     }
 
     fn prepared(&self, archive: &Archive, record: u32) -> Result<Arc<PreparedRecord>, MaterializeError> {
@@ -360,7 +410,8 @@ fn zeroed(length: usize) -> Arc<[u8]> {
     std::iter::repeat_n(0, length).collect()
 }
 
-fn decode_error(archive: &Archive, address: PartAddress, error: DecodeError) -> MaterializeError {
+/// An error of the engine with what it was decoding.
+pub fn decode_error(archive: &Archive, address: PartAddress, error: DecodeError) -> MaterializeError {
     let record = archive.record(address.record);
     MaterializeError::Decode {
         archive: archive.path().display().to_string(),

@@ -48,7 +48,7 @@ pub fn decode_in_order<E: From<MaterializeError>>(
                     for window in (first..windows).step_by(threads as usize) {
                         let offset = window * WINDOW_BYTES;
                         let mut bytes = vec![0; WINDOW_BYTES.min(length - offset) as usize];
-                        let result = materializer.read(archive, file, offset, &mut bytes).map(|_| bytes);
+                        let result = materializer.read_once(archive, file, offset, &mut bytes).map(|_| bytes);
                         let is_last = result.is_err();
                         if sender.send(result).is_err() || is_last {
                             break; // nobody takes more

@@ -4,7 +4,9 @@
 //! frequencies. Fitting tables to data and choosing one per run is the encoder's business: see `pack::entropy_model`.
 
 mod coding_table;
+mod decoding_table;
 mod lanes;
 
 pub use coding_table::CodingTable;
+pub use decoding_table::{DecodingTable, PADDED, SlotTable, TRANSITIONS, Transitions};
 pub use lanes::{LaneError, LaneReader, STATE_LOW, decode_run, encode_lanes};

@@ -4,6 +4,8 @@
 //! the reference: element-wise predictors commute with it, strips stay contiguous in the output, and a tensor decodes with
 //! one permutation, its own, whatever the layers below it were permuted by.
 
+use std::ops::Range;
+
 /// A map from the elements of a tensor to the elements of its reference, both of one shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Motion {
@@ -44,6 +46,41 @@ impl Motion {
         (outer * length + self.source_of_index[index] as usize) * self.stride + within
     }
 
+    /// The reference elements of consecutive `elements`, in order, as ranges that are as long as they can be.
+    ///
+    /// ```
+    /// # use mcwcfs::codec::motion::Motion;
+    /// let rows = Motion::new(&[3, 4], 0, vec![1, 2, 0]).unwrap();
+    /// assert_eq!(rows.spans(2..10).collect::<Vec<_>>(), [6..12, 0..2]);
+    /// ```
+    pub fn spans(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let length = self.source_of_index.len();
+        let (line, mut within) = (elements.start / self.stride, elements.start % self.stride);
+        let (mut outer, mut index) = (line / length, line % length);
+        let mut left = elements.len();
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let start = (outer * length + self.source_of_index[index] as usize) * self.stride + within;
+            let mut end = start;
+            loop {
+                let taken = left.min(self.stride - within);
+                end += taken;
+                left -= taken;
+                within = 0;
+                index += 1;
+                if index == length {
+                    (outer, index) = (outer + 1, 0);
+                }
+                let next = (outer * length + self.source_of_index[index] as usize) * self.stride;
+                if left == 0 || next != end {
+                    return Some(start..end);
+                }
+            }
+        })
+    }
+
     /// Whether every block is predicted from its own place.
     pub fn is_identity(&self) -> bool {
         self.source_of_index.iter().enumerate().all(|(index, &source)| index == source as usize)
@@ -53,6 +90,7 @@ impl Motion {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_shape_whose_stride_overflows_has_no_motion() {
@@ -64,5 +102,21 @@ mod tests {
         assert_eq!(Motion::new(&[2, 3], 2, vec![]), None, "no such axis");
         assert_eq!(Motion::new(&[2, 3], 1, vec![0, 1]), None, "too short");
         assert_eq!(Motion::new(&[2, 3], 1, vec![0, 1, 3]), None, "past the end");
+    }
+
+    proptest! {
+        #[test]
+        fn spans_are_the_references_of_the_elements(
+            outer in 1_u64..4,
+            source in prop::collection::vec(0_u32..6, 6),
+            stride in 1_u64..5,
+            cut in any::<[prop::sample::Index; 2]>(),
+        ) {
+            let motion = Motion::new(&[outer, 6, stride], 1, source).expect("a map of six");
+            let [a, b] = cut.map(|cut| cut.index((outer * 6 * stride) as usize));
+            let elements = a.min(b)..a.max(b);
+            let spans: Vec<usize> = motion.spans(elements.clone()).flatten().collect();
+            prop_assert_eq!(spans, elements.map(|element| motion.reference_of(element)).collect::<Vec<_>>());
+        }
     }
 }

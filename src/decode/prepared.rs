@@ -83,6 +83,16 @@ impl Symbols {
         &self.tables[self.table_of_run.get(run) as usize]
     }
 
+    /// All tables that runs choose from.
+    pub fn tables(&self) -> &[Arc<CodingTable>] {
+        &self.tables
+    }
+
+    /// The number of a run's table, or of its pair of tables.
+    pub fn table_number_of_run(&self, run: usize) -> usize {
+        self.table_of_run.get(run) as usize
+    }
+
     /// The two tables of a run whose table number stands for a pair.
     pub fn table_pair_of_run(&self, run: usize) -> [&CodingTable; 2] {
         let first = 2 * self.table_of_run.get(run) as usize;
@@ -107,6 +117,11 @@ impl Quantizer {
             Some(scales) => self.step * scale_multiplier(scales.get(run)),
             None => self.step,
         }
+    }
+
+    /// Whether all runs share step and mean.
+    pub fn is_uniform(&self) -> bool {
+        self.scales.is_none() && self.means.is_none()
     }
 
     /// The mean of a run.

@@ -2,11 +2,13 @@
 
 use std::borrow::Borrow;
 use std::num::NonZeroU16;
+use std::sync::OnceLock;
 
 #[cfg(test)]
 use constriction::stream::model::DecoderModel;
 use constriction::stream::model::{EncoderModel, EntropyModel};
 
+use super::decoding_table::{DecodingTable, SlotTable};
 use crate::format::table::{POINT_UNIT, TOTAL, Table};
 
 /// Bits of a frequency.
@@ -22,6 +24,9 @@ pub struct CodingTable {
     position_of_slot: Box<[u8; TOTAL as usize]>,
     /// Reconstruction point of each position in steps.
     points: Vec<f32>,
+    /// Laid out when a fast decoder first asks: most archives' tables meet only one kind.
+    decoding: OnceLock<Box<DecodingTable>>,
+    slots: OnceLock<Box<SlotTable>>,
 }
 
 impl CodingTable {
@@ -44,7 +49,18 @@ impl CodingTable {
                 f32::from(code) + f32::from(offset) / POINT_UNIT // exact: fewer than 24 bits
             })
             .collect();
-        Self { table, cumulative, position_of_slot, points }
+        let (decoding, slots) = (OnceLock::new(), OnceLock::new());
+        Self { table, cumulative, position_of_slot, points, decoding, slots }
+    }
+
+    /// The table as vector decoders look it up.
+    pub fn decoding(&self) -> &DecodingTable {
+        self.decoding.get_or_init(|| Box::new(DecodingTable::new(self)))
+    }
+
+    /// The table as decoders that gather look it up.
+    pub fn slots(&self) -> &SlotTable {
+        self.slots.get_or_init(|| Box::new(SlotTable::new(self)))
     }
 
     /// The table as stored.

@@ -1,0 +1,279 @@
+//! `mcwcfs bench`: how fast an archive decodes on this machine, where the time goes (the paper's Table 9), and from which
+//! bandwidth on the original would load faster (Appendix J).
+//!
+//! Everything is decoded on one thread from memory; only the stage `read` touches the file.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::size::parse_size;
+use crate::archive::{Archive, ArchiveError, PartAddress};
+use crate::decode::cpu::{CpuEngine, Stage, StageClock, WORDS_PADDING};
+use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::materialize::{EngineChoice, MaterializeError, decode_error, prepare_record};
+
+/// Says how fast an archive decodes here, stage by stage, and when that pays.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// The archive (.mcwc)
+    pub archive: PathBuf,
+    /// Which engine decodes; the reference decoder has no stages
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: EngineChoice,
+    /// Bytes per second that files arrive with, for the load times [default: a gigabyte]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GB")]
+    pub bandwidth: u64,
+    /// Times everything is decoded; the fastest counts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub repeat: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Why there is nothing to report.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The archive does not open.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// The archive does not decode.
+    #[error(transparent)]
+    Decode(#[from] MaterializeError),
+    /// The reference decoder was asked for.
+    #[error("--engine reference: has no stages to time, expected auto, avx512, avx2 or portable")]
+    NoStages,
+    /// Standard output does not take the report.
+    #[error("standard output: {0}")]
+    Output(#[from] io::Error),
+}
+
+/// What was measured, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct Report {
+    engine: &'static str,
+    /// Bytes of the archive.
+    stored_bytes: u64,
+    /// Bytes of all decoded tensors.
+    decoded_bytes: u64,
+    stages: Vec<StageReport>,
+    /// Seconds to decode everything, clocks off, on one thread.
+    decode_seconds: f64,
+    /// Seconds to copy as many bytes.
+    copy_seconds: f64,
+    loading: Loading,
+}
+
+#[derive(Debug, Serialize)]
+struct StageReport {
+    stage: &'static str,
+    seconds: f64,
+}
+
+/// Load times at a bandwidth, and the bandwidths at which both ways take equally long (Eqs. 109-110).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Loading {
+    bandwidth: u64,
+    /// The original's bytes fetched.
+    original_seconds: f64,
+    /// The archive fetched, then decoded.
+    serial_seconds: f64,
+    /// The archive decoded while it is fetched.
+    overlapped_seconds: f64,
+    /// Below so many bytes per second the archive loads faster, serially.
+    serial_break_even: f64,
+    /// The same where decoding overlaps.
+    overlapped_break_even: f64,
+}
+
+impl Loading {
+    fn new(bandwidth: u64, original_bytes: u64, stored_bytes: u64, decode_seconds: f64) -> Self {
+        let [original, stored] = [original_bytes, stored_bytes].map(|bytes| bytes as f64);
+        let fetch = stored / bandwidth as f64;
+        Self {
+            bandwidth,
+            original_seconds: original / bandwidth as f64,
+            serial_seconds: fetch + decode_seconds,
+            overlapped_seconds: fetch.max(decode_seconds),
+            serial_break_even: (original - stored).max(0.0) / decode_seconds,
+            overlapped_break_even: if stored < original { original / decode_seconds } else { 0.0 },
+        }
+    }
+}
+
+/// Measures and prints.
+pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
+    let engine = args.engine.cpu_engine().ok_or(BenchError::NoStages)?;
+    let archive = Archive::open(&args.archive)?;
+    let report = Report::measure(&archive, &engine, args)?;
+    let mut output = io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut output, &report).map_err(io::Error::from)?;
+        writeln!(output)?;
+    } else {
+        report.print(&mut output)?;
+    }
+    Ok(output.flush()?)
+}
+
+/// Seconds of the stages around decoding.
+#[derive(Clone, Copy, Debug, Default)]
+struct Around {
+    read: f64,
+    prepare: f64,
+    decode: f64,
+    copy: f64,
+}
+
+impl Report {
+    fn measure(archive: &Archive, engine: &CpuEngine, args: &BenchArgs) -> Result<Self, BenchError> {
+        let decoded_bytes = archive.files().iter().flat_map(|file| &file.tensors).map(|t| t.length_bytes).sum();
+        let mut best: Option<Around> = None;
+        for _ in 0..args.repeat.max(1) {
+            let around = decode_all(archive, engine, None)?;
+            if best.is_none_or(|best| around.decode < best.decode) {
+                best = Some(around);
+            }
+        }
+        let around = best.unwrap_or_default();
+        let clock = StageClock::default();
+        decode_all(archive, engine, Some(&clock))?;
+        let mut stages = vec![
+            StageReport { stage: "read", seconds: around.read },
+            StageReport { stage: "side information", seconds: around.prepare },
+        ];
+        stages.extend(
+            Stage::ALL.map(|stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() }),
+        );
+        let decode_seconds = around.prepare + around.decode;
+        Ok(Self {
+            engine: engine.name(),
+            stored_bytes: archive.stored_bytes(),
+            decoded_bytes,
+            stages,
+            decode_seconds,
+            copy_seconds: around.copy,
+            loading: Loading::new(args.bandwidth, decoded_bytes, archive.stored_bytes(), decode_seconds),
+        })
+    }
+
+    fn print(&self, output: &mut impl Write) -> io::Result<()> {
+        let rate = |bytes: u64, seconds: f64| bytes as f64 / seconds.max(1e-9) / 1e9;
+        writeln!(output, "engine {}, one thread", self.engine)?;
+        let all: f64 = self.stages.iter().map(|stage| stage.seconds).sum();
+        for StageReport { stage, seconds } in &self.stages {
+            writeln!(output, "  {stage:<38} {seconds:>9.4} s {:>5.1} %", 100.0 * seconds / all.max(1e-9))?;
+        }
+        let Self { decoded_bytes, stored_bytes, decode_seconds, copy_seconds, loading, .. } = self;
+        writeln!(
+            output,
+            "decoding {stored_bytes} bytes to {decoded_bytes}: {decode_seconds:.4} s, {:.2} GB/s of weights; a copy: {:.2} GB/s, \
+             {:.2} times as fast",
+            rate(*decoded_bytes, *decode_seconds),
+            rate(*decoded_bytes, *copy_seconds),
+            decode_seconds / copy_seconds.max(1e-9),
+        )?;
+        writeln!(
+            output,
+            "at {:.3} GB/s: the original loads in {:.3} s, the archive in {:.3} s, or {:.3} s decoded while it arrives",
+            loading.bandwidth as f64 / 1e9,
+            loading.original_seconds,
+            loading.serial_seconds,
+            loading.overlapped_seconds,
+        )?;
+        writeln!(
+            output,
+            "the archive loads faster below {:.3} GB/s, or below {:.3} GB/s decoded while it arrives",
+            loading.serial_break_even / 1e9,
+            loading.overlapped_break_even / 1e9,
+        )
+    }
+}
+
+/// Decodes every part once, in the order of the records, keeping what later ones are predicted from.
+fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>) -> Result<Around, BenchError> {
+    let mut around = Around::default();
+    let mut references: HashMap<PartAddress, Vec<u8>> = HashMap::new();
+    let records = archive.index().records.len();
+    let mut last_use = vec![0; records];
+    for number in 0..records as u32 {
+        if let Some(reference) = archive.record(number).reference {
+            last_use[reference as usize] = number; // references come first
+        }
+    }
+    for number in 0..records as u32 {
+        let start = Instant::now();
+        let parts = prepare_record(archive, number)?;
+        around.prepare += start.elapsed().as_secs_f64();
+        let below = archive.record(number).reference;
+        for (ordinal, part) in parts.iter().enumerate() {
+            let address = PartAddress { record: number, part: ordinal as u32 };
+            let start = Instant::now();
+            let mut stored = vec![0; part.body_bytes() as usize + WORDS_PADDING];
+            let unpadded = stored.len() - WORDS_PADDING;
+            archive.read_body(address, 0, &mut stored[..unpadded])?;
+            around.read += start.elapsed().as_secs_f64();
+
+            let reference = part.prediction().and_then(|prediction| {
+                references.get(&PartAddress { record: below?, part: prediction.reference_part }).map(Vec::as_slice)
+            });
+            // Touched before it is timed: what the system does for fresh memory is not decoding.
+            let mut out = vec![1; part.length_bytes() as usize];
+            let start = Instant::now();
+            decode_part(engine, part, &stored, reference, &mut out, clock)
+                .map_err(|error| decode_error(archive, address, error))?;
+            around.decode += start.elapsed().as_secs_f64();
+            let mut copy = vec![1; out.len()];
+            let start = Instant::now();
+            std::hint::black_box(&mut copy).copy_from_slice(&out);
+            around.copy += start.elapsed().as_secs_f64();
+            if archive.is_referenced(number) {
+                references.insert(address, out);
+            }
+        }
+        references.retain(|address, _| last_use[address.record as usize] > number);
+    }
+    Ok(around)
+}
+
+fn decode_part(
+    engine: &CpuEngine,
+    part: &PreparedPart,
+    stored: &[u8],
+    reference: Option<&[u8]>,
+    out: &mut [u8],
+    clock: Option<&StageClock>,
+) -> Result<(), DecodeError> {
+    let mut jobs: Vec<StripJob<'_>> = out
+        .chunks_mut(part.full_strip_output_bytes() as usize)
+        .enumerate()
+        .map(|(strip, out)| StripJob { strip, stored: &stored[part.strip_range(strip).start as usize..], out })
+        .collect();
+    let at_once = engine.strips_at_once();
+    jobs.chunks_mut(at_once).try_for_each(|jobs| engine.decode_timed(part, reference, jobs, clock))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn at_the_break_even_bandwidth_both_ways_take_equally_long() {
+        let at = |bandwidth| Loading::new(bandwidth, 10_000, 4_000, 0.5);
+        let serial = at(at(1).serial_break_even as u64);
+        assert!((serial.original_seconds - serial.serial_seconds).abs() < 1e-9);
+        let overlapped = at(at(1).overlapped_break_even as u64);
+        assert!((overlapped.original_seconds - overlapped.overlapped_seconds).abs() < 1e-9);
+    }
+
+    #[test]
+    fn an_archive_larger_than_the_original_never_loads_faster() {
+        let loading = Loading::new(1, 100, 101, 0.5);
+        assert_eq!((loading.serial_break_even, loading.overlapped_break_even), (0.0, 0.0));
+    }
+}

@@ -1,0 +1,175 @@
+//! A table as fast decoders look it up: padded to 64 positions for byte and word permutations, or one entry per slot.
+//!
+//! The depth rule (SPEC.md section 5) is what makes the first form possible: no aligned bucket of 32 slots has more than
+//! three boundaries inside it, so the position of a slot is the bucket's first position and at most three more, found with
+//! two comparisons.
+
+use super::coding_table::CodingTable;
+use crate::codec::trellis::{NEXT_STATE, STATES, multiple};
+use crate::format::table::{BUCKET, TOTAL};
+
+/// Positions of a padded table.
+pub const PADDED: usize = 64;
+const BUCKETS: usize = (TOTAL / BUCKET) as usize;
+
+/// What one lookup of a vector decoder needs, each array a whole number of 512-bit registers.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct DecodingTable {
+    /// The position that the first slot of each bucket belongs to.
+    pub first: [u8; BUCKETS],
+    /// First slot of the position after the next: cum\[p + 2\]; past the table's end, a slot that none reaches.
+    pub after_next: [u16; PADDED],
+    /// First slot of the next position: cum\[p + 1\].
+    pub next: [u16; PADDED],
+    /// First slot of each position: cum\[p\].
+    pub start: [u16; PADDED],
+    /// Slots of each position.
+    pub frequency: [u16; PADDED],
+    /// Where a position leads a trellis: bit 3 for the first quantizer's states, bit 4 for the second's, each the second
+    /// bit of its multiple. Added to a state, it is an index into [`TRANSITIONS`]. Not the
+    /// last field: gathers read 32 bits where they want 16.
+    pub transitions: [u16; PADDED],
+    /// The code of each position.
+    pub codes: [i16; PADDED],
+    /// Reconstruction point of each position in steps, where codes are scalar.
+    pub points: [f32; PADDED],
+    /// Reconstruction points in steps by quantizer, where codes are trellis-coded without raw bits.
+    pub trellis_points: [[f32; PADDED]; 2],
+}
+
+/// The next state by state (three bits, the lowest says which quantizer) and by what [`DecodingTable::transitions`] adds.
+pub static TRANSITIONS: Transitions = Transitions(transitions());
+
+/// One register of next states.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct Transitions(pub [u16; 32]);
+
+const fn transitions() -> [u16; 32] {
+    let mut table = [0; 32];
+    let mut index = 0;
+    while index < 32 {
+        let state = index % STATES;
+        let second_bit = index >> (3 + state % 2) & 1;
+        table[index] = NEXT_STATE[state][second_bit] as u16;
+        index += 1;
+    }
+    table
+}
+
+impl DecodingTable {
+    /// Lays a table out for lookups.
+    pub fn new(table: &CodingTable) -> Self {
+        let positions = table.positions();
+        // No slot reaches this, so no comparison passes it.
+        let mut cumulative = [u16::MAX; PADDED + 2];
+        let mut laid_out = Self {
+            first: std::array::from_fn(|bucket| table.position_of_slot(bucket as u32 * BUCKET)),
+            after_next: [0; PADDED],
+            next: [0; PADDED],
+            start: [0; PADDED],
+            frequency: [0; PADDED],
+            transitions: [0; PADDED],
+            codes: [0; PADDED],
+            points: [0.0; PADDED],
+            trellis_points: [[0.0; PADDED]; 2],
+        };
+        for position in 0..positions as u8 {
+            let (start, slots) = table.interval(position);
+            let code = table.code(position);
+            let index = usize::from(position);
+            cumulative[index] = start as u16;
+            laid_out.frequency[index] = slots as u16;
+            laid_out.codes[index] = code;
+            laid_out.points[index] = table.points()[index];
+            for quantizer in 0..2 {
+                let multiple = multiple(code.into(), quantizer);
+                laid_out.trellis_points[usize::from(quantizer)][index] = multiple as f32 + table.point_offset(position);
+                laid_out.transitions[index] |= (multiple as u16 >> 1 & 1) << (3 + quantizer);
+            }
+        }
+        laid_out.start.copy_from_slice(&cumulative[..PADDED]);
+        laid_out.next.copy_from_slice(&cumulative[1..=PADDED]);
+        laid_out.after_next.copy_from_slice(&cumulative[2..]);
+        laid_out
+    }
+
+    /// The position of a slot, as vector decoders find it.
+    #[inline]
+    pub fn position_of_slot(&self, slot: u16) -> u8 {
+        let mut position = self.first[usize::from(slot) / BUCKET as usize % BUCKETS];
+        if slot >= self.after_next[usize::from(position) % PADDED] {
+            position += 2;
+        }
+        if slot >= self.next[usize::from(position) % PADDED] {
+            position += 1;
+        }
+        position
+    }
+}
+
+/// One entry per slot, for decoders that gather: position, place within the position's slots, and its frequency.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct SlotTable(pub [u32; TOTAL as usize]);
+
+impl SlotTable {
+    /// Frequency in bits 0 to 11, slot less the position's first slot in bits 12 to 23, position above.
+    pub fn new(table: &CodingTable) -> Self {
+        assert!(table.positions() <= PADDED, "a table has at most 61 positions");
+        Self(std::array::from_fn(|slot| {
+            let position = table.position_of_slot(slot as u32);
+            let (start, slots) = table.interval(position);
+            slots | (slot as u32 - start) << 12 | u32::from(position) << 24
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::trellis::{next_state, quantizer_of};
+    use crate::format::table::{Table, first_overfull_bucket};
+    use proptest::prelude::*;
+
+    /// Frequencies that keep the depth rule: at most four positions of less than a bucket in a row.
+    fn tables() -> impl Strategy<Value = CodingTable> {
+        prop::collection::vec((1_u16..200, -300_i16..300, any::<i8>()), 2..=61).prop_filter_map("a table", |draws| {
+            let mut frequencies: Vec<u16> = draws.iter().map(|&(frequency, ..)| frequency).collect();
+            let sum: u16 = frequencies.iter().sum();
+            *frequencies.last_mut()? += 4096_u16.checked_sub(sum)?;
+            let codes: Vec<i16> =
+                draws.iter().enumerate().map(|(index, &(_, code, _))| code * 64 + index as i16).collect();
+            let point_offsets = draws.iter().map(|&(.., offset)| offset).collect();
+            let fits = first_overfull_bucket(&frequencies).is_none() && frequencies.iter().all(|&slots| slots < 4096);
+            fits.then(|| CodingTable::new(Table { codes, frequencies, point_offsets }))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn every_slot_is_found_with_two_comparisons(table in tables()) {
+            let laid_out = DecodingTable::new(&table);
+            let slots = SlotTable::new(&table);
+            for slot in 0..4096_u16 {
+                let position = table.position_of_slot(slot.into());
+                prop_assert_eq!(laid_out.position_of_slot(slot), position);
+                let (start, frequency) = table.interval(position);
+                prop_assert_eq!(slots.0[usize::from(slot)] >> 24, u32::from(position));
+                prop_assert_eq!(slots.0[usize::from(slot)] & 0xfff, frequency);
+                prop_assert_eq!(slots.0[usize::from(slot)] >> 12 & 0xfff, u32::from(slot) - start);
+            }
+        }
+
+        #[test]
+        fn transitions_are_the_trellis(table in tables(), state in 0_u8..8) {
+            let laid_out = DecodingTable::new(&table);
+            for position in 0..table.positions() as u8 {
+                let index = u16::from(state) | laid_out.transitions[usize::from(position)];
+                let multiple = multiple(table.code(position).into(), quantizer_of(state));
+                prop_assert_eq!(TRANSITIONS.0[usize::from(index)], u16::from(next_state(state, multiple)));
+            }
+        }
+    }
+}

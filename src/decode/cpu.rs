@@ -1,0 +1,118 @@
+//! The fast CPU engine: entropy decoding, dequantization, prediction and rounding, run by run, without a pass over memory
+//! in between.
+//!
+//! Kernels are what differs between instruction sets ([`kernels`]); everything else is written once ([`strips`]). Which
+//! kernels a process uses is chosen in [`super::select`]. Whatever they are, the bytes are the reference decoder's.
+
+mod finish;
+mod kernels;
+mod portable;
+mod raw_bits;
+mod stages;
+mod strips;
+mod values;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+#[cfg(test)]
+mod tests;
+
+pub use kernels::{Kernels, PORTABLE, WORDS_PADDING};
+pub use stages::{Stage, StageClock};
+
+#[cfg(target_arch = "x86_64")]
+pub use kernels::{AVX2, AVX512};
+
+use super::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::decode::prepared::PartKind;
+use strips::PartDecoder;
+
+/// An engine made of one level's kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuEngine {
+    kernels: &'static Kernels,
+}
+
+impl CpuEngine {
+    /// # Safety
+    /// The CPU has the instructions of these kernels' level: `super::select` asks it.
+    pub(super) unsafe fn new(kernels: &'static Kernels) -> Self {
+        Self { kernels }
+    }
+
+    /// The engine for any CPU.
+    pub fn portable() -> Self {
+        Self { kernels: &PORTABLE }
+    }
+
+    /// [`Engine::decode_strips`], with the time of each stage added to `clock`.
+    pub fn decode_timed(
+        &self,
+        part: &PreparedPart,
+        reference: Option<&[u8]>,
+        jobs: &mut [StripJob<'_>],
+        clock: Option<&StageClock>,
+    ) -> Result<(), DecodeError> {
+        if let Some(clock) = clock {
+            clock.start();
+        }
+        for job in &*jobs {
+            part.check_strip(job.strip, job.stored_bytes(part))?;
+        }
+        if let Some(clock) = clock {
+            clock.end(Stage::Checksum);
+        }
+        if matches!(part.kind(), PartKind::Raw) {
+            for job in jobs {
+                let stored = job.stored_bytes(part);
+                job.out.copy_from_slice(stored);
+            }
+            return Ok(());
+        }
+        let decoder = PartDecoder::new(self.kernels, part, reference, clock);
+        // Lockstep is for strips of one length: all but the part's last.
+        for alike in jobs.chunk_by_mut(|a, b| a.out.len() == b.out.len()) {
+            for group in alike.chunks_mut(self.kernels.strips_at_once) {
+                match group {
+                    [a, b, c, d] => decoder.decode([a, b, c, d])?,
+                    [a, b] => decoder.decode([a, b])?,
+                    group => group.iter_mut().try_for_each(|job| decoder.decode([job]))?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Engine for CpuEngine {
+    fn name(&self) -> &'static str {
+        self.kernels.name
+    }
+
+    fn strips_at_once(&self) -> usize {
+        self.kernels.strips_at_once
+    }
+
+    fn decode_strip(
+        &self,
+        part: &PreparedPart,
+        strip: usize,
+        stored: &[u8],
+        reference: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        self.decode_strips(part, reference, &mut [StripJob { strip, stored, out }])
+    }
+
+    fn decode_strips(
+        &self,
+        part: &PreparedPart,
+        reference: Option<&[u8]>,
+        jobs: &mut [StripJob<'_>],
+    ) -> Result<(), DecodeError> {
+        self.decode_timed(part, reference, jobs, None)
+    }
+}

@@ -1,0 +1,47 @@
+//! Entropy decoding on any CPU: one lookup per symbol, no branch that depends on data.
+
+use super::kernels::{Output, RunJob};
+use crate::codec::entropy::TRANSITIONS;
+use crate::format::strip::LANES;
+
+/// The kernel of every [`TableUse`](super::kernels::TableUse), given as its number.
+///
+/// # Safety
+/// None needed: it is a safe function behind the type that kernels have.
+pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
+    for job in jobs {
+        run_of_one_strip::<TABLE_USE, O>(job);
+    }
+}
+
+fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>) {
+    let slots = job.tables.map(|table| &table.slots().0);
+    let transitions = job.tables.map(|table| &table.decoding().transitions);
+    let mut states: [u32; LANES] = std::array::from_fn(|lane| job.lanes.state(lane));
+    let mut used = job.lanes.used;
+    for vector in job.out.chunks_mut(LANES) {
+        let lanes = states.iter_mut().zip(&mut job.lanes.trellis);
+        for (out, (state, trellis)) in vector.iter_mut().zip(lanes) {
+            let quantizer = if TABLE_USE == 0 { 0 } else { usize::from(*trellis % 2) };
+            let table = if TABLE_USE == 2 { quantizer } else { 0 };
+            let entry = slots[table][(*state % 4096) as usize];
+            let position = (entry >> 24) as usize;
+            // No overflow: at most (2^20 - 1) * 4095 + 4095.
+            let next = (*state >> 12) * (entry & 0xfff) + (entry >> 12 & 0xfff);
+            // The word is read whether it is needed or not: a branch here would be mispredicted for every third symbol.
+            let refilled = next << 16 | u32::from(job.words.word(used));
+            let refill = next < 1 << 16;
+            *state = if refill { refilled } else { next };
+            used += usize::from(refill);
+            *out = O::of(job.values, quantizer, position);
+            if TABLE_USE > 0 {
+                let index = *trellis | transitions[table][position % 64];
+                *trellis = TRANSITIONS.0[usize::from(index) % 32];
+            }
+        }
+    }
+    for (lane, state) in states.into_iter().enumerate() {
+        job.lanes.set_state(lane, state);
+    }
+    job.lanes.used = used;
+}

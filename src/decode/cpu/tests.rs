@@ -1,0 +1,354 @@
+//! Every engine that this CPU has gives the reference decoder's bytes, and its errors.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use proptest::sample::{Index, select};
+
+use crate::codec::entropy::{CodingTable, STATE_LOW};
+use crate::codec::integers;
+use crate::codec::motion::Motion;
+use crate::codec::quantizer::join_code;
+use crate::codec::trellis::{multiple, next_state, quantizer_of};
+use crate::decode::reference::ReferenceEngine;
+use crate::decode::select::cpu_engines;
+use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::format::part::{
+    Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
+    StoredTrellis, SymbolStreams,
+};
+use crate::format::strip::LANES;
+use crate::format::table::{Table, first_overfull_bucket};
+use crate::tensor::{Dtype, TensorInfo};
+
+/// A random part: what its header says, and its strips.
+#[derive(Debug)]
+struct RandomPart {
+    tensor: TensorInfo,
+    header: PartHeader,
+    tables: Vec<Arc<CodingTable>>,
+    motion: Option<Motion>,
+    reference: Option<Vec<u8>>,
+    body: Vec<u8>,
+}
+
+impl RandomPart {
+    fn prepared(&self) -> PreparedPart {
+        PreparedPart::new(&self.tensor, &self.header, &self.tables, self.motion.clone()).expect("a sound header")
+    }
+
+    /// Changes bytes and states the checksums of the changed strips, so that engines decode them.
+    fn damaged(mut self, places: &[(Index, u8)]) -> Self {
+        for (place, change) in places {
+            let place = place.index(self.body.len());
+            self.body[place] ^= change;
+        }
+        let part = self.prepared();
+        for (strip, crc) in self.header.strip_crcs.iter_mut().enumerate() {
+            let range = part.strip_range(strip);
+            *crc = crc32c::crc32c(&self.body[range.start as usize..range.end as usize]);
+        }
+        self
+    }
+}
+
+/// Tables that keep the depth rule: a few codes, or many.
+fn table(random: &mut fastrand::Rng, codes_from: i16) -> CodingTable {
+    loop {
+        let positions = random.usize(2..=61);
+        let most = if random.bool() { 60 } else { 4096 / positions as u16 };
+        let mut frequencies: Vec<u16> = (0..positions).map(|_| random.u16(1..=most)).collect();
+        let sum: u16 = frequencies.iter().sum();
+        let Some(rest) = 4096_u16.checked_sub(sum) else { continue };
+        frequencies[positions - 1] += rest;
+        if first_overfull_bucket(&frequencies).is_some() || frequencies.iter().any(|&slots| slots > 4095) {
+            continue;
+        }
+        let mut codes: Vec<i16> = (codes_from..).take(positions).collect();
+        random.shuffle(&mut codes);
+        let point_offsets = if random.bool() { (0..positions).map(|_| random.i8(..)).collect() } else { Vec::new() };
+        return CodingTable::new(Table { codes, frequencies, point_offsets });
+    }
+}
+
+/// The lanes' encoder, spelled out because trellis-coded symbols choose a table each.
+fn encode(symbols: &[(u8, &CodingTable)], run_elements: usize) -> Vec<u8> {
+    let mut states = [STATE_LOW; LANES];
+    let mut words = Vec::new();
+    for run_symbols in symbols.chunks(run_elements).rev() {
+        for (index, &(position, table)) in run_symbols.iter().enumerate().rev() {
+            let state = &mut states[index % LANES];
+            let (start, slots) = table.interval(position);
+            if *state >= slots << 20 {
+                words.push(*state as u16);
+                *state >>= 16;
+            }
+            *state = (*state / slots) << 12 | (*state % slots + start);
+        }
+    }
+    let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
+    bytes.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+    bytes
+}
+
+fn raw_bit_planes(raw: &[u64], run_elements: usize, raw_bits: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for plane in 0..raw_bits / 8 {
+        bytes.extend(raw.iter().map(|&raw| (raw >> (8 * plane)) as u8));
+    }
+    for vector in raw.chunks(run_elements).flat_map(|run| run.chunks(LANES)) {
+        for bit in raw_bits / 8 * 8..raw_bits {
+            let word = vector.iter().enumerate().fold(0, |word, (lane, raw)| word | ((raw >> bit & 1) as u32) << lane);
+            bytes.extend(word.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+/// What to make a part of.
+#[derive(Clone, Debug)]
+struct Recipe {
+    dtype: Dtype,
+    coding: Kind,
+    rows: usize,
+    columns: usize,
+    /// Runs of this many elements, where they are not rows.
+    run_elements: Option<usize>,
+    runs_per_strip: usize,
+    exceptions: bool,
+    seed: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Split(Carrier, u8),
+    Quantized {
+        raw_bits: u8,
+        trellis: Option<StoredTrellis>,
+        prediction: Option<bool>,
+        motion_axis: Option<u8>,
+        sides: bool,
+    },
+}
+
+fn recipes() -> impl Strategy<Value = Recipe> {
+    let own = [(Dtype::BF16, 16), (Dtype::F16, 16), (Dtype::F32, 32), (Dtype::F64, 56), (Dtype::F8_E4M3, 8)];
+    let own = (select(own.to_vec()), 1_u8..=56)
+        .prop_map(|((dtype, most), raw)| (dtype, Kind::Split(Carrier::Own, 1 + (raw - 1) % most)));
+    let whole_bytes = Just((Dtype::BF16, Kind::Split(Carrier::Own, 8)));
+    let carried = (select(vec![Carrier::Bf16, Carrier::F16]), 1_u8..=16)
+        .prop_map(|(carrier, raw)| (Dtype::F32, Kind::Split(carrier, raw)));
+    let trellis = select(vec![None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+    let prediction = (select(vec![None, Some(false), Some(true)]), select(vec![None, Some(0_u8), Some(1)]));
+    let quantized = (
+        select(vec![Dtype::BF16, Dtype::F16, Dtype::F32]),
+        select(vec![0_u8, 0, 0, 1, 3, 8]),
+        trellis,
+        prediction,
+        any::<bool>(),
+    )
+        .prop_map(|(dtype, raw_bits, trellis, (prediction, motion_axis), sides)| {
+            (dtype, Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides })
+        });
+    let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized];
+    let columns = prop_oneof![1_usize..300, select(vec![32_usize, 64, 256, 2000])];
+    let run_elements = prop_oneof![3 => Just(None), 1 => (1_usize..700).prop_map(Some)];
+    (kinds, 1_usize..40, columns, run_elements, 1_usize..12, any::<bool>(), any::<u64>()).prop_map(
+        |((dtype, coding), rows, columns, run_elements, runs_per_strip, exceptions, seed)| {
+            let runs_per_strip = runs_per_strip.min(65_536 / run_elements.unwrap_or(columns));
+            Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, exceptions, seed }
+        },
+    )
+}
+
+impl Recipe {
+    fn make(&self) -> RandomPart {
+        let random = &mut fastrand::Rng::with_seed(self.seed);
+        let elements = self.rows * self.columns;
+        let element_bytes = self.dtype.bits().expect("a known type") as usize / 8;
+        let run_elements = self.run_elements.unwrap_or(self.columns);
+        let runs = elements.div_ceil(run_elements);
+        let (raw_bits, value_bytes, trellis) = match self.coding {
+            Kind::Split(carrier, raw_bits) => (raw_bits, if carrier == Carrier::Own { element_bytes } else { 2 }, None),
+            Kind::Quantized { raw_bits, trellis, .. } => (raw_bits, 2, trellis),
+        };
+        let per_number = if trellis == Some(StoredTrellis::TablePairs) { 2 } else { 1 };
+        let numbers = random.usize(1..4);
+        let codes_from = if matches!(self.coding, Kind::Split(..)) { 0 } else { -30 };
+        let tables: Vec<_> = (0..numbers * per_number).map(|_| Arc::new(table(random, codes_from))).collect();
+        let table_of_run: Vec<i32> = (0..runs).map(|_| random.i32(0..numbers as i32)).collect();
+
+        let (mut words, mut exceptions, mut body, mut strip_crcs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for first in (0..elements).step_by(run_elements * self.runs_per_strip) {
+            let symbols = (elements - first).min(run_elements * self.runs_per_strip);
+            let raw: Vec<u64> = (0..symbols).map(|_| random.u64(..) & ((1 << raw_bits) - 1)).collect();
+            let mut states = [0; LANES];
+            let coded: Vec<(u8, &CodingTable)> = (0..symbols)
+                .map(|index| {
+                    let number = table_of_run[(first + index) / run_elements] as usize * per_number;
+                    let state = &mut states[index % run_elements % LANES];
+                    let table = &tables[number + usize::from(quantizer_of(*state)) % per_number];
+                    let position = table.position_of_slot(random.u32(..4096));
+                    if trellis.is_some() {
+                        let code = join_code(table.code(position), raw[index] as u32, raw_bits.into());
+                        *state = next_state(*state, multiple(code, quantizer_of(*state)));
+                    }
+                    (position, &**table)
+                })
+                .collect();
+            let mut strip = encode(&coded, run_elements);
+            words.push((strip.len() - 4 * LANES) as i32 / 2);
+            strip.extend(raw_bit_planes(&raw, run_elements, raw_bits.into()));
+            let excepted: Vec<usize> = (0..symbols).filter(|_| self.exceptions && random.u8(..) < 5).collect();
+            exceptions.push(excepted.len() as i32);
+            strip.extend(excepted.iter().flat_map(|&index| (index as u16).to_le_bytes()));
+            strip.extend((0..excepted.len() * value_bytes).map(|_| random.u8(..)));
+            strip_crcs.push(crc32c::crc32c(&strip));
+            body.extend(strip);
+        }
+
+        let mut motion = None;
+        let coding = match self.coding {
+            Kind::Split(carrier, raw_bits) => Coding::Split { carrier, raw_bits },
+            Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides } => {
+                let mut each =
+                    |low, high| integers::encode(&(0..runs).map(|_| random.i32(low..high)).collect::<Vec<_>>());
+                let scales = sides.then(|| each(-20, 20));
+                let means = sides.then(|| (0.001, each(-9, 9)));
+                let predictor = prediction.map(|affine| match affine {
+                    false => StoredPredictor::ScaledCopy { gain: 0.7 },
+                    true => StoredPredictor::RowAffine {
+                        gain_step: 0.01,
+                        offset_step: 0.003,
+                        gains: each(-100, 100),
+                        offsets: each(-5, 5),
+                    },
+                });
+                let prediction = predictor.map(|predictor| {
+                    let placement =
+                        motion_axis.map(|axis| StoredPlacement { axis, repeat: 1, per_member: true, unit: 1 });
+                    StoredPrediction { reference_part: 0, placement, predictor }
+                });
+                if let Some(axis) = motion_axis {
+                    let shape = [self.rows, self.columns];
+                    let mut source: Vec<u32> = (0..shape[usize::from(axis)] as u32).collect();
+                    random.shuffle(&mut source);
+                    motion = Motion::new(&shape.map(|length| length as u64), axis.into(), source);
+                }
+                Coding::Quantized(QuantizerInfo { step: 0.013, raw_bits, trellis, scales, means, prediction })
+            }
+        };
+        let is_predicted = matches!(self.coding, Kind::Quantized { prediction: Some(_), .. });
+        let reference = is_predicted.then(|| (0..elements * element_bytes).map(|_| random.u8(..)).collect());
+        RandomPart {
+            tensor: TensorInfo {
+                name: "weight".into(),
+                dtype: self.dtype.clone(),
+                shape: vec![self.rows as u64, self.columns as u64],
+                offset_bytes: 0,
+                length_bytes: (elements * element_bytes) as u64,
+            },
+            header: PartHeader {
+                coding,
+                streams: Some(SymbolStreams {
+                    run_elements: run_elements as u32,
+                    runs_per_strip: self.runs_per_strip as u32,
+                    tables: (0..tables.len() as u16).collect(),
+                    table_of_run: integers::encode(&table_of_run),
+                    strip_words: integers::encode(&words),
+                    strip_exceptions: integers::encode(&exceptions),
+                }),
+                strip_crcs,
+                cost: PartHeaderBytes::default(),
+            },
+            tables,
+            motion,
+            reference,
+            body,
+        }
+    }
+}
+
+/// Every strip on its own, so that one error does not hide another.
+fn decode_each(engine: &dyn Engine, random: &RandomPart) -> Vec<Result<Vec<u8>, DecodeError>> {
+    let part = random.prepared();
+    (0..part.strips())
+        .map(|strip| {
+            let range = part.strip_range(strip);
+            let mut out = vec![0xa5; part.strip_output_bytes(strip)];
+            let stored = &random.body[range.start as usize..range.end as usize];
+            engine.decode_strip(&part, strip, stored, random.reference.as_deref(), &mut out).map(|()| out)
+        })
+        .collect()
+}
+
+/// All strips in one call, each with what follows it in the file.
+fn decode_together(engine: &dyn Engine, random: &RandomPart) -> Result<Vec<u8>, DecodeError> {
+    let part = random.prepared();
+    let mut out = vec![0xa5; part.length_bytes() as usize];
+    let mut jobs: Vec<StripJob<'_>> = out
+        .chunks_mut(part.full_strip_output_bytes() as usize)
+        .enumerate()
+        .map(|(strip, out)| StripJob { strip, stored: &random.body[part.strip_range(strip).start as usize..], out })
+        .collect();
+    engine.decode_strips(&part, random.reference.as_deref(), &mut jobs)?;
+    Ok(out)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_engine_returns_the_bytes_of_the_reference(recipe in recipes()) {
+        let random = recipe.make();
+        let expected = decode_together(&ReferenceEngine, &random).expect("sound strips");
+        for engine in cpu_engines() {
+            prop_assert_eq!(&decode_each(&engine, &random).concat_all(), &expected, "{} strip by strip", engine.name());
+            let together = decode_together(&engine, &random);
+            prop_assert_eq!(together.as_ref(), Ok(&expected), "{} together", engine.name());
+        }
+    }
+
+    #[test]
+    fn damaged_strips_give_every_engine_the_reference_s_error_or_its_bytes(
+        recipe in recipes(),
+        places in prop::collection::vec((any::<Index>(), 1_u8..), 1..4),
+    ) {
+        let random = recipe.make().damaged(&places);
+        let expected = decode_each(&ReferenceEngine, &random);
+        for engine in cpu_engines() {
+            prop_assert_eq!(&decode_each(&engine, &random), &expected, "{}", engine.name());
+        }
+    }
+}
+
+/// Joins what all must have succeeded.
+trait ConcatAll {
+    fn concat_all(self) -> Vec<u8>;
+}
+
+impl ConcatAll for Vec<Result<Vec<u8>, DecodeError>> {
+    fn concat_all(self) -> Vec<u8> {
+        self.into_iter().flat_map(|strip| strip.expect("a sound strip")).collect()
+    }
+}
+
+#[test]
+fn a_wrong_checksum_is_an_error_of_every_engine() {
+    let recipe = Recipe {
+        dtype: Dtype::BF16,
+        coding: Kind::Split(Carrier::Own, 8),
+        rows: 4,
+        columns: 64,
+        run_elements: None,
+        runs_per_strip: 4,
+        exceptions: false,
+        seed: 1,
+    };
+    let mut random = recipe.make();
+    random.body[5] ^= 1;
+    for engine in cpu_engines() {
+        let error = decode_each(&engine, &random).remove(0).expect_err("a damaged strip");
+        assert!(matches!(error, DecodeError::StripChecksum { strip: 0, .. }), "{error}");
+    }
+}
