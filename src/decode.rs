@@ -1,5 +1,5 @@
 //! Engines: the decoding stages run on real hardware. Whatever the engine, an archive gives the same bytes; the
-//! [`reference`] decoder says which.
+//! [`mod@reference`] decoder says which.
 //!
 //! A part is checked once, as a [`PreparedPart`]; after that an engine sees one strip at a time and whatever is wrong with
 //! its bytes is a [`DecodeError`], never a panic.

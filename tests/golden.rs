@@ -32,6 +32,7 @@ fn hex_sha256(bytes: &[u8]) -> String {
 /// Adds what is missing, where the environment asks for it.
 fn add_missing() {
     let Ok(version) = std::env::var("MCWCFS_ADD_GOLDEN") else { return };
+    fs::create_dir_all(golden()).expect("tests/golden");
     for recipe in RECIPES {
         let name = format!("{version}-{}.mcwc", recipe.name);
         let path = golden().join(&name);

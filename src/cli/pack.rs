@@ -8,7 +8,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::pack::encode::{Encoder, PackError, Progress};
-use crate::pack::options::{AlignmentChoice, PackOptions, PredictorChoice, Steps, Target};
+use crate::pack::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization, Steps, Target};
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
@@ -33,6 +33,12 @@ pub struct PackArgs {
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
+    /// How values become codes.
+    #[arg(long, value_enum, default_value_t)]
+    quantization: Quantization,
+    /// Round to the nearest code, whatever it costs.
+    #[arg(long)]
+    no_rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
     #[arg(long, value_name = "TIMES", default_value_t = 2.0, value_parser = refinement)]
     embedding_refinement: f32,
@@ -117,6 +123,8 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         alignment: args.alignment,
         predictor: args.predictor,
         steps: args.steps,
+        quantization: args.quantization,
+        rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;

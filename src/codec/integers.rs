@@ -250,6 +250,15 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_of_the_specification_hold() {
+        let decode = |bytes: &[u8], count| decode(&StoredIntegers(bytes.to_vec()), count, -10, 10);
+        assert_eq!(decode(&[0, 5], 1 << 40), Ok(Integers::Constant(-3)));
+        assert_eq!(decode(&[1, 0x0a, 2, 0x18], 4), Ok(Integers::Each(vec![5, 7, 6, 5])));
+        let coded = [2, 0, 2, 0x80, 0x18, 0x80, 8, 0, 0x64, 5, 0];
+        assert_eq!(decode(&coded, 2), Ok(Integers::Each(vec![0, 1])));
+    }
+
+    #[test]
     fn extremes_come_back() {
         there_and_back(&[]);
         there_and_back(&[5]);

@@ -18,7 +18,9 @@ impl Motion {
     /// the axis is long; `None` where it is not so.
     pub fn new(shape: &[u64], axis: usize, source_of_index: Vec<u32>) -> Option<Self> {
         let length = *shape.get(axis)?;
-        let stride = usize::try_from(shape[axis + 1..].iter().product::<u64>()).ok()?;
+        // A dimension of zero before the axis may hide that those after it overflow.
+        let stride = shape[axis + 1..].iter().try_fold(1_u64, |product, &extent| product.checked_mul(extent))?;
+        let stride = usize::try_from(stride).ok()?;
         let valid = source_of_index.len() as u64 == length
             && source_of_index.iter().all(|&source| u64::from(source) < length)
             && stride > 0;
@@ -45,5 +47,22 @@ impl Motion {
     /// Whether every block is predicted from its own place.
     pub fn is_identity(&self) -> bool {
         self.source_of_index.iter().enumerate().all(|(index, &source)| index == source as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shape_whose_stride_overflows_has_no_motion() {
+        assert_eq!(Motion::new(&[0, 2, 1 << 40, 1 << 40], 1, vec![1, 0]), None);
+    }
+
+    #[test]
+    fn a_map_that_does_not_fit_the_axis_is_no_motion() {
+        assert_eq!(Motion::new(&[2, 3], 2, vec![]), None, "no such axis");
+        assert_eq!(Motion::new(&[2, 3], 1, vec![0, 1]), None, "too short");
+        assert_eq!(Motion::new(&[2, 3], 1, vec![0, 1, 3]), None, "past the end");
     }
 }

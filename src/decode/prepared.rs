@@ -380,8 +380,8 @@ fn prepare_symbols(
     }
     let table_of_run = match tables.len() / tables_per_number {
         0 if runs > 0 => return Err(inconsistent("part tables", tables.len(), "one table at least")),
-        _ if streams.table_of_run.0.is_empty() => Integers::Constant(0),
-        count => decode_integers("table of run", &streams.table_of_run, runs, 0, count.max(1) as i32 - 1)?,
+        _ if tables.len() < 2 => Integers::Constant(0), // no choices are stored
+        count => decode_integers("table of run", &streams.table_of_run, runs, 0, count as i32 - 1)?,
     };
     Ok(Symbols {
         run_elements: streams.run_elements as usize,
@@ -398,13 +398,30 @@ fn prepare_quantized(
     motion: Option<Motion>,
     runs: u64,
 ) -> Result<PartKind, DecodeError> {
-    let coefficients = |field, stored| decode_integers(field, stored, runs, COEFFICIENT_RANGE.0, COEFFICIENT_RANGE.1);
+    // Finite coefficients: arithmetic cannot make a NaN of finite references, and engines need not agree on one.
     let scales = match &info.scales {
-        Some(scales) => Some(decode_integers("scales", scales, runs, SCALE_RANGE.0, SCALE_RANGE.1)?),
+        Some(scales) => {
+            let scales = decode_integers("scales", scales, runs, SCALE_RANGE.0, SCALE_RANGE.1)?;
+            if let Some((_, largest)) = scales.range()
+                && (info.step * scale_multiplier(largest)).is_infinite()
+            {
+                return Err(inconsistent("scales", format!("{largest} on a step of {}", info.step), "a finite step"));
+            }
+            Some(scales)
+        }
         None => None,
     };
+    let coefficients = |field, unit: f32, stored| {
+        let integers = decode_integers(field, stored, runs, COEFFICIENT_RANGE.0, COEFFICIENT_RANGE.1)?;
+        if let Some((least, largest)) = integers.range()
+            && [least, largest].iter().any(|&integer| (unit * integer as f32).is_infinite())
+        {
+            return Err(inconsistent(field, format!("{least} to {largest} times {unit}"), "finite products"));
+        }
+        Ok(integers)
+    };
     let means = match &info.means {
-        Some((step, means)) => Some((*step, coefficients("means", means)?)),
+        Some((step, means)) => Some((*step, coefficients("means", *step, means)?)),
         None => None,
     };
     let prediction = match &info.prediction {
@@ -422,8 +439,8 @@ fn prepare_quantized(
                 StoredPredictor::RowAffine { gain_step, offset_step, gains, offsets } => Coefficients::RowAffine {
                     gain_step: *gain_step,
                     offset_step: *offset_step,
-                    gains: coefficients("gains", gains)?,
-                    offsets: coefficients("offsets", offsets)?,
+                    gains: coefficients("gains", *gain_step, gains)?,
+                    offsets: coefficients("offsets", *offset_step, offsets)?,
                 },
             };
             Some(Prediction { reference_part: stored.reference_part, motion, coefficients })
@@ -434,4 +451,57 @@ fn prepare_quantized(
         quantizer: Quantizer { trellis: info.trellis, step: info.step, scales, means },
         prediction,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::table::Table;
+
+    /// What a keyframe part of eight elements with this quantizer is refused for, if it is.
+    fn refusal(step: f32, scales: Option<i32>, mean: Option<(f32, i32)>) -> Option<String> {
+        let tensor =
+            TensorInfo { name: "weight".into(), dtype: Dtype::F32, shape: vec![8], offset_bytes: 0, length_bytes: 32 };
+        let streams = SymbolStreams {
+            run_elements: 8,
+            runs_per_strip: 1,
+            tables: vec![0],
+            table_of_run: StoredIntegers::default(),
+            strip_words: integers::encode(&[0]),
+            strip_exceptions: integers::encode(&[0]),
+        };
+        let info = QuantizerInfo {
+            step,
+            raw_bits: 0,
+            trellis: None,
+            scales: scales.map(|scale| integers::encode(&[scale])),
+            means: mean.map(|(step, mean)| (step, integers::encode(&[mean]))),
+            prediction: None,
+        };
+        let header = PartHeader {
+            coding: Coding::Quantized(info),
+            streams: Some(streams),
+            strip_crcs: vec![0],
+            cost: crate::format::part::PartHeaderBytes::default(),
+        };
+        let table = Table { codes: vec![0, 1], frequencies: vec![2048; 2], point_offsets: vec![] };
+        let tables = [Arc::new(CodingTable::new(table))];
+        PreparedPart::new(&tensor, &header, &tables, None).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_step_or_a_mean_that_overflows_is_an_error() {
+        assert_eq!(refusal(1e38, Some(8), Some((1e30, 1 << 24))), None);
+        let error = refusal(1e38, Some(16), None).expect("infinite");
+        assert!(error.starts_with("scales: found 16 on a step of"), "{error}");
+        let error = refusal(1.0, None, Some((-1e32, 1 << 24))).expect("infinite");
+        assert!(error.starts_with("means: found 16777216 to 16777216 times -"), "{error}");
+    }
+
+    #[test]
+    fn coefficients_beyond_their_range_are_errors() {
+        assert!(refusal(1.0, Some(SCALE_RANGE.1 + 1), None).is_some());
+        assert!(refusal(1.0, Some(SCALE_RANGE.0 - 1), None).is_some());
+        assert!(refusal(1.0, None, Some((1.0, COEFFICIENT_RANGE.1 + 1))).is_some());
+    }
 }

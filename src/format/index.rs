@@ -3,7 +3,10 @@
 //! The original safetensors headers are the paper's `ParamShapes`: names, types, shapes and order, said once. The index
 //! is stored as one raw deflate stream.
 
-use std::io::{Read, Write};
+use std::collections::HashSet;
+use std::io::Write;
+
+use flate2::{Decompress, FlushDecompress, Status};
 
 use super::bytes::{Reader, Writer};
 use super::error::FormatError;
@@ -82,13 +85,14 @@ impl Index {
         let content_id = reader.digest("content id")?;
         let count = reader.count("files", limits::FILES)?;
         let mut files = Vec::with_capacity(count);
+        let mut names = HashSet::with_capacity(count);
         for _ in 0..count {
             let offset = reader.position();
             let name = reader.text("file name", limits::TEXT_BYTES)?;
             if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
                 return Err(reader.invalid("file name", offset, format!("{name:?}"), "a name without directories"));
             }
-            if files.iter().any(|file: &FileEntry| file.name == name) {
+            if !names.insert(name.clone()) {
                 return Err(reader.invalid("file name", offset, format!("{name:?} again"), "different names"));
             }
             files.push(FileEntry {
@@ -106,7 +110,14 @@ impl Index {
         let count = reader.count("records", limits::RECORDS)?;
         let mut records: Vec<RecordEntry> = Vec::new();
         for _ in 0..count {
-            records.push(RecordEntry::parse(reader, &records, block_types.len())?);
+            let offset = reader.position();
+            let record = RecordEntry::parse(reader, &records, block_types.len())?;
+            if let Some(layer) = record.layer
+                && layer >= layers
+            {
+                return Err(reader.invalid("record layer", offset, layer, format!("less than {layers}")));
+            }
+            records.push(record);
         }
         let offset = reader.position();
         if reader.count("bases", limits::FILES)? != 0 {
@@ -194,15 +205,22 @@ fn inflate(stored: &[u8], length: u64) -> Result<Vec<u8>, FormatError> {
         found,
         expected: format!("{length} bytes after inflation"),
     };
-    // The preamble has bounded `length` by what a stream of this size can expand to.
-    let mut bytes = Vec::with_capacity(length as usize);
-    let mut decoder = flate2::bufread::DeflateDecoder::new(stored);
-    decoder.by_ref().take(length + 1).read_to_end(&mut bytes).map_err(|error| invalid(error.to_string()))?;
-    if bytes.len() as u64 != length {
-        return Err(invalid(format!("{} bytes or more", bytes.len())));
+    // The preamble has bounded `length` by what a stream of this size can expand to. One byte more shows a longer stream.
+    let mut bytes = Vec::with_capacity(length as usize + 1);
+    let mut inflater = Decompress::new(false);
+    let status = inflater.decompress_vec(stored, &mut bytes, FlushDecompress::Finish);
+    let status = status.map_err(|error| invalid(error.to_string()))?;
+    if bytes.len() as u64 > length {
+        return Err(invalid("more bytes".into()));
     }
-    if decoder.total_in() != stored.len() as u64 {
-        return Err(invalid(format!("{} bytes after the stream's end", stored.len() as u64 - decoder.total_in())));
+    if status != Status::StreamEnd {
+        return Err(invalid(format!("{} bytes and no end of the stream", bytes.len())));
+    }
+    if bytes.len() as u64 != length {
+        return Err(invalid(format!("{} bytes", bytes.len())));
+    }
+    if inflater.total_in() != stored.len() as u64 {
+        return Err(invalid(format!("{} bytes after the stream's end", stored.len() as u64 - inflater.total_in())));
     }
     Ok(bytes)
 }
@@ -254,6 +272,40 @@ mod tests {
         stored.push(0);
         preamble.index_crc = crc32c::crc32c(&stored);
         assert!(Index::parse(&stored, &preamble).is_err());
+    }
+
+    #[test]
+    fn a_deflate_stream_without_an_end_is_an_error() {
+        let fields = sample().write_fields().into_bytes();
+        let (mut preamble, _) = sample().write(5000);
+        // One stored block that does not say it is the last: every byte is there, the end is not.
+        let mut stored = vec![0];
+        stored.extend((fields.len() as u16).to_le_bytes());
+        stored.extend((!(fields.len() as u16)).to_le_bytes());
+        stored.extend(&fields);
+        preamble.index_crc = crc32c::crc32c(&stored);
+        let error = Index::parse(&stored, &preamble).expect_err("the stream goes on");
+        assert!(error.to_string().contains("no end of the stream"), "{error}");
+        stored[0] = 1;
+        preamble.index_crc = crc32c::crc32c(&stored);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(sample()));
+    }
+
+    #[test]
+    fn a_record_of_a_layer_past_the_last_is_an_error() {
+        let mut index = sample();
+        index.layers = 1;
+        let (preamble, stored) = index.write(5000);
+        let error = Index::parse(&stored, &preamble).expect_err("there is layer 0 only");
+        assert!(error.to_string().contains("record layer"), "{error}");
+    }
+
+    #[test]
+    fn two_files_of_one_name_are_an_error() {
+        let mut index = sample();
+        index.files.push(index.files[0].clone());
+        let (preamble, stored) = index.write(5000);
+        assert!(Index::parse(&stored, &preamble).expect_err("which is it?").to_string().contains("again"));
     }
 
     #[test]

@@ -277,7 +277,13 @@ impl QuantizerInfo {
         let flag = |present: bool, bit: u8| if present { bit } else { 0 };
         writer.u8(flag(self.scales.is_some(), HAS_SCALES)
             | flag(self.means.is_some(), HAS_MEANS)
-            | flag(self.prediction.is_some(), HAS_PREDICTION));
+            | flag(self.prediction.is_some(), HAS_PREDICTION)
+            | flag(self.trellis.is_some(), HAS_TRELLIS));
+        match self.trellis {
+            None => {}
+            Some(StoredTrellis::SharedTables) => writer.u8(0),
+            Some(StoredTrellis::TablePairs) => writer.u8(1),
+        }
         if let Some(scales) = &self.scales {
             writer.blob(&scales.0);
         }
@@ -393,5 +399,78 @@ impl SymbolStreams {
         writer.varint(self.runs_per_strip.into());
         writer.blob(&self.strip_words.0);
         writer.blob(&self.strip_exceptions.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn integers() -> impl Strategy<Value = StoredIntegers> {
+        prop::collection::vec(any::<u8>(), 0..20).prop_map(StoredIntegers)
+    }
+
+    fn predictions() -> impl Strategy<Value = StoredPrediction> {
+        let placement = (any::<u8>(), 0..1000_u32, any::<bool>(), any::<u32>())
+            .prop_map(|(axis, repeat, per_member, unit)| StoredPlacement { axis, repeat, per_member, unit });
+        let affine = (-9.0_f32..9.0, -9.0_f32..9.0, integers(), integers()).prop_map(
+            |(gain_step, offset_step, gains, offsets)| StoredPredictor::RowAffine {
+                gain_step,
+                offset_step,
+                gains,
+                offsets,
+            },
+        );
+        let copy = (-9.0_f32..9.0).prop_map(|gain| StoredPredictor::ScaledCopy { gain });
+        (0..1000_u32, prop::option::of(placement), prop_oneof![copy, affine]).prop_map(
+            |(reference_part, placement, predictor)| StoredPrediction { reference_part, placement, predictor },
+        )
+    }
+
+    fn codings() -> impl Strategy<Value = Coding> {
+        let trellis =
+            prop::sample::select(vec![None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+        let means = prop::option::of((-1.0_f32..1.0, integers()));
+        let quantizer =
+            (1e-6_f32..9.0, 0..=8_u8, trellis, prop::option::of(integers()), means, prop::option::of(predictions()))
+                .prop_map(|(step, raw_bits, trellis, scales, means, prediction)| {
+                    Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, scales, means, prediction })
+                });
+        let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
+        let split = (carrier, 1..=56_u8).prop_map(|(carrier, raw_bits)| Coding::Split { carrier, raw_bits });
+        prop_oneof![Just(Coding::Raw), split, quantizer]
+    }
+
+    proptest! {
+        #[test]
+        fn every_header_comes_back_and_its_cost_is_its_length(
+            coding in codings(),
+            tables in prop::collection::vec(any::<u16>(), 0..4),
+            arrays in [integers(), integers(), integers()],
+            run_elements in 1..256_u32,
+            strip_crcs: Vec<u32>,
+        ) {
+            let [table_of_run, strip_words, strip_exceptions] = arrays;
+            let table_of_run = if tables.len() > 1 { table_of_run } else { StoredIntegers::default() };
+            let streams =
+                SymbolStreams { run_elements, runs_per_strip: 256, tables, table_of_run, strip_words, strip_exceptions };
+            let streams = (coding != Coding::Raw).then_some(streams);
+            let header = PartHeader { coding, streams, strip_crcs, cost: PartHeaderBytes::default() };
+            let mut writer = Writer::new();
+            header.write(&mut writer);
+            let bytes = writer.into_bytes();
+            let mut reader = Reader::new("test", &bytes);
+            let parsed = PartHeader::parse(&mut reader).expect("just written");
+            prop_assert_eq!(reader.left(), 0);
+            let PartHeaderBytes { quantizer, entropy_model, metadata } = parsed.cost;
+            prop_assert_eq!(quantizer + entropy_model + metadata, bytes.len() as u64);
+            prop_assert_eq!(PartHeader { cost: PartHeaderBytes::default(), ..parsed }, header);
+        }
+
+        #[test]
+        fn no_bytes_make_a_header_panic(bytes: Vec<u8>) {
+            let _ = PartHeader::parse(&mut Reader::new("test", &bytes));
+        }
     }
 }

@@ -70,6 +70,11 @@ impl Table {
         Ok(Self { codes, frequencies, point_offsets })
     }
 
+    /// The table with every point at its code.
+    pub fn without_points(self) -> Self {
+        Self { point_offsets: Vec::new(), ..self }
+    }
+
     /// Writes the table.
     pub fn write(&self, writer: &mut Writer) {
         writer.u8(self.codes.len() as u8);
@@ -125,6 +130,13 @@ mod tests {
         assert_eq!(parse(&plain), Ok(plain.clone()));
         let pointed = Table { codes: vec![1, 2, -1], frequencies: vec![96, 3000, 1000], point_offsets: vec![-9, 0, 9] };
         assert_eq!(parse(&pointed), Ok(pointed.clone()));
+    }
+
+    #[test]
+    fn the_example_of_the_specification_holds() {
+        let mut writer = Writer::new();
+        Table { codes: vec![0, -1, 1], frequencies: vec![2048, 1024, 1024], point_offsets: vec![] }.write(&mut writer);
+        assert_eq!(writer.into_bytes(), [3, 0, 0, 1, 2, 0x80, 0x10, 0x80, 8, 0x80, 8]);
     }
 
     #[test]

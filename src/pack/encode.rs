@@ -198,40 +198,47 @@ impl<'a> Encoder<'a> {
         (count, energy)
     }
 
-    /// Counts and measures everything as keyframes with one step.
+    /// Counts and measures everything as keyframes with one step: tables are fitted to the nearest codes first, then to the
+    /// codes that those tables lead to.
     fn scan(&self, step: f64) -> Scan {
-        let step = step as f32;
-        let mut classes = self.exact_classes.clone();
-        let (mut squared_error, mut energy, mut quantized) = (0.0, 0.0, 0);
-        let for_each_part = |take: &mut dyn FnMut(usize, Drafted<'_>)| {
-            self.progress.phase("measuring", self.source_bytes());
-            for (ordinal, (record, treatments)) in self.plan.records.iter().zip(&self.treatments).enumerate() {
-                for (part, &treatment) in record.parts.iter().zip(treatments) {
-                    let (tensor, bytes) = self.tensor(part.file, part.tensor);
-                    take(ordinal, Drafted::new(treatment, tensor, bytes, step, self.options));
-                    self.finish_part(part.file, part.tensor);
-                }
-            }
-        };
+        let mut nearest = self.exact_classes.clone();
+        let (mut energy, mut quantized) = (0.0, 0);
         if self.has_quantized() {
-            for_each_part(&mut |_, draft| {
-                if let Drafted::Quantized { values, layout, quantizer } = &draft {
-                    classes.merge(&draft.count());
+            self.for_each_draft(step, &mut |_, draft| {
+                if let Drafted::Quantized { values, .. } = &draft {
+                    nearest.merge(&draft.count());
                     quantized += values.len() as u64;
-                    for (run, values) in values.chunks(layout.run_elements).enumerate() {
-                        let step = quantizer.step_of_run(run);
-                        for &value in values {
-                            energy += f64::from(value).powi(2);
-                            squared_error += f64::from(value - (value / step).round_ties_even() * step).powi(2);
-                        }
-                    }
+                    energy += values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
                 }
             });
         }
-        let pool = classes.fit();
+        let first_pool = nearest.fit();
+        let mut placed_classes = self.exact_classes.clone();
+        let mut squared_error = 0.0;
         let mut part_bits = vec![Vec::new(); self.plan.records.len()];
-        for_each_part(&mut |ordinal, draft| part_bits[ordinal].push(draft.estimate(&pool)));
-        Scan { pool, part_bits, squared_error, energy, quantized }
+        self.for_each_draft(step, &mut |record, draft| {
+            part_bits[record].push(match draft.count_placed(&first_pool) {
+                Some(placed) => {
+                    placed_classes.merge(&placed.classes);
+                    squared_error += placed.squared_error;
+                    placed.bits
+                }
+                None => draft.estimate(&first_pool),
+            });
+        });
+        Scan { pool: placed_classes.fit(), part_bits, squared_error, energy, quantized }
+    }
+
+    /// Drafts all parts, one after another.
+    fn for_each_draft(&self, step: f64, take: &mut dyn FnMut(usize, Drafted<'_>)) {
+        self.progress.phase("measuring", self.source_bytes());
+        for (ordinal, (record, treatments)) in self.plan.records.iter().zip(&self.treatments).enumerate() {
+            for (part, &treatment) in record.parts.iter().zip(treatments) {
+                let (tensor, bytes) = self.tensor(part.file, part.tensor);
+                take(ordinal, Drafted::new(treatment, tensor, bytes, step as f32, self.options));
+                self.finish_part(part.file, part.tensor);
+            }
+        }
     }
 
     fn has_quantized(&self) -> bool {

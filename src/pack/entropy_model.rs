@@ -79,6 +79,37 @@ impl Histogram {
         self.symbols
     }
 
+    /// Fits a table over a whole range of codes, at least -2 to 2: a search may then choose any of them.
+    pub fn fit_range(&self) -> Option<Table> {
+        let mut codes: std::collections::VecDeque<(i32, u64)> =
+            (0..self.counts.len()).map(|slot| (self.low + slot as i32, self.counts[slot])).collect();
+        let rare = self.symbols / 40_000;
+        loop {
+            let (first, last) = (*codes.front()?, *codes.back()?);
+            if codes.len() <= TABLE_POSITIONS as usize && first.1 > rare && last.1 > rare {
+                break;
+            }
+            // From the thinner end.
+            if first.1 <= last.1 {
+                codes.pop_front()
+            } else {
+                codes.pop_back()
+            };
+        }
+        while codes.front()?.0 > -2 {
+            codes.push_front((codes.front()?.0 - 1, 0));
+        }
+        while codes.back()?.0 < 2 {
+            codes.push_back((codes.back()?.0 + 1, 0));
+        }
+        let mut codes: Vec<(i32, u64)> = codes.into();
+        while codes.len() > TABLE_POSITIONS as usize {
+            codes.pop();
+        }
+        codes.sort_by_key(|&(code, count)| (std::cmp::Reverse(count), code));
+        self.table_of(&codes, true)
+    }
+
     /// Fits a table: the most frequent codes, frequencies in proportion, points at the centroids if `with_points`.
     /// `None` where nothing was counted.
     pub fn fit(&self, with_points: bool) -> Option<Table> {
@@ -97,6 +128,11 @@ impl Histogram {
             let other = if codes[0].0 == 0 { 1 } else { 0 };
             codes.push((other, 0));
         }
+        self.table_of(&codes, with_points)
+    }
+
+    /// The table over these codes and counts.
+    fn table_of(&self, codes: &[(i32, u64)], with_points: bool) -> Option<Table> {
         let counts: Vec<u64> = codes.iter().map(|&(_, count)| count).collect();
         let (order, frequencies) = [1, 2, 3, 4, 6, 8, 11].into_iter().find_map(|least| {
             let frequencies = scaled_frequencies(&counts, least);
@@ -181,10 +217,17 @@ pub enum StreamKind {
         /// Whether the elements are bfloat16: exponents of bfloat16 and binary16 do not mix.
         bf16: bool,
     },
-    /// Quantized codes above `raw_bits` raw ones.
+    /// Scalar quantized codes above `raw_bits` raw ones.
     Quantized {
         /// Raw bits per symbol.
         raw_bits: u8,
+    },
+    /// Trellis-coded codes above `raw_bits` raw ones.
+    Trellis {
+        /// Raw bits per symbol.
+        raw_bits: u8,
+        /// Which of the two quantizers: 0 or 1.
+        quantizer: u8,
     },
 }
 
@@ -232,9 +275,16 @@ impl ClassHistograms {
         }
         let mut pool = TablePool::default();
         for ((kind, class), histogram) in joined {
-            if let Some(table) = histogram.fit(matches!(kind, StreamKind::Quantized { raw_bits: 0 })) {
+            let table = match kind {
+                StreamKind::Trellis { raw_bits: 0, .. } => histogram.fit_range(),
+                StreamKind::Trellis { .. } => histogram.fit_range().map(Table::without_points),
+                StreamKind::Quantized { raw_bits: 0 } => histogram.fit(true),
+                StreamKind::Quantized { .. } | StreamKind::Split { .. } => histogram.fit(false),
+            };
+            if let Some(table) = table {
                 pool.by_class.insert((kind, class), pool.tables.len());
                 pool.tables.push(FittedTable::new(table));
+                pool.classes.push(class);
             }
         }
         pool
@@ -266,7 +316,8 @@ pub struct FittedTable {
 }
 
 impl FittedTable {
-    fn new(table: Table) -> Self {
+    /// Prices every code of a table.
+    pub fn new(table: Table) -> Self {
         let low = table.codes.iter().copied().map(i32::from).min().unwrap_or(0);
         let high = table.codes.iter().copied().map(i32::from).max().unwrap_or(0);
         let filler = (0..table.codes.len()).max_by_key(|&position| table.frequencies[position]).unwrap_or(0);
@@ -280,6 +331,11 @@ impl FittedTable {
             position[slot] = Some(index as u8);
         }
         Self { coding: Arc::new(CodingTable::new(table)), low, bits, position, filler: filler as u8, exception_bits }
+    }
+
+    /// The lowest and the highest code.
+    pub fn range(&self) -> (i32, i32) {
+        (self.low, self.low + self.bits.len() as i32 - 1)
     }
 
     /// Bits that coding `code` takes.
@@ -304,6 +360,7 @@ impl FittedTable {
 #[derive(Clone, Debug, Default)]
 pub struct TablePool {
     tables: Vec<FittedTable>,
+    classes: Vec<i32>,
     by_class: BTreeMap<(StreamKind, i32), usize>,
 }
 
@@ -316,6 +373,16 @@ impl TablePool {
     /// A table by its number in this pool.
     pub fn table(&self, number: usize) -> &FittedTable {
         &self.tables[number]
+    }
+
+    /// The class that a table was fitted to.
+    pub fn class_of(&self, number: usize) -> i32 {
+        self.classes[number]
+    }
+
+    /// The table of another kind for the class that `number` was fitted to; `number` itself where there is none.
+    pub fn companion(&self, number: usize, kind: StreamKind) -> usize {
+        self.by_class.get(&(kind, self.classes[number])).copied().unwrap_or(number)
     }
 
     /// The cheapest table for a run and the bits it takes, tried around the run's own class. `None` where no table of the

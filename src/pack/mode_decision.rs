@@ -6,7 +6,8 @@
 
 use super::entropy_model::TablePool;
 use super::options::PredictorChoice;
-use super::part::{EncoderPrediction, QuantizedSymbols, RunLayout, measure};
+use super::part::{RunLayout, measure};
+use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
 use crate::codec::integers;
 use crate::codec::predictor::RunPredictor;
 use crate::format::part::StoredPredictor;
@@ -82,6 +83,8 @@ pub struct PartCandidate<'a> {
     pub step_of_run: &'a (dyn Fn(usize) -> f32 + Sync),
     /// Raw bits per symbol.
     pub raw_bits: u32,
+    /// How values become codes.
+    pub rounding: Rounding,
 }
 
 /// The cheapest way found to predict a part from one reference, and what it costs.
@@ -106,6 +109,7 @@ impl PartCandidate<'_> {
             layout: self.layout,
             step_of_run: self.step_of_run,
             raw_bits: self.raw_bits,
+            rounding: self.rounding,
         };
         measure(&symbols, pool, self.every()).unwrap_or(f64::INFINITY)
     }
@@ -131,6 +135,7 @@ impl PartCandidate<'_> {
                 layout: self.layout,
                 step_of_run: self.step_of_run,
                 raw_bits: self.raw_bits,
+                rounding: self.rounding,
             };
             let bits = measure(&symbols, pool, self.every()).unwrap_or(f64::INFINITY) + predictor.bits();
             MeasuredPrediction { predictor, bits }
@@ -216,6 +221,8 @@ mod tests {
     use super::*;
     use crate::pack::part::count;
 
+    const NEAREST: Rounding = Rounding { trellis: None, lambda: 0.0 };
+
     /// A deterministic stand-in for weights: sums of hashed uniform numbers.
     fn noise(seed: u64, count: usize) -> Vec<f32> {
         let mut state = seed;
@@ -229,12 +236,25 @@ mod tests {
     fn decide(values: &[f32], reference: &[f32]) -> (f64, Option<MeasuredPrediction>) {
         let layout = RunLayout::of_shape(&[64, 128]);
         let step_of_run = |_| 0.01;
-        let part = PartCandidate { values, layout, step_of_run: &step_of_run, raw_bits: 0 };
-        let symbols = QuantizedSymbols { values, prediction: None, layout, step_of_run: &step_of_run, raw_bits: 0 };
+        let part = PartCandidate { values, layout, step_of_run: &step_of_run, raw_bits: 0, rounding: NEAREST };
+        let symbols = QuantizedSymbols {
+            values,
+            prediction: None,
+            layout,
+            step_of_run: &step_of_run,
+            raw_bits: 0,
+            rounding: NEAREST,
+        };
         // Tables for small scales too, as other parts of a checkpoint would bring them.
         let quiet: Vec<f32> = values.iter().map(|value| value / 8.0).collect();
-        let quiet =
-            QuantizedSymbols { values: &quiet, prediction: None, layout, step_of_run: &step_of_run, raw_bits: 0 };
+        let quiet = QuantizedSymbols {
+            values: &quiet,
+            prediction: None,
+            layout,
+            step_of_run: &step_of_run,
+            raw_bits: 0,
+            rounding: NEAREST,
+        };
         let mut classes = count(&symbols, 1);
         classes.merge(&count(&quiet, 1));
         let pool = classes.fit();

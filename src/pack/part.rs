@@ -7,15 +7,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::entropy_model::{ClassHistograms, Histogram, StreamKind, TablePool};
+use super::entropy_model::{ClassHistograms, FittedTable, Histogram, StreamKind, TablePool};
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
 use crate::codec::lossless::{narrow, split_element};
-use crate::codec::predictor::RunPredictor;
-use crate::codec::quantizer::{quantize, split_code};
 use crate::decode::DecodeError;
 use crate::format::limits::{RAW_STRIP_BYTES, STRIP_SYMBOLS};
-use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, SymbolStreams};
+use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
 
 /// Where runs and strips of a tensor begin.
@@ -63,9 +61,9 @@ impl RunLayout {
         self.runs().div_ceil(self.runs_per_strip)
     }
 
-    fn strip_range(&self, strip: usize) -> Range<usize> {
-        let strip_elements = self.run_elements * self.runs_per_strip;
-        strip * strip_elements..((strip + 1) * strip_elements).min(self.elements)
+    /// Runs of a strip.
+    pub fn strip_runs(&self, strip: usize) -> Range<usize> {
+        strip * self.runs_per_strip..((strip + 1) * self.runs_per_strip).min(self.runs())
     }
 }
 
@@ -79,11 +77,57 @@ pub trait Symbols: Sync {
     fn raw_bits(&self) -> u32;
     /// Gives the symbol, the raw bits and the offset of the value from the code, in steps, of every element of a run.
     fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32));
+    /// What an offset of 1 means in a run, in weight units.
+    fn unit(&self, _run: usize) -> f32 {
+        1.0
+    }
     /// The bytes of an element as an exception.
     fn exception(&self, element: usize) -> Vec<u8>;
 
+    /// The kind of the second quantizer's tables, where the trellis has tables of its own for it.
+    fn second_kind(&self) -> Option<StreamKind> {
+        None
+    }
+
     /// The class of a run with these symbols: a quarter octave of scale.
     fn class(&self, run: &Histogram) -> i32;
+
+    /// Chooses the final symbols of consecutive runs, given the tables of each (for the trellis' two quantizers, else twice
+    /// the same): the nearest, unless the kind knows better.
+    fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
+        let mut placed = Placed::default();
+        for (run, [table, _]) in runs.zip(tables) {
+            self.for_each(run, &mut |symbol, raw, offset| {
+                let index = placed.positions.len();
+                match table.position(symbol) {
+                    Some(position) => placed.positions.push(position),
+                    None => {
+                        placed.positions.push(table.filler());
+                        let element = self.layout().run_range(run).start + index % self.layout().run_elements;
+                        placed.exceptions.push((index as u16, self.exception(element)));
+                    }
+                }
+                placed.symbols.push((symbol, offset));
+                placed.raw.push(raw);
+            });
+        }
+        placed
+    }
+}
+
+/// The final symbols of consecutive runs.
+#[derive(Clone, Debug, Default)]
+pub struct Placed {
+    /// Table positions.
+    pub positions: Vec<u8>,
+    /// Raw bits below each symbol.
+    pub raw: Vec<u64>,
+    /// Which of the trellis' two quantizers each symbol belongs to; empty without a trellis.
+    pub quantizers: Vec<u8>,
+    /// Symbols, and how far each value lies from its point before offsets, in steps.
+    pub symbols: Vec<(i32, f32)>,
+    /// Index in the strip and value of every exception, in order.
+    pub exceptions: Vec<(u16, Vec<u8>)>,
 }
 
 /// Bit-exact elements, see `codec::lossless`.
@@ -153,83 +197,6 @@ impl Symbols for SplitSymbols<'_> {
     }
 }
 
-/// What a predicted part subtracts before it quantizes.
-pub struct EncoderPrediction<'a> {
-    /// Decoded reference value of every element, motion already applied.
-    pub reference: &'a [f32],
-    /// The predictor of each run.
-    pub of_run: &'a (dyn Fn(usize) -> RunPredictor + Sync),
-}
-
-/// Quantized values or residuals, see `codec::quantizer`.
-pub struct QuantizedSymbols<'a> {
-    /// The weights.
-    pub values: &'a [f32],
-    /// What they are predicted from.
-    pub prediction: Option<EncoderPrediction<'a>>,
-    /// Layout of the runs.
-    pub layout: RunLayout,
-    /// Step of each run, in weight units.
-    pub step_of_run: &'a (dyn Fn(usize) -> f32 + Sync),
-    /// Raw bits per symbol.
-    pub raw_bits: u32,
-}
-
-impl QuantizedSymbols<'_> {
-    #[inline]
-    fn residual(&self, element: usize, predictor: Option<RunPredictor>) -> f32 {
-        match (&self.prediction, predictor) {
-            (Some(prediction), Some(predictor)) => {
-                self.values[element] - predictor.predict(prediction.reference[element])
-            }
-            _ => self.values[element],
-        }
-    }
-
-    fn predictor_of_run(&self, run: usize) -> Option<RunPredictor> {
-        self.prediction.as_ref().map(|prediction| (prediction.of_run)(run))
-    }
-}
-
-impl Symbols for QuantizedSymbols<'_> {
-    fn layout(&self) -> RunLayout {
-        self.layout
-    }
-
-    fn kind(&self) -> StreamKind {
-        StreamKind::Quantized { raw_bits: self.raw_bits as u8 }
-    }
-
-    fn raw_bits(&self) -> u32 {
-        self.raw_bits
-    }
-
-    fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32)) {
-        let step = (self.step_of_run)(run);
-        let predictor = self.predictor_of_run(run);
-        for element in self.layout.run_range(run) {
-            let residual = self.residual(element, predictor);
-            let code = quantize(residual, step, 0.0);
-            let (symbol, raw) = split_code(code, self.raw_bits);
-            take(symbol, raw.into(), residual / step - code as f32);
-        }
-    }
-
-    fn exception(&self, element: usize) -> Vec<u8> {
-        let run = element / self.layout.run_elements;
-        let residual = self.residual(element, self.predictor_of_run(run));
-        let code = quantize(residual, (self.step_of_run)(run), 0.0);
-        // A code beyond 16 bits is cut; whoever packs sees the error and keeps the tensor bit-exact.
-        (code.clamp(i16::MIN.into(), i16::MAX.into()) as i16).to_le_bytes().to_vec()
-    }
-
-    fn class(&self, run: &Histogram) -> i32 {
-        let square: f64 = run.occurring().map(|(code, count)| f64::from(code).powi(2) * count as f64).sum();
-        let mean_square = square / run.symbols().max(1) as f64;
-        (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
-    }
-}
-
 fn run_histogram(symbols: &dyn Symbols, run: usize) -> Histogram {
     let mut histogram = Histogram::default();
     symbols.for_each(run, &mut |symbol, _, offset| histogram.add(symbol, offset));
@@ -296,7 +263,8 @@ struct EncodedStrip {
     bytes: Vec<u8>,
     words: usize,
     exceptions: usize,
-    table_of_run: Vec<usize>,
+    /// Pool numbers: one table twice, or a pair.
+    tables_of_run: Vec<[usize; 2]>,
 }
 
 impl EncodedPart {
@@ -313,14 +281,18 @@ impl EncodedPart {
             .into_par_iter()
             .map(|strip| encode_strip(symbols, pool, strip))
             .collect::<Option<_>>()?;
-        let mut numbers: BTreeMap<usize, i32> = BTreeMap::new();
-        for &table in strips.iter().flat_map(|strip| &strip.table_of_run) {
-            numbers.insert(table, 0);
+        let mut numbers: BTreeMap<[usize; 2], i32> = BTreeMap::new();
+        for &tables in strips.iter().flat_map(|strip| &strip.tables_of_run) {
+            numbers.insert(tables, 0);
         }
         for (number, (_, local)) in numbers.iter_mut().enumerate() {
             *local = number as i32;
         }
-        let table_of_run: Vec<i32> = strips.iter().flat_map(|strip| &strip.table_of_run).map(|t| numbers[t]).collect();
+        let table_of_run: Vec<i32> =
+            strips.iter().flat_map(|strip| &strip.tables_of_run).map(|tables| numbers[tables]).collect();
+        let tables_per_number = if symbols.second_kind().is_some() { 2 } else { 1 };
+        let tables: Vec<usize> =
+            numbers.into_keys().flat_map(|tables| tables.into_iter().take(tables_per_number)).collect();
         let words: Vec<i32> = strips.iter().map(|strip| strip.words as i32).collect();
         let exceptions: Vec<i32> = strips.iter().map(|strip| strip.exceptions as i32).collect();
         let mut body = Vec::with_capacity(strips.iter().map(|strip| strip.bytes.len()).sum());
@@ -335,11 +307,15 @@ impl EncodedPart {
                 run_elements: layout.run_elements as u32,
                 runs_per_strip: layout.runs_per_strip as u32,
                 tables: Vec::new(),
-                table_of_run: integers::encode(&table_of_run),
+                table_of_run: if tables.len() > 1 {
+                    integers::encode(&table_of_run)
+                } else {
+                    StoredIntegers::default()
+                },
                 strip_words: integers::encode(&words),
                 strip_exceptions: integers::encode(&exceptions),
             }),
-            tables: numbers.into_keys().collect(),
+            tables,
             strip_crcs,
             body,
         })
@@ -367,43 +343,93 @@ impl EncodedPart {
 
 fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option<EncodedStrip> {
     let layout = symbols.layout();
-    let elements = layout.strip_range(strip);
-    let first_run = strip * layout.runs_per_strip;
-    let runs = first_run..elements.end.div_ceil(layout.run_elements);
-
-    let mut codes = Vec::with_capacity(elements.len());
-    let mut raw = Vec::with_capacity(elements.len());
-    let mut table_of_run = Vec::with_capacity(runs.len());
-    for run in runs {
-        let mut histogram = Histogram::default();
-        symbols.for_each(run, &mut |symbol, low, _| {
-            histogram.add(symbol, 0.0);
-            codes.push(symbol);
-            raw.push(low);
-        });
-        table_of_run.push(pool.choose(symbols.kind(), symbols.class(&histogram), &histogram)?.0);
-    }
-
-    let mut positions = Vec::with_capacity(codes.len());
-    let mut exceptions = Vec::new();
-    for (index, &code) in codes.iter().enumerate() {
-        let table = pool.table(table_of_run[index / layout.run_elements]);
-        positions.push(table.position(code).unwrap_or_else(|| {
-            exceptions.push(index);
-            table.filler()
-        }));
-    }
-    let tables: Vec<&CodingTable> = table_of_run.iter().map(|&table| &*pool.table(table).coding).collect();
-    let (states, words) = encode_lanes(&positions, layout.run_elements, |run| tables[run]);
+    let runs = layout.strip_runs(strip);
+    let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
+    let fitted: Vec<[&FittedTable; 2]> =
+        tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
+    let placed = symbols.place(runs, &fitted);
+    let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
+    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, |run, index| {
+        tables[run][placed.quantizers.get(index).copied().map_or(0, usize::from)]
+    });
 
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    write_raw_bits(&raw, layout.run_elements, symbols.raw_bits(), &mut bytes);
-    bytes.extend(exceptions.iter().flat_map(|&index| (index as u16).to_le_bytes()));
-    for &index in &exceptions {
-        bytes.extend(symbols.exception(elements.start + index));
+    write_raw_bits(&placed.raw, layout.run_elements, symbols.raw_bits(), &mut bytes);
+    bytes.extend(placed.exceptions.iter().flat_map(|(index, _)| index.to_le_bytes()));
+    for (_, value) in &placed.exceptions {
+        bytes.extend(value);
     }
-    Some(EncodedStrip { bytes, words: words.len(), exceptions: exceptions.len(), table_of_run })
+    Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), tables_of_run })
+}
+
+/// The cheapest table of each run, or pair of tables, as numbers of the pool.
+fn choose_tables(symbols: &dyn Symbols, pool: &TablePool, runs: Range<usize>) -> Option<Vec<[usize; 2]>> {
+    runs.map(|run| {
+        let histogram = run_histogram(symbols, run);
+        let (first, _) = pool.choose(symbols.kind(), symbols.class(&histogram), &histogram)?;
+        Some([first, symbols.second_kind().map_or(first, |kind| pool.companion(first, kind))])
+    })
+    .collect()
+}
+
+/// What placing a part's symbols gave.
+#[derive(Clone, Debug)]
+pub struct PlacedCounts {
+    /// Symbols by the class that chose their table.
+    pub classes: ClassHistograms,
+    /// Bits of the whole part.
+    pub bits: f64,
+    /// Squared error of the whole part, in squared weight units.
+    pub squared_error: f64,
+}
+
+/// Counts the symbols of every `every`-th strip as they are placed with the tables of `pool`, by the class that chose the
+/// table; bits and error are scaled up to all strips. `None` where the pool has no fitting table.
+pub fn count_placed(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Option<PlacedCounts> {
+    let layout = symbols.layout();
+    let strips: Vec<usize> = (0..layout.strips()).step_by(every.max(1)).collect();
+    let counted: Vec<Option<(PlacedCounts, usize)>> = strips
+        .par_iter()
+        .map(|&strip| {
+            let runs = layout.strip_runs(strip);
+            let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
+            let fitted: Vec<[&FittedTable; 2]> =
+                tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
+            let placed = symbols.place(runs, &fitted);
+            let mut classes = ClassHistograms::default();
+            let mut bits = 40.0 * placed.exceptions.len() as f64;
+            let mut squared_error = 0.0;
+            let first_run = layout.strip_runs(strip).start;
+            let kinds = [symbols.kind(), symbols.second_kind().unwrap_or(symbols.kind())];
+            for (run, of_run) in placed.symbols.chunks(layout.run_elements).enumerate() {
+                let mut histograms = [Histogram::default(), Histogram::default()];
+                for (index, &(symbol, offset)) in of_run.iter().enumerate() {
+                    let quantizer =
+                        placed.quantizers.get(run * layout.run_elements + index).copied().map_or(0, usize::from);
+                    histograms[quantizer].add(symbol, offset);
+                    bits += f64::from(fitted[run][quantizer].bits(symbol)).min(20.0);
+                    squared_error += f64::from(offset * symbols.unit(first_run + run)).powi(2);
+                }
+                for (kind, histogram) in kinds.into_iter().zip(&histograms) {
+                    classes.add(kind, pool.class_of(tables_of_run[run][0]), histogram);
+                }
+            }
+            Some((PlacedCounts { classes, bits, squared_error }, placed.symbols.len()))
+        })
+        .collect();
+    let mut all = ClassHistograms::default();
+    let (mut bits, mut squared_error, mut placed) = (0.0, 0.0, 0);
+    for counted in counted {
+        let (strip, symbols) = counted?;
+        all.merge(&strip.classes);
+        bits += strip.bits;
+        squared_error += strip.squared_error;
+        placed += symbols;
+    }
+    let share = layout.elements as f64 / placed.max(1) as f64;
+    let bits = bits * share + f64::from(symbols.raw_bits()) * layout.elements as f64;
+    Some(PlacedCounts { classes: all, bits, squared_error: squared_error * share })
 }
 
 /// Byte planes, then bit planes, as `format::strip` lays them out.

@@ -10,8 +10,9 @@ use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
 use super::options::{PackOptions, PredictorChoice};
-use super::part::{EncodedPart, EncoderPrediction, QuantizedSymbols, RunLayout, SelfCheckError, count, measure};
+use super::part::{EncodedPart, PlacedCounts, RunLayout, SelfCheckError, count, count_placed, measure};
 use super::quantize::{PartQuantizer, may_be_quantized, refinement, values_of};
+use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols};
 use crate::codec::architecture::{PartPlan, RecordPlan};
 use crate::codec::entropy::CodingTable;
 use crate::codec::motion::Motion;
@@ -24,6 +25,8 @@ use crate::tensor::TensorInfo;
 
 /// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
 const COUNTED_ELEMENTS: usize = 1 << 22;
+/// Strips of a quantized part that are placed to fit tables and to estimate sizes.
+const PLACED_STRIPS: usize = 8;
 
 /// How one part is coded, before its symbols are.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -125,12 +128,17 @@ impl<'a> Drafted<'a> {
                 let every = symbols.layout.elements / COUNTED_ELEMENTS;
                 measure(&symbols, pool, every).unwrap_or(f64::INFINITY).min(raw_bits(bytes))
             }
-            Self::Quantized { values, layout, quantizer } => {
-                let step_of_run = |run: usize| quantizer.step_of_run(run);
-                let symbols = keyframe_symbols(values, *layout, quantizer, &step_of_run);
-                measure(&symbols, pool, layout.elements / COUNTED_ELEMENTS).unwrap_or(f64::INFINITY)
-            }
+            Self::Quantized { .. } => self.count_placed(pool).map_or(f64::INFINITY, |placed| placed.bits),
         }
+    }
+
+    /// Counts the part's symbols as they are placed with the tables of `pool`, without prediction; `None` for parts that are
+    /// not quantized.
+    pub fn count_placed(&self, pool: &TablePool) -> Option<PlacedCounts> {
+        let Self::Quantized { values, layout, quantizer } = self else { return None };
+        let step_of_run = |run: usize| quantizer.step_of_run(run);
+        let symbols = keyframe_symbols(values, *layout, quantizer, &step_of_run);
+        count_placed(&symbols, pool, layout.strips().div_ceil(PLACED_STRIPS))
     }
 }
 
@@ -140,7 +148,8 @@ fn keyframe_symbols<'a>(
     quantizer: &PartQuantizer,
     step_of_run: &'a (dyn Fn(usize) -> f32 + Sync),
 ) -> QuantizedSymbols<'a> {
-    QuantizedSymbols { values, prediction: None, layout, step_of_run, raw_bits: quantizer.raw_bits }
+    let PartQuantizer { raw_bits, rounding, .. } = *quantizer;
+    QuantizedSymbols { values, prediction: None, layout, step_of_run, raw_bits, rounding }
 }
 
 /// The decoded record that the next layer's record may be predicted from (Algorithm 1's context buffers).
@@ -265,6 +274,7 @@ impl RecordEncoder<'_> {
                     layout: *layout,
                     step_of_run: &step_of_run,
                     raw_bits: quantizer.raw_bits,
+                    rounding: quantizer.rounding,
                 };
                 EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
                     .expect("quantized symbols were counted before tables were fitted")
@@ -301,8 +311,13 @@ impl RecordEncoder<'_> {
             {
                 let decoded = values_of(&source[ordinal].0.dtype, decoded);
                 let step_of_run = |run: usize| quantizer.step_of_run(run);
-                let candidate =
-                    PartCandidate { values, layout: *layout, step_of_run: &step_of_run, raw_bits: quantizer.raw_bits };
+                let candidate = PartCandidate {
+                    values,
+                    layout: *layout,
+                    step_of_run: &step_of_run,
+                    raw_bits: quantizer.raw_bits,
+                    rounding: quantizer.rounding,
+                };
                 let keyframe = candidate.keyframe_bits(self.pool);
                 let predict = |reference: &[f32]| {
                     let best = candidate.best_prediction(reference, self.options.predictor, self.pool);

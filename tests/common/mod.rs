@@ -148,8 +148,8 @@ impl Bert {
         let mut tensors = vec![Tensor::floats(
             "embeddings.word_embeddings.weight",
             dtype,
-            &[48, hidden],
-            &random.normals(48 * hidden, 0.05),
+            &[16, hidden],
+            &random.normals(16 * hidden, 0.05),
         )];
         // Rows of these are blocks: units of the FFN (up row and down column), elements of heads (query, key, value, output).
         let mut up = random.normals(ffn_units * hidden, 1.0);
@@ -198,7 +198,7 @@ impl Bert {
         fs::create_dir_all(directory).expect("the checkpoint's directory");
         let config = format!(
             "{{\"model_type\":\"bert\",\"architectures\":[\"BertModel\"],\"num_hidden_layers\":{},\"hidden_size\":{},\
-             \"num_attention_heads\":{},\"intermediate_size\":{},\"vocab_size\":48}}",
+             \"num_attention_heads\":{},\"intermediate_size\":{},\"vocab_size\":16}}",
             self.layers, self.hidden, self.heads, self.ffn_units
         );
         fs::write(directory.join("config.json"), config).expect("config.json");
@@ -228,8 +228,8 @@ pub fn mcwcfs(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Output 
 pub fn mcwcfs_ok(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> String {
     let arguments: Vec<_> = arguments.into_iter().map(|argument| argument.as_ref().to_owned()).collect();
     let output = mcwcfs(&arguments);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "mcwcfs {arguments:?}: {}\n{errors}", output.status);
+    let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "mcwcfs {arguments:?}: {}\n{errors}{said}", output.status);
     String::from_utf8(output.stdout).expect("standard output is text")
 }
 
@@ -256,6 +256,8 @@ impl Mount {
         let errors = fs::File::create(&log).expect("a log file");
         let status = Command::new(env!("CARGO_BIN_EXE_mcwcfs"))
             .arg("mount")
+            .arg("--log-file")
+            .arg(directory.path().join("decoding.log"))
             .args(options)
             .args([source, &path])
             .stdin(std::process::Stdio::null())

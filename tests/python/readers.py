@@ -1,6 +1,6 @@
 """Unmodified readers see in a mounted directory exactly what they see in the original one.
 
-    python readers.py ORIGINAL MOUNTED
+    python readers.py ORIGINAL MOUNTED [ORIGINAL MOUNTED...]
 
 ORIGINAL holds the files that MOUNTED must equal: the checkpoint that was packed, or for a lossy archive what
 `mcwcfs unpack` wrote. Every check reads MOUNTED through one reader's own path into the kernel: safetensors over a
@@ -145,19 +145,22 @@ CHECKS = {
 }
 
 
-def main(original, mounted):
+def main(pairs):
     torch.set_num_threads(1)
     failures = 0
-    for check, compare in CHECKS.items():
-        try:
-            print(f"{check}: {compare(original, mounted)}", flush=True)
-        except (Differs, SafetensorError, OSError, RuntimeError) as error:
-            failures += 1
-            print(f"{check}: FAILED: {error}", flush=True)
+    for original, mounted in pairs:
+        print(f"{mounted}:", flush=True)
+        for check, compare in CHECKS.items():
+            try:
+                print(f"  {check}: {compare(original, mounted)}", flush=True)
+            except (Differs, SafetensorError, OSError, RuntimeError) as error:
+                failures += 1
+                print(f"  {check}: FAILED: {error}", flush=True)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    if not paths or len(paths) % 2:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(zip(paths[::2], paths[1::2])))

@@ -112,11 +112,17 @@ pub fn mode(header: &PartHeader) -> &'static str {
         Coding::Split { carrier: Carrier::Own, .. } => "split",
         Coding::Split { carrier: Carrier::Bf16, .. } => "split as BF16",
         Coding::Split { carrier: Carrier::F16, .. } => "split as F16",
-        Coding::Quantized(info) => match info.prediction.as_ref().map(|prediction| &prediction.predictor) {
-            None => "keyframe",
-            Some(StoredPredictor::ScaledCopy { .. }) => "predicted, scaled copy",
-            Some(StoredPredictor::RowAffine { .. }) => "predicted, affine",
-        },
+        Coding::Quantized(info) => {
+            let predictor = info.prediction.as_ref().map(|prediction| &prediction.predictor);
+            match (predictor, info.trellis.is_some()) {
+                (None, false) => "keyframe",
+                (None, true) => "keyframe, trellis",
+                (Some(StoredPredictor::ScaledCopy { .. }), false) => "predicted, scaled copy",
+                (Some(StoredPredictor::ScaledCopy { .. }), true) => "predicted, scaled copy, trellis",
+                (Some(StoredPredictor::RowAffine { .. }), false) => "predicted, affine",
+                (Some(StoredPredictor::RowAffine { .. }), true) => "predicted, affine, trellis",
+            }
+        }
     }
 }
 

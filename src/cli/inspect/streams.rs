@@ -102,7 +102,14 @@ mod tests {
     }
 
     fn quantized(prediction: Option<StoredPrediction>) -> Coding {
-        Coding::Quantized(QuantizerInfo { step: 1.0, raw_bits: 0, scales: None, means: None, prediction })
+        Coding::Quantized(QuantizerInfo {
+            step: 1.0,
+            raw_bits: 0,
+            trellis: None,
+            scales: None,
+            means: None,
+            prediction,
+        })
     }
 
     #[test]

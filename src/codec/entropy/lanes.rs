@@ -54,22 +54,22 @@ impl WriteWords<u16> for SharedWords<'_> {
     }
 }
 
-/// Encodes the symbols of one strip. `positions` are table positions, run after run of `run_elements`; `table_of_run` gives
-/// the table of each run. Returns the lane states and the words, both in reading order.
+/// Encodes the symbols of one strip. `positions` are table positions, run after run of `run_elements`; `table_of` gives the
+/// table of a symbol, by its run and its index in the strip. Returns the lane states and the words, both in reading order.
 ///
 /// Panics if a position is not in its table: the encoder has put it there.
 pub fn encode_lanes<'t>(
     positions: &[u8],
     run_elements: usize,
-    table_of_run: impl Fn(usize) -> &'t CodingTable,
+    table_of: impl Fn(usize, usize) -> &'t CodingTable,
 ) -> ([u32; LANES], Vec<u16>) {
     let words = RefCell::new(Vec::with_capacity(positions.len() / 2));
     let mut lanes: [_; LANES] =
         std::array::from_fn(|_| AnsCoder::<u16, u32, SharedWords<'_>>::from_raw_parts(SharedWords(&words), STATE_LOW));
     // A stack: what is encoded last is decoded first.
     for (run, symbols) in positions.chunks(run_elements).enumerate().rev() {
-        let table = table_of_run(run);
         for (index, &position) in symbols.iter().enumerate().rev() {
+            let table = table_of(run, run * run_elements + index);
             lanes[index % LANES].encode_symbol(position, table).expect("every position is in its table");
         }
     }
@@ -172,6 +172,22 @@ mod tests {
         bytes
     }
 
+    #[test]
+    fn the_example_of_the_specification_holds() {
+        let table = Table { codes: vec![0, -1, 1], frequencies: vec![2048, 1024, 1024], point_offsets: vec![] };
+        let table = CodingTable::new(table);
+        let (states, words) = encode_lanes(&[0, 1, 2], 3, |_, _| &table);
+        assert_eq!(states[..4], [0x0002_0000, 0x0004_0800, 0x0004_0c00, 0x0001_0000]);
+        assert!(words.is_empty());
+
+        let mut states = [STATE_LOW; LANES];
+        states[5] = 70_000;
+        let words = 4660_u16.to_le_bytes();
+        let mut reader = LaneReader::new(&state_bytes(states), &words);
+        assert_eq!(reader.decode_symbol(5, &table), 0);
+        assert_eq!(reader.finish(), Err(LaneError::EndState { lane: 5, state: 35_184 * 65_536 + 4660 }));
+    }
+
     proptest! {
         #[test]
         fn decoding_gives_the_encoded_symbols_and_constriction_agrees(
@@ -185,7 +201,7 @@ mod tests {
                 .enumerate()
                 .map(|(index, &draw)| draw % table_of_run(index / run_elements).positions() as u8)
                 .collect();
-            let (states, words) = encode_lanes(&positions, run_elements, table_of_run);
+            let (states, words) = encode_lanes(&positions, run_elements, |run, _| table_of_run(run));
 
             let word_bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             let mut reader = LaneReader::new(&state_bytes(states), &word_bytes);

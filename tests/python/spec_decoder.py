@@ -1,0 +1,369 @@
+"""Decodes a .mcwc archive into its safetensors files, by src/format/SPEC.md alone.
+
+    python spec_decoder.py ARCHIVE DIRECTORY
+
+Section numbers are those of SPEC.md. Written to be read beside it, and to share nothing with the program that it checks:
+slow, whole tensors at a time, with every check that the text asks for. Prints one line per file once its SHA-256 is
+checked, then what the archive was made of; any error ends it with exit status 1. spec_format.py has sections 1 to 3,
+4.2 and 5, spec_permutation.py has section 8, this file the rest.
+"""
+
+import hashlib
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from spec_format import Archive, Invalid, Reader, crc32c, integers, require
+from spec_permutation import permutation_of
+
+FLOAT = np.float32
+MET = Counter()  # what the archive was made of
+
+
+# Section 4: side information
+
+
+class Side:
+    """The side information of a record, each part header held against its tensor."""
+
+    def __init__(self, archive, record):
+        data = archive.data[record.at : record.at + record.side_length]
+        require(crc32c(data) == record.side_checksum, "side information checksum")
+        reader = Reader("side information", data)
+        self.permutation = None
+        if reader.flag("permutation flag"):
+            g, m = reader.varint("permutation groups", 2**20), reader.varint("permutation members", 2**20)
+            require(1 <= g * m <= 2**20, f"permutation members: {g} times {m}")
+            below = record.reference and side_of(archive, record.reference).permutation
+            coded = reader.blob("permutation digits")
+            self.permutation = permutation_of(coded, g, m, below)
+            MET[f"permutation coding {coded[0]}"] += 1
+        self.parts, at = [], record.at + record.side_length
+        for file, tensor, length in record.parts:
+            part = Part(archive, record, self, archive.files[file][2][tensor], reader)
+            require(part.length == length, f"part length: {length}, the strips have {part.length}")
+            part.at, at = at, at + length
+            self.parts.append(part)
+        reader.end()
+
+
+def side_of(archive, record):
+    if not hasattr(record, "side"):
+        record.side = Side(archive, record)
+    return record.side
+
+
+class Part:
+    def __init__(self, archive, record, side, tensor, reader):
+        self.archive, self.record, self.tensor = archive, record, tensor
+        self.coding = ("raw", "split", "quantized")[reader.u8("part coding", below=3)]
+        self.trellis = self.reference = None
+        if self.coding == "split":
+            require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
+            self.carrier = reader.u8("carrier", below=3)
+            require(self.carrier == 0 or tensor.dtype == "F32", f"carrier of {tensor.dtype}")
+            self.bits = 16 if self.carrier else tensor.bits
+            self.raw_bits = reader.u8("raw bits")
+            require(1 <= self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
+        per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
+        if self.coding != "raw":
+            self.read_streams(reader)
+        count = reader.count("strips")
+        self.checksums = [reader.u32("strip checksums") for _ in range(count)]
+        if self.coding == "raw":
+            self.strips, self.length = -(-tensor.length // 131072), tensor.length
+        else:
+            self.lay_out_strips()
+        require(count == self.strips, f"strips: {count}, expected {self.strips}")
+        if self.coding == "quantized":
+            self.set_coefficients(per_run)
+
+    def read_quantizer(self, reader, side):
+        """The quantizer fields; arrays of one integer per run are given back, for the number of runs is read later."""
+        require(self.tensor.dtype in ("F32", "F16", "BF16"), f"part coding: quantized {self.tensor.dtype}")
+        self.step, self.raw_bits = reader.f32("step"), reader.u8("raw bits", below=9)
+        require(self.step > 0, f"step: {self.step}")
+        flags, per_run = reader.u8("quantizer flags", below=16), []
+        if flags & 8:
+            self.trellis = reader.u8("trellis", below=2)
+        if flags & 1:
+            per_run.append(("scales", self.step, reader.blob("scales")))
+        if flags & 2:
+            per_run.append(("means", reader.f32("mean step"), reader.blob("means")))
+        if flags & 4:
+            require(self.record.reference is not None, "reference part: the record has no reference")
+            parts = side_of(self.archive, self.record.reference).parts
+            self.reference = parts[reader.varint("reference part", min(2**22, len(parts) - 1))]
+            other = self.reference.tensor
+            require((other.dtype, other.shape) == (self.tensor.dtype, self.tensor.shape), "reference part: shape")
+            self.axis = None
+            if reader.flag("placement flag"):
+                require(side.permutation is not None, "placement: no permutation")
+                self.read_placement(reader, side.permutation)
+            if reader.u8("predictor", below=2) == 0:
+                self.gain = reader.f32("gain")
+            else:
+                units = reader.f32("gain step"), reader.f32("offset step")
+                per_run += [(name, unit, reader.blob(name)) for name, unit in zip(("gains", "offsets"), units)]
+        return per_run
+
+    def read_placement(self, reader, permutation):
+        """Section 8.3: for each index along the axis, the index of the reference that it is predicted from."""
+        self.axis, repeat = reader.u8("placement axis"), reader.varint("placement repeat", 2**20)
+        per_member, unit = reader.flag("placement per member"), reader.varint("placement unit", 2**32 - 1)
+        blocks = permutation.members() if per_member else permutation.outer
+        require(self.axis < len(self.tensor.shape), f"placement axis: {self.axis} of {self.tensor.shape}")
+        extent = self.tensor.shape[self.axis]
+        require(0 < extent == repeat * len(blocks) * unit < 2**32, f"placement: does not fill {extent}")
+        self.motion = [
+            (repetition * len(blocks) + block) * unit + element
+            for repetition in range(repeat)
+            for block in blocks
+            for element in range(unit)
+        ]
+
+    def read_streams(self, reader):
+        numbers = [reader.varint("part table", 2**16 - 1) for _ in range(reader.count("part tables", 2**16))]
+        require(all(number < len(self.archive.tables) for number in numbers), "part table")
+        self.tables = [self.archive.tables[number] for number in numbers]
+        if self.trellis == 1:
+            require(len(numbers) % 2 == 0, "part tables: pairs of tables")
+            self.tables = list(zip(self.tables[::2], self.tables[1::2]))
+        choices = reader.blob("table of run") if len(numbers) > 1 else b"\0\0"
+        self.run_elements = reader.varint("run elements", 2**16)
+        self.runs_per_strip = reader.varint("runs per strip", 2**16)
+        require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        self.runs = -(-self.tensor.elements // self.run_elements)
+        self.strips = -(-self.runs // self.runs_per_strip)
+        require(self.tables or not self.runs, "part tables: none")
+        self.table_of_run = integers(choices, self.runs, 0, max(len(self.tables), 1) - 1, "table of run")
+        self.words = integers(reader.blob("strip words"), self.strips, 0, 2**17, "strip words")
+        self.exceptions = integers(reader.blob("strip exceptions"), self.strips, 0, 2**16, "strip exceptions")
+
+    def lay_out_strips(self):
+        """Section 6: where the pieces of each strip lie, and how long the body is."""
+        self.exception_bytes = 2 if self.coding == "quantized" else self.bits // 8
+        full, self.layout, self.length = self.run_elements * self.runs_per_strip, [], 0
+        for strip in range(self.strips):
+            symbols = min(full, self.tensor.elements - strip * full)
+            lengths = [min(self.run_elements, symbols - at) for at in range(0, symbols, self.run_elements)]
+            groups = sum(-(-length // 32) for length in lengths)
+            words, exceptions = int(self.words[strip]), int(self.exceptions[strip])
+            require(exceptions <= symbols, f"strip exceptions: {exceptions}")
+            planes = symbols * (self.raw_bits // 8), 4 * (self.raw_bits % 8) * groups
+            sizes = [128, 2 * words, *planes, 2 * exceptions, self.exception_bytes * exceptions]
+            self.layout.append((self.length, sizes, lengths))
+            self.length += sum(sizes)
+
+    def set_coefficients(self, per_run):
+        """Section 7.3: step, mean, gain and offset of every run."""
+        values = {}
+        for name, unit, stored in per_run:
+            low, high = (-800, 807) if name == "scales" else (-(2**24), 2**24)
+            number = integers(stored, self.runs, low, high, name)
+            if name == "scales":
+                values[name] = unit * np.ldexp((8 + number % 8).astype(FLOAT) / FLOAT(8), number // 8)
+            else:
+                values[name] = unit * number.astype(FLOAT)
+            require(values[name].dtype == FLOAT and np.isfinite(values[name]).all(), f"{name}: not finite")
+        self.steps = values.get("scales", np.full(self.runs, self.step))
+        self.means, self.offsets = values.get("means"), values.get("offsets")
+        if self.reference:
+            self.gains = values["gains"] if "gains" in values else np.full(self.runs, self.gain)
+
+
+# Section 6: strips
+
+
+def strip_pieces(part, number):
+    """The pieces of a strip after its checksum, and the lengths of its runs."""
+    offset, sizes, lengths = part.layout[number]
+    stored = part.archive.data[part.at + offset : part.at + offset + sum(sizes)]
+    require(crc32c(stored) == part.checksums[number], f"strip {number}: checksum")
+    ends = np.cumsum(sizes).tolist()
+    states, words, byte_planes, bit_planes, positions, values = (
+        stored[end - size : end] for end, size in zip(ends, sizes)
+    )
+    positions = np.frombuffer(positions, "<u2").tolist()
+    require(all(a < b for a, b in pairwise(positions)), f"strip {number}: exception positions")
+    require(not positions or positions[-1] < sum(lengths), f"strip {number}: exception position")
+    MET["exceptions"] += len(positions)
+    exceptions = dict(zip(positions, np.frombuffer(values, f"<V{part.exception_bytes}")))
+    raw = raw_numbers(byte_planes, np.frombuffer(bit_planes, "<u4").tolist(), part.raw_bits, lengths)
+    return np.frombuffer(states, "<u4").tolist(), np.frombuffer(words, "<u2").tolist(), raw, exceptions, lengths
+
+
+def raw_numbers(byte_planes, bit_planes, raw_bits, lengths):
+    symbols, whole, rest = sum(lengths), raw_bits // 8, raw_bits % 8
+    raw = [sum(byte_planes[plane * symbols + i] << 8 * plane for plane in range(whole)) for i in range(symbols)]
+    at = first = 0
+    for length in lengths:
+        for i in range(length):
+            group = at + i // 32 * rest
+            for k in range(rest):
+                raw[first + i] |= (bit_planes[group + k] >> i % 32 & 1) << (8 * whole + k)
+        at, first = at + -(-length // 32) * rest, first + length
+    return raw
+
+
+NEXT_STATE = [[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]]
+
+
+def decode_symbols(part, number, take):
+    """Entropy decoding; calls `take(table, position, raw number, state of the trellis)`, which gives the symbol's value
+    and, where there is a trellis, the second bit of its multiple."""
+    x, words, raw, exceptions, lengths = strip_pieces(part, number)
+    trellis, used, values = [0] * 32, 0, []
+    for run, length in enumerate(lengths):
+        choice = part.tables[part.table_of_run[number * part.runs_per_strip + run]]
+        for i in range(length):
+            j = i % 32
+            table = choice[trellis[j] % 2] if part.trellis == 1 else choice
+            q = x[j] % 4096
+            k = table.owner[q]
+            x[j] = table.frequency[k] * (x[j] // 4096) + q - table.first[k]
+            if x[j] < 65536:
+                require(used < len(words), f"strip {number}: a word is missing")
+                x[j], used = x[j] * 65536 + words[used], used + 1
+            value, second_bit = take(table, k, raw[len(values)], trellis[j])
+            values.append(value)
+            trellis[j] = NEXT_STATE[trellis[j]][second_bit]
+    require(used == len(words) and x == [65536] * 32, f"strip {number}: the lanes do not end")
+    return values, exceptions
+
+
+# Section 7: elements
+
+
+def to_float(bits, dtype):
+    """Section 7.5: binary32 from an element's bits, exactly."""
+    if dtype == "F32":
+        return bits.view(FLOAT)
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(FLOAT)
+    bits = bits.astype(np.uint32)
+    sign, exponent, mantissa = bits >> 15 << 31, bits >> 10 & 31, bits & 1023
+    small = (mantissa.astype(FLOAT) * FLOAT(2**-24)).view(np.uint32)
+    normal = exponent + 112 << 23 | mantissa << 13
+    special = np.uint32(255 << 23) | mantissa << 13
+    return (sign | np.select([exponent == 0, exponent == 31], [small, special], normal)).view(FLOAT)
+
+
+def from_float(values, dtype):
+    """Section 7.5: an element's bits from binary32, to nearest, ties to even."""
+    if dtype == "F32":
+        return values.view("<u4")
+    if dtype == "F16":
+        return values.astype(np.float16).view("<u2")
+    bits = values.view(np.uint32)
+    return (bits + np.uint32(0x7FFF) + (bits >> 16 & 1) >> 16).astype("<u2")
+
+
+def split_elements(part):
+    R, B = part.raw_bits, part.bits
+
+    def take(table, position, raw, _):
+        magnitude = (table.code[position] % 65536 << R - 1 | raw % 2 ** (R - 1)) % 2 ** (B - 1)
+        return (raw >> R - 1 & 1) << B - 1 | magnitude, 0
+
+    elements = []
+    for number in range(part.strips):
+        decoded, exceptions = decode_symbols(part, number, take)
+        for position, value in exceptions.items():
+            decoded[position] = int.from_bytes(value.tobytes(), "little")
+        elements += decoded
+    bits = np.array(elements, f"<u{B // 8}")
+    return bits if part.carrier == 0 else to_float(bits, "BF16" if part.carrier == 1 else "F16").view("<u4")
+
+
+def points(part):
+    """What every code of the part stands for, in steps."""
+
+    def scalar(table, position, raw, _):
+        if part.raw_bits == 0:
+            return FLOAT(table.code[position]) + table.point[position], 0
+        return FLOAT(table.code[position] * 2**part.raw_bits + raw), 0
+
+    def trellis(table, position, raw, state):
+        code = table.code[position] * 2**part.raw_bits + raw
+        multiple = 2 * code - state % 2 * ((code > 0) - (code < 0))
+        return FLOAT(multiple) + table.point[position], multiple >> 1 & 1
+
+    all_points = []
+    for number in range(part.strips):
+        decoded, exceptions = decode_symbols(part, number, scalar if part.trellis is None else trellis)
+        for position, value in exceptions.items():
+            decoded[position] = FLOAT(int.from_bytes(value.tobytes(), "little", signed=True))
+        all_points += decoded
+    return np.array(all_points, FLOAT)
+
+
+def quantized_elements(part):
+    run = np.arange(part.tensor.elements) // part.run_elements
+    values = points(part) * part.steps[run]
+    if part.means is not None:
+        values = values + part.means[run]
+    if part.reference:
+        reference = np.frombuffer(decoded(part.reference), f"<u{part.tensor.bits // 8}")
+        reference = to_float(reference, part.tensor.dtype).reshape(part.tensor.shape)
+        if part.axis is not None:
+            reference = np.take(reference, part.motion, axis=part.axis)
+        prediction = part.gains[run] * reference.reshape(-1)
+        if part.offsets is not None:
+            prediction = prediction + part.offsets[run]
+        values = values + prediction
+    require(values.dtype == FLOAT, "numpy has widened binary32")
+    return from_float(values, part.tensor.dtype)
+
+
+def decoded(part):
+    """The bytes of a part's tensor."""
+    if not hasattr(part, "bytes"):
+        if part.coding == "raw":
+            part.bytes = part.archive.data[part.at : part.at + part.length]
+            for number, checksum in enumerate(part.checksums):
+                strip = part.bytes[131072 * number : 131072 * (number + 1)]
+                require(crc32c(strip) == checksum, f"strip {number}: checksum")
+        else:
+            part.bytes = (split_elements if part.coding == "split" else quantized_elements)(part).tobytes()
+        count(part)
+    return part.bytes
+
+
+def count(part):
+    """For the tests, which must know that they have met what they are for."""
+    MET[part.coding] += 1
+    if part.coding == "split":
+        MET[f"carrier {part.carrier}"] += 1
+    if part.coding == "quantized":
+        MET["predicted"] += part.reference is not None
+        MET["moved"] += part.reference is not None and part.axis is not None
+        MET["row affine"] += part.reference is not None and part.offsets is not None
+        MET["trellis"] += part.trellis is not None
+        MET["scales"] += len(set(part.steps.tolist())) > 1
+        MET["raw bits"] += part.raw_bits > 0
+        MET["points"] += any(table.point.any() for table in np.ravel(part.tables))
+
+
+def main(path, directory):
+    archive = Archive(Path(path).read_bytes())
+    part_of = {}
+    for record in archive.records:
+        for (file, tensor, _), part in zip(record.parts, side_of(archive, record).parts):
+            part_of[file, tensor] = part
+    for file, (name, header, tensors, sha256) in enumerate(archive.files):
+        data = header + b"".join(decoded(part_of[file, tensor]) for tensor in range(len(tensors)))
+        require(hashlib.sha256(data).digest() == sha256, f"{name}: decoded SHA-256")
+        (Path(directory) / name).write_bytes(data)
+        print(f"{name}: {len(data)} bytes, SHA-256 as stated")
+    print("; ".join(f"{what}: {times}" for what, times in sorted(MET.items()) if times))
+
+
+if __name__ == "__main__":
+    try:
+        with np.errstate(all="ignore"):
+            main(*sys.argv[1:])
+    except Invalid as error:
+        sys.exit(f"spec_decoder: {sys.argv[1]}: {error}")

@@ -1,0 +1,218 @@
+//! `inspect`, `verify` and `unpack` as a user meets them: what they print, what they write, and how they fail.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::archives::RECIPES;
+use common::{Bert, assert_same_directories, files_below, mcwcfs, mcwcfs_ok};
+use serde_json::Value;
+
+/// A checkpoint directory and the directory it was packed into.
+struct Packed {
+    work: tempfile::TempDir,
+    checkpoint: PathBuf,
+    packed: PathBuf,
+}
+
+impl Packed {
+    fn new(options: &[&str]) -> Self {
+        let work = tempfile::tempdir().expect("a directory");
+        let (checkpoint, packed) = (work.path().join("checkpoint"), work.path().join("packed"));
+        Bert { hidden: 64, ffn_units: 64, ..Bert::default() }.write(&checkpoint);
+        fs::create_dir(checkpoint.join("1_Pooling")).expect("a subdirectory");
+        fs::write(checkpoint.join("1_Pooling/run.sh"), "#!/bin/sh\n").expect("a sidecar");
+        fs::set_permissions(checkpoint.join("1_Pooling/run.sh"), fs::Permissions::from_mode(0o755)).expect("a mode");
+        let mut pack = arguments!["pack", &checkpoint, &packed].to_vec();
+        pack.extend(options.iter().map(Into::into));
+        mcwcfs_ok(pack);
+        Self { work, checkpoint, packed }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.work.path().join(name)
+    }
+
+    fn archive(&self) -> PathBuf {
+        self.packed.join("model.mcwc")
+    }
+
+    /// Flips a bit in the middle of the archive, where strips are.
+    fn damage(&self) {
+        let mut bytes = fs::read(self.archive()).expect("the archive");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 4;
+        fs::write(self.archive(), bytes).expect("the archive");
+    }
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// Runs the command, which must fail with this exit code, and gives all it said.
+fn fails(code: i32, arguments: &[std::ffi::OsString]) -> String {
+    let output = mcwcfs(arguments);
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+    said
+}
+
+#[test]
+fn the_streams_of_an_archive_add_up_to_its_length_to_the_byte() {
+    for recipe in RECIPES {
+        let directory = tempfile::tempdir().expect("a directory");
+        let archive = recipe.pack(directory.path());
+        let length = fs::metadata(&archive).expect("the archive").len();
+        let report = json(&mcwcfs_ok(arguments!["inspect", "--json", "--parts", &archive]));
+        let streams = report["stream_bytes"].as_object().expect("streams");
+        let sum: u64 = streams.values().map(|bytes| bytes.as_u64().expect("bytes")).sum();
+        assert_eq!((sum, report["stored_bytes"].as_u64()), (length, Some(length)), "{}", recipe.name);
+        let rate = 8.0 * length as f64 / report["parameters"].as_f64().expect("parameters");
+        let printed = report["bits_per_parameter"].as_f64().expect("a rate");
+        assert!((printed / rate - 1.0).abs() < 1e-12, "{}: {printed} for {rate}", recipe.name);
+
+        let parts = report["parts"].as_array().expect("parts");
+        let tensors: u64 = report["files"][0]["tensors"].as_u64().expect("tensors");
+        assert_eq!(parts.len() as u64, tensors, "{}: every tensor is one part", recipe.name);
+        let coded: u64 = parts.iter().map(|part| part["bytes"].as_u64().expect("bytes")).sum();
+        let of = |stream: &str| streams[stream].as_u64().expect("bytes");
+        assert_eq!(coded, of("keyframe_codes") + of("residual_codes") + of("verbatim"), "{}", recipe.name);
+    }
+}
+
+#[test]
+fn inspect_says_for_people_what_it_says_as_json() {
+    let packed = Packed::new(&["--max-rel-mse", "0.01"]);
+    let text = mcwcfs_ok(arguments!["inspect", "--parts", packed.archive()]);
+    let report = json(&mcwcfs_ok(arguments!["inspect", "--json", packed.archive()]));
+    for field in ["stored_bytes", "decoded_bytes", "parameters"] {
+        assert!(text.contains(&report[field].to_string()), "{field}: {text}");
+    }
+    for part in ["lossy", "encoder.layer.3.output.dense.weight", "keyframe", "entropy model", "provenance"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn unpacking_with_one_thread_and_with_many_gives_the_same_bytes() {
+    for options in [&["--lossless"][..], &["--max-rel-mse", "0.01"]] {
+        let packed = Packed::new(options);
+        let (one, many) = (packed.path("one"), packed.path("many"));
+        mcwcfs_ok(arguments!["unpack", "--threads", "1", &packed.packed, &one]);
+        mcwcfs_ok(arguments!["unpack", "--threads", "7", &packed.packed, &many]);
+        assert_same_directories(&one, &many);
+    }
+}
+
+#[test]
+fn an_unpacked_directory_is_the_original_with_executables_and_readable_by_others() {
+    let packed = Packed::new(&[]);
+    let out = packed.path("new/deep/out");
+    let written = json(&mcwcfs_ok(arguments!["unpack", "--json", &packed.packed, &out]));
+    assert_same_directories(&packed.checkpoint, &out);
+    assert_eq!(written.as_array().map(Vec::len), Some(files_below(&packed.checkpoint).len()));
+    let mode = |file: &str| fs::metadata(out.join(file)).expect("a file").permissions().mode() & 0o777;
+    let ordinary = packed.path("ordinary");
+    fs::write(&ordinary, "").expect("a file");
+    let ordinary = fs::metadata(ordinary).expect("a file").permissions().mode() & 0o777;
+    assert_eq!(mode("model.safetensors"), ordinary, "as any new file");
+    assert_eq!(mode("1_Pooling/run.sh") & 0o100, 0o100);
+}
+
+#[test]
+fn one_archive_unpacks_into_a_directory_or_to_a_file_of_that_name() {
+    let packed = Packed::new(&[]);
+    let original = fs::read(packed.checkpoint.join("model.safetensors")).expect("the original");
+    mcwcfs_ok(arguments!["unpack", packed.archive(), packed.path("here")]);
+    assert_eq!(files_below(&packed.path("here")), [Path::new("model.safetensors")]);
+    mcwcfs_ok(arguments!["unpack", packed.archive(), packed.path("other.safetensors")]);
+    assert!(fs::read(packed.path("other.safetensors")).expect("the file") == original);
+}
+
+#[test]
+fn a_damaged_archive_is_reported_by_verify_and_leaves_nothing_when_unpacked() {
+    let packed = Packed::new(&[]);
+    packed.damage();
+    let said = fails(3, &arguments!["verify", &packed.packed]);
+    assert!(said.contains("model.mcwc") && said.contains("CRC-32C"), "{said}");
+    let report = json(&String::from_utf8_lossy(&mcwcfs(arguments!["verify", "--json", &packed.packed]).stdout));
+    assert_eq!(report["sound"], Value::Bool(false));
+
+    let out = packed.path("out");
+    let said = fails(1, &arguments!["unpack", packed.archive(), &out]);
+    assert!(said.contains("model.mcwc") && said.trim_end().lines().count() == 1, "{said}");
+    assert!(files_below(&out).is_empty(), "{:?}", files_below(&out));
+}
+
+#[test]
+fn verify_finds_what_differs_from_the_original() {
+    let packed = Packed::new(&[]);
+    let verify = arguments!["verify", &packed.packed, "--against", &packed.checkpoint];
+    mcwcfs_ok(&verify);
+
+    fs::write(packed.checkpoint.join("README.md"), "changed").expect("a sidecar");
+    assert!(fails(3, &verify).contains("README.md"));
+    fs::copy(packed.packed.join("README.md"), packed.checkpoint.join("README.md")).expect("a sidecar");
+    fs::write(packed.checkpoint.join("forgotten.json"), "{}").expect("a file");
+    assert!(fails(3, &verify).contains("forgotten.json: has no packed counterpart"));
+    fs::remove_file(packed.checkpoint.join("forgotten.json")).expect("a file");
+    mcwcfs_ok(&verify);
+
+    let original = packed.checkpoint.join("model.safetensors");
+    let mut bytes = fs::read(&original).expect("the original");
+    *bytes.last_mut().expect("not empty") ^= 1;
+    fs::write(&original, &bytes).expect("the original");
+    let said = fails(3, &verify);
+    assert!(said.contains("must be the file that was packed"), "{said}");
+    fs::write(&original, &bytes[..bytes.len() - 1]).expect("the original");
+    let said = fails(3, &verify);
+    assert!(said.contains(&format!("{} bytes, expected {}", bytes.len() - 1, bytes.len())), "{said}");
+}
+
+#[test]
+fn verify_holds_a_lossy_archive_to_the_error_it_is_given() {
+    let packed = Packed::new(&["--max-rel-mse", "0.01"]);
+    let against =
+        |limit: &str| arguments!["verify", &packed.packed, "--against", &packed.checkpoint, "--max-rel-mse", limit];
+    assert!(mcwcfs_ok(against("0.01")).contains("relative squared error"));
+    assert!(fails(3, &against("0.0001")).contains("expected at most 1.000e-4"));
+}
+
+#[test]
+fn unpack_refuses_to_mix_its_output_with_its_source_or_two_files_in_one() {
+    let packed = Packed::new(&[]);
+    let said = fails(1, &arguments!["unpack", &packed.packed, packed.packed.join("out")]);
+    assert!(said.contains("lies inside the directory"), "{said}");
+    fails(1, &arguments!["unpack", "--force", &packed.packed, &packed.packed]);
+    fs::copy(packed.archive(), packed.packed.join("again.mcwc")).expect("a second archive");
+    let said = fails(1, &arguments!["unpack", &packed.packed, packed.path("out")]);
+    assert!(said.contains("again.mcwc") && said.contains("model.mcwc"), "{said}");
+}
+
+#[test]
+fn exit_codes_tell_wrong_usage_from_failure() {
+    for usage in [arguments!["inspect"].to_vec(), arguments!["unpack", "one"].to_vec(), arguments!["nonsense"].to_vec()]
+    {
+        fails(2, &usage);
+    }
+    for missing in ["inspect", "verify"] {
+        let said = fails(1, &arguments![missing, "/no/such/archive.mcwc"]);
+        assert!(said.contains("/no/such/archive.mcwc"), "{said}");
+    }
+    fails(1, &arguments!["unpack", "/no/such/archive.mcwc", "/no/such/out"]);
+    let empty = tempfile::tempdir().expect("a directory");
+    assert!(fails(1, &arguments!["verify", empty.path()]).contains("no .mcwc file found"));
+}
+
+#[test]
+fn mcwc_pack_is_the_same_as_the_subcommand() {
+    let packed = Packed::new(&[]);
+    let other = packed.path("other");
+    let output = Command::new(env!("CARGO_BIN_EXE_mcwc-pack")).arg(&packed.checkpoint).arg(&other).output();
+    assert!(output.expect("mcwc-pack starts").status.success());
+    assert_same_directories(&packed.packed, &other);
+}
