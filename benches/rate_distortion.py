@@ -4,24 +4,23 @@
     benches/setup
     .bench-venv/bin/python benches/rate_distortion.py [--eval DIR] [--models NAME ...] [--plot FILE]
 
-For every model: relative squared error over its two-dimensional tensors against bits per matrix weight, for mcwcfs (packed
-and unpacked by the release binary, every tensor at one step: --embedding-refinement 1), NNCodec with dependent
-quantization, GGUF's formats, round to nearest in groups of 128, ideal entropy-coded scalar quantization, and the Gaussian
-rate-distortion bound with row scales. Then, at no error, mcwcfs beside zipnn. Prints Markdown tables and writes a plot. See
-measure/ for what each means exactly.
+For every model: relative squared error over its two-dimensional tensors against bits per matrix weight, for mcwcfs
+(packed and unpacked by the release binary, every tensor at one step: --embedding-refinement 1), NNCodec with dependent
+quantization, GGUF's formats, round to nearest in groups of 128, ideal entropy-coded scalar quantization, and the
+Gaussian rate-distortion bound with row scales. Then, at no error, mcwcfs beside zipnn. Prints Markdown tables and
+writes a plot. See measure/ for what each means exactly.
 
 Measurements are kept (--keep), those of mcwcfs by the digest of its binary: a second run measures only what is new.
 """
 
 import argparse
-import hashlib
+import functools
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from measure import checkpoint, gguf, lossless, nncodec, plot, theory
 from measure.curve import Curve
 from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
@@ -56,41 +55,29 @@ def measure(model, mcwcfs, ggml, store, rates):
     files = model.files()
     weights = checkpoint.matrices(files)
     count = checkpoint.weight_count(weights)
-    fingerprint = checkpoint.fingerprint(files)[:16]
+    fingerprint = checkpoint.fingerprint(files)
     say(f"{model.name}: {len(weights)} matrices, {count:,} weights")
     asked = [min(rates) - MARGIN, *rates, max(rates) + MARGIN]
 
     bound_rates = np.arange(0.25, 12, 0.05)
     bound = Curve([theory.Point(rate, theory.gaussian_bound(weights, rate)) for rate in bound_rates])
 
-    binary = hashlib.sha256(mcwcfs.binary.read_bytes()).hexdigest()[:16]
     ours = []
     for rate in asked:
         # An error near that of this rate; what rate it takes is then measured.
-        target = f"{bound.error_at(rate - 0.1):.6g}"
-        options = ("--max-rel-mse", target, "--embedding-refinement", "1")
-
-        def packed():
-            with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
-                source = Path(work) / "source"
-                source.mkdir()
-                for file in files:
-                    (source / file.name).symlink_to(file.resolve())
-                return [mcwcfs.point(weights, source, Path(work), *options)]
-
-        ours += store.points(f"{fingerprint}-ours-{binary}-{target}", packed)
+        options = ("--max-rel-mse", f"{theory.gaussian_bound(weights, rate - 0.1):.6g}", "--embedding-refinement", "1")
+        ours.append(mcwcfs.kept_point(store, weights, files, *options))
         say(f"  ours {ours[-1].bits:.3f} bits, error {ours[-1].error:.4g}")
 
     peers, scalar = {}, theory.ScalarQuantization(weights)
-    for rate in rates:
-        for point in store.points(f"{fingerprint}-nncodec-{nncodec.VERSION}-{rate}", lambda: nncodec.around(weights, rate)):
+    for rate in (*rates, asked[-1]):
+        measure_peer = functools.partial(nncodec.around, weights, rate)
+        for point in store.points(f"{fingerprint}-nncodec-{nncodec.VERSION}-{rate}", measure_peer):
             peers[point.label] = point
         say(f"  NNCodec around {rate} bits")
     formats = [theory.round_to_nearest(weights, 4), theory.round_to_nearest(weights, 8)]
     if ggml:
-        formats += store.points(
-            f"{fingerprint}-gguf", lambda: [gguf.point(ggml, weights, name) for name in gguf.TYPES]
-        )
+        formats += store.points(f"{fingerprint}-gguf", lambda: [gguf.point(ggml, weights, name) for name in gguf.TYPES])
     curves = {
         "ours": Curve(ours),
         "NNCodec": Curve(peers.values()),
@@ -113,7 +100,8 @@ def report(result, rates):
     lines = [
         f"### {result.model.name} ({result.weights:,} matrix weights)",
         "",
-        "| bits per matrix weight | bound | ours | NNCodec | ideal scalar | ours above the bound, bits | ours below NNCodec, bits |",
+        "| bits per matrix weight | bound | ours | NNCodec | ideal scalar "
+        "| ours above the bound, bits | ours below NNCodec, bits |",
         "|---|---|---|---|---|---|---|",
     ]
     for rate in rates:
@@ -124,7 +112,11 @@ def report(result, rates):
             f"| {rate:g} | {cell(result.bound.error_at(rate))} | {cell(error)} | {cell(peer.error_at(rate))} "
             f"| {cell(scalar.error_at(rate))} | {cell(above, '{:.3f}')} | {cell(saved, '{:.3f}')} |"
         )
-    lines += ["", "| format | bits per matrix weight | error | ours at that error, bits | saved |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| format | bits per matrix weight | error | ours at that error, bits | saved |",
+        "|---|---|---|---|---|",
+    ]
     for point in result.formats:
         bits = ours.bits_at(point.error)
         saved = difference(point.bits, bits)
@@ -158,8 +150,12 @@ def main():
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per matrix weight")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
-    parser.add_argument("--plot", type=Path, default=REPOSITORY / "target" / "rate_distortion.svg", help="where it is written")
-    parser.add_argument("--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements")
+    parser.add_argument(
+        "--plot", type=Path, default=REPOSITORY / "target" / "rate_distortion.svg", help="where it is written"
+    )
+    parser.add_argument(
+        "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
+    )
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:

@@ -4,9 +4,9 @@
     cargo build --release
     python3 benches/task_metric.py [--eval DIR] [--models NAME ...] [--rates BITS ...]
 
-Needs numpy (benches/setup's environment has it) and an evaluation folder: models/, and eval.py, which reads a checkpoint
-directory by plain open, seek and read, and prints its task metric and the distance to the original as JSON. Prints one
-Markdown table. The first row of a model is the lossless archive: its metric is the original's.
+Needs numpy (benches/setup's environment has it) and an evaluation folder: models/, and eval.py, which reads a
+checkpoint directory by plain open, seek and read, and prints its task metric and the distance to the original as JSON.
+Prints one Markdown table. The first row of a model is the lossless archive: its metric is the original's.
 """
 
 import argparse
@@ -66,10 +66,10 @@ def measure(mcwcfs, script, model, rates, work):
         for name, _ in choices:
             result = evaluate(script, mount_point / name, model.directory)
             primary, report = result["primary"], reports[name]
-            metric = f"{primary['task']} {primary['metric']}"
             rows.append(
-                f"| {model.name} | {name} | {report['bits_per_parameter']:.3f} | {report['relative_squared_error']:.2e} "
-                f"| {metric} | {primary['value']:.4f} | {distance(result)} |"
+                f"| {model.name} | {name} | {report['bits_per_parameter']:.3f} "
+                f"| {report['relative_squared_error']:.2e} "
+                f"| {primary['task']} {primary['metric']} | {primary['value']:.4f} | {distance(result)} |"
             )
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -79,7 +79,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eval", metavar="DIR", help="evaluation folder; MCWCFS_EVAL without it")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="only these")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per parameter of the file")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per parameter of the file"
+    )
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
@@ -90,7 +92,10 @@ def main():
     for model in checkpoint.open_models(folder, arguments.models):
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
             rows += measure(mcwcfs, folder / "eval.py", model, arguments.rates, Path(work))
-    print("| model | asked | bits per parameter | relative squared error | metric | through the mount | distance to the original |")
+    print(
+        "| model | asked | bits per parameter | relative squared error "
+        "| metric | through the mount | distance to the original |"
+    )
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 

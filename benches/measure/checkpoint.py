@@ -39,7 +39,7 @@ def evaluation_folder(argument):
 
 
 def open_models(folder, wanted):
-    """The models of `folder`, and all-MiniLM-L6-v2 where tests/setup has put it; those named in `wanted`, if any are."""
+    """The models of `folder`, and all-MiniLM-L6-v2 where tests/setup put it; only those in `wanted`, if any are."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mcwcfs" / MINILM
     directories = [cache, *sorted((folder / "models").iterdir())]
     models = {path.name: Model(path.name, path) for path in directories if any(path.glob("*.safetensors"))}
@@ -102,9 +102,9 @@ def relative_squared_error(weights, decoded):
 
 
 def fingerprint(files):
-    """SHA-256 over the files: measurements are kept under it."""
+    """Enough of the SHA-256 of the files to keep measurements under."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""GGUF's quantizers, llama.cpp's own code: the wheel of llama-cpp-cffi carries ggml as a shared library with its symbols.
+"""GGUF's quantizers, llama.cpp's own code: llama-cpp-cffi's wheel carries ggml as a shared library with its symbols.
 
 Weights are quantized without an importance matrix and in blocks along reading order, whatever the length of a row.
 llama.cpp itself takes a coarser format for a matrix whose rows are no multiple of 256, so this is the kinder reading.
@@ -68,8 +68,11 @@ class Ggml:
 
 
 def open_lazily(path):
-    """Loads a library whose functions are looked up when they are called. The wheel was built with a newer libstdc++ than
-    many machines have, and lacks one symbol there, of no use to the quantizers; Python's own loading insists on all."""
+    """Loads a library whose functions are looked up when they are called.
+
+    The wheel was built with a newer libstdc++ than many machines have, and lacks one symbol there, of no use to the
+    quantizers; Python's own loading insists on all of them.
+    """
     loader = ctypes.CDLL(None)
     loader.dlopen.restype, loader.dlerror.restype = ctypes.c_void_p, ctypes.c_char_p
     handle = loader.dlopen(str(path).encode(), os.RTLD_LAZY)

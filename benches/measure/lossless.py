@@ -1,4 +1,4 @@
-"""At no error: ours and zipnn, bits per parameter of the safetensors file as it is, and of F32 files rounded to BF16."""
+"""At no error: bits per parameter of ours and zipnn, of the files as they are and of F32 files rounded to BF16."""
 
 import json
 import warnings

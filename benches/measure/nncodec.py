@@ -1,7 +1,7 @@
 """NNCodec, the reference software of ISO/IEC 15938-17: dependent quantization and DeepCABAC.
 
-Its front end (`nncodec.nn`) imports PyTorch, torchvision, OpenCV, pandas and more to walk a model's modules. The tools of
-the standard are `nncodec.nnc_core`, and here they are called as `nncodec.nn.encode` calls them for a dictionary of
+Its front end (`nncodec.nn`) imports PyTorch, torchvision, OpenCV, pandas and more to walk a model's modules. The tools
+of the standard are `nncodec.nnc_core`, and here they are called as `nncodec.nn.encode` calls them for a dictionary of
 arrays, with its default settings: dependent quantization, parameter optimisation and row skipping on.
 """
 
@@ -37,7 +37,7 @@ def around(weights, bits):
 
 
 def at(weights, quantization_parameter):
-    """The point at this quantization parameter: every matrix encoded, the bitstream counted whole, and decoded again."""
+    """The point at this quantization parameter: all matrices encoded, the bitstream counted whole, and decoded."""
     bitstream = encode(weights, quantization_parameter)
     error = relative_squared_error(weights, decode(bitstream))
     return Point(8 * len(bitstream) / weight_count(weights), error, f"QP {quantization_parameter}")
@@ -53,7 +53,7 @@ def encode(weights, quantization_parameter):
         "uniform",
         0,  # codebook mode: off
         quantization_parameter,
-        False,  # opt_qp, a heuristic that moves the parameter by tensor: off as by default, and no help to squared error
+        False,  # opt_qp, a heuristic that moves the parameter by tensor: off by default, no help to squared error
         False,  # disable dependent quantization
         CABAC_UNARY_LENGTH_MINUS1,
         0,  # lambda scale

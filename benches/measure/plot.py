@@ -15,11 +15,17 @@ def draw(results, path):
     figure, panels = pyplot.subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="tight")
     for panel in panels.flat[len(results) :]:
         panel.set_visible(False)
-    for panel, result in zip(panels.flat, results):
+    for panel, result in zip(panels.flat, results, strict=False):
         for name, style in (("ours", "o-"), ("NNCodec", "s-"), ("ideal scalar", "--")):
             curve = result.curves.get(name)
             if curve:
-                panel.plot([p.bits for p in curve.points], [result.over_bound(p) for p in curve.points], style, ms=4, label=name)
+                panel.plot(
+                    [p.bits for p in curve.points],
+                    [result.over_bound(p) for p in curve.points],
+                    style,
+                    ms=4,
+                    label=name,
+                )
         for point in result.formats:
             above = result.over_bound(point)
             if LEAST <= above <= MOST and point.bits < 7:

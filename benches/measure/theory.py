@@ -18,8 +18,8 @@ def row_mean_squares(weights):
 
 
 def gaussian_bound(weights, bits):
-    """Least relative squared error at `bits` per matrix weight, were each row Gaussian and white with its own scale, known
-    for nothing: reverse water-filling over rows.
+    """Least relative squared error at `bits` per matrix weight, were each row Gaussian and white with its own scale,
+    known for nothing: reverse water-filling over rows.
 
     Weights that are not like that, and scales of columns too, may allow less: a yardstick, not a theorem about them.
     """
@@ -34,9 +34,9 @@ def gaussian_bound(weights, bits):
 
 
 class ScalarQuantization:
-    """Ideal entropy-coded scalar quantization: one uniform step, round to nearest, values rebuilt at centroids, and codes at
-    their order-0 entropy given the scale of their row (in up to 64 classes of equal size). Scales, tables and centroids cost
-    nothing here, which no real codec can do.
+    """Ideal entropy-coded scalar quantization: one uniform step, round to nearest, values rebuilt at centroids, and
+    codes at their order-0 entropy given the scale of their row (in up to 64 classes of equal size). Scales, tables and
+    centroids cost nothing here, which no real codec can do.
     """
 
     def __init__(self, weights):
@@ -60,7 +60,7 @@ class ScalarQuantization:
                 chosen = rows == row_class
                 by_class.setdefault(row_class, []).append((codes[chosen].ravel(), values[chosen].ravel()))
         for pieces in by_class.values():
-            codes, values = (np.concatenate(piece) for piece in zip(*pieces))
+            codes, values = (np.concatenate(piece) for piece in zip(*pieces, strict=True))
             codes -= codes.min()
             counts = np.bincount(codes)
             sums = np.bincount(codes, values)[counts > 0]
