@@ -57,7 +57,10 @@ struct McwcPack {
 
 /// The process `mcwcfs`.
 pub fn mcwcfs() -> ExitCode {
-    let command = Mcwcfs::parse().command;
+    let command = match Mcwcfs::try_parse() {
+        Ok(arguments) => arguments.command,
+        Err(error) => return usage(&error),
+    };
     if !matches!(command, Command::Mount(_) | Command::Umount(_)) {
         telemetry::start(LevelFilter::Warn); // mount has a flag for it
     }
@@ -72,6 +75,17 @@ pub fn mcwcfs() -> ExitCode {
         })),
         Command::Analyze(args) => finish(analyze::run(&args).map(|()| ExitCode::SUCCESS)),
         Command::Unpack(args) => finish(unpack::run(&args).map(|()| ExitCode::SUCCESS)),
+    }
+}
+
+/// Prints what is wrong with the arguments, or the help that was asked for. mount(8) calls wrong usage 1, all others 2.
+fn usage(error: &clap::Error) -> ExitCode {
+    let _ = error.print(); // nothing is left to tell it to
+    let mounts = std::env::args().nth(1).is_some_and(|command| command == "mount" || command == "umount");
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if mounts => ExitCode::from(1),
+        _ => ExitCode::from(2),
     }
 }
 

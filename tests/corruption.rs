@@ -134,7 +134,14 @@ macro_rules! for_each_recipe {
     )* };
 }
 
-for_each_recipe! { lossless_bf16: 0, lossless_mixed_types: 1, lossy_predicted: 2, lossy_fine_steps: 3 }
+for_each_recipe! {
+    lossless_bf16: 0,
+    lossless_mixed_types: 1,
+    lossy_predicted: 2,
+    lossy_scalar_steps_per_run: 3,
+    lossy_trellis_shared: 4,
+    lossy_fine_steps: 5,
+}
 
 /// Bytes exchanged between sound archives are no mixture of both.
 #[test]

@@ -1,4 +1,5 @@
-//! What Python readers, as they come from PyPI, see in a mount; and that permutations leave a model's function alone.
+//! What Python readers, as they come from PyPI, see in a mount; that permutations leave a model's function alone; and that
+//! a decoder written from `SPEC.md` alone decodes archives to the bytes that this program does.
 //!
 //! The checks themselves are in `tests/python`. They run in the virtual environment that `tests/setup` makes, and on the
 //! real checkpoint that it fetches; without them these tests fail, for a test that is skipped proves nothing.
@@ -9,7 +10,9 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Mount, mcwcfs_ok};
+use common::archives::{RECIPES, Recipe};
+use common::random_archives::write_random_archive;
+use common::{Bert, Mount, Random, Tensor, assert_same_directories, mcwcfs_ok};
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -99,5 +102,174 @@ fn the_chosen_permutations_preserve_the_function_of_every_architecture() {
     let said = python("function_preserved.py", &[program, work.path().as_os_str()]);
     for family in ["bert", "gpt2", "gpt-neox", "opt", "llama-gqa", "llama-mqa", "mistral-gqa", "vit"] {
         assert!(said.contains(&format!("{family}: ")), "{family} did not run:\n{said}");
+    }
+}
+
+/// Normal numbers in an F32 tensor, every one of which `dtype` holds exactly.
+fn widened(name: &str, dtype: &str, shape: &[usize], random: &mut Random) -> Tensor {
+    let values = random.normals(shape.iter().product(), 0.02);
+    let rounded = values.iter().map(|&value| match dtype {
+        "BF16" => half::bf16::from_f32(value).to_f32(),
+        _ => half::f16::from_f32(value).to_f32(),
+    });
+    Tensor::floats(name, "F32", shape, &rounded.collect::<Vec<_>>())
+}
+
+/// A BERT large enough that some of its tensors are quantized, with layers that resemble one another.
+fn resembling(dtype: &'static str, seed: u64) -> Vec<Tensor> {
+    let bert = Bert { layers: 3, hidden: 64, heads: 4, ffn_units: 128, drift: 0.1, dtype, seed };
+    bert.tensors()
+}
+
+/// Archives beside `RECIPES`, and what the decoder must say that it met in them: what the format can do and writers do.
+const SPECIFIED: &[(Recipe, &[&str])] = &[
+    (
+        Recipe { name: "lossless-f32", must_contain: &[], options: &["--lossless"], tensors: || resembling("F32", 21) },
+        &["split", "carrier 0"],
+    ),
+    (
+        Recipe { name: "lossless-f16", must_contain: &[], options: &["--lossless"], tensors: || resembling("F16", 22) },
+        &["split", "carrier 0"],
+    ),
+    (
+        Recipe {
+            name: "lossless-f32-of-narrower-values",
+            must_contain: &[],
+            options: &["--lossless"],
+            tensors: || {
+                let mut random = Random::new(23);
+                vec![
+                    widened("from bfloat16", "BF16", &[90, 70], &mut random),
+                    widened("from binary16", "F16", &[90, 70], &mut random),
+                ]
+            },
+        },
+        &["carrier 1", "carrier 2"],
+    ),
+    (
+        Recipe {
+            name: "lossy-trellis",
+            must_contain: &[],
+            options: &["--bpp", "4.2"],
+            tensors: || resembling("BF16", 24),
+        },
+        &["quantized", "trellis", "predicted", "moved", "permutation coding"],
+    ),
+    (
+        Recipe {
+            name: "lossy-scalar",
+            must_contain: &[],
+            options: &["--bpp", "4.2", "--quantization", "scalar"],
+            tensors: || resembling("F16", 25),
+        },
+        &["quantized", "points", "predicted", "moved", "permutation coding"],
+    ),
+    (
+        Recipe {
+            name: "lossy-affine",
+            must_contain: &[],
+            options: &["--bpp", "4.2", "--predictor", "row-affine"],
+            tensors: || resembling("F32", 26),
+        },
+        &["predicted", "row affine"],
+    ),
+    (
+        Recipe {
+            name: "lossy-steps-per-run",
+            must_contain: &[],
+            options: &["--bpp", "4.2", "--steps", "per-run"],
+            tensors: || resembling("BF16", 27),
+        },
+        &["quantized", "scales"],
+    ),
+    (
+        Recipe {
+            name: "lossy-fine-scalar",
+            must_contain: &[],
+            options: &["--bpp", "8", "--quantization", "scalar"],
+            tensors: || resembling("F32", 28),
+        },
+        &["quantized", "raw bits"],
+    ),
+    (
+        Recipe {
+            name: "lossy-fine-trellis",
+            must_contain: &[],
+            options: &["--bpp", "8"],
+            tensors: || resembling("F32", 29),
+        },
+        &["quantized", "trellis", "raw bits"],
+    ),
+];
+
+/// Has the decoder of `tests/python` decode an archive, and compares with what `unpack` writes. Gives what it met.
+fn decode_by_specification(archive: &Path) -> String {
+    let work = tempfile::tempdir().expect("a directory");
+    let (decoded, unpacked) = (work.path().join("decoded"), work.path().join("unpacked"));
+    std::fs::create_dir(&decoded).expect("a directory");
+    let said = python("spec_decoder.py", &[archive.as_os_str(), decoded.as_os_str()]);
+    println!("{}: {said}", archive.display());
+    mcwcfs_ok(arguments!["unpack", archive, &unpacked]);
+    assert_same_directories(&decoded, &unpacked);
+    said
+}
+
+#[test]
+fn a_decoder_written_from_the_specification_decodes_to_the_same_bytes() {
+    let work = tempfile::tempdir().expect("a directory");
+    for recipe in RECIPES {
+        decode_by_specification(&recipe.pack(work.path()));
+    }
+    for (recipe, must_meet) in SPECIFIED {
+        let said = decode_by_specification(&recipe.pack(work.path()));
+        for what in *must_meet {
+            assert!(
+                said.contains(what),
+                "{}: met no {what}, so this archive tests less than it should:\n{said}",
+                recipe.name
+            );
+        }
+    }
+}
+
+#[test]
+fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
+    let work = tempfile::tempdir().expect("a directory");
+    let mut said = String::new();
+    for seed in 0..24 {
+        let archive = work.path().join(format!("{seed}.mcwc"));
+        write_random_archive(seed, &archive);
+        said.push_str(&decode_by_specification(&archive));
+    }
+    for what in [
+        "carrier 0",
+        "carrier 1",
+        "carrier 2",
+        "exceptions",
+        "means",
+        "moved",
+        "points",
+        "raw",
+        "raw bits",
+        "row affine",
+        "scales",
+        "permutation coding 0",
+        "permutation coding 1",
+        "permutation coding 2",
+        "trellis",
+        "table pairs",
+    ] {
+        assert!(said.contains(&format!("{what}: ")), "met no {what}:\n{said}");
+    }
+}
+
+#[test]
+fn a_decoder_written_from_the_specification_reads_every_golden_archive() {
+    let golden = repository().join("tests/golden");
+    let sums = std::fs::read_to_string(golden.join("SHA256SUMS")).expect("tests/golden/SHA256SUMS");
+    let archives = sums.lines().map(|line| line.split_once("  ").and_then(|(_, name)| name.split_once('/')));
+    for archive in archives {
+        let (archive, _) = archive.expect("a digest, two spaces, an archive, a file");
+        decode_by_specification(&golden.join(archive));
     }
 }

@@ -279,10 +279,8 @@ impl QuantizerInfo {
             | flag(self.means.is_some(), HAS_MEANS)
             | flag(self.prediction.is_some(), HAS_PREDICTION)
             | flag(self.trellis.is_some(), HAS_TRELLIS));
-        match self.trellis {
-            None => {}
-            Some(StoredTrellis::SharedTables) => writer.u8(0),
-            Some(StoredTrellis::TablePairs) => writer.u8(1),
+        if let Some(trellis) = self.trellis {
+            writer.u8(trellis as u8);
         }
         if let Some(scales) = &self.scales {
             writer.blob(&scales.0);

@@ -115,7 +115,7 @@ impl Default for PackOptions {
             steps: Steps::default(),
             quantization: Quantization::default(),
             rate_aware_rounding: true,
-            embedding_refinement: 2.0,
+            embedding_refinement: 1.4,
         }
     }
 }

@@ -12,8 +12,9 @@ use crate::format::part::{QuantizerInfo, StoredTrellis};
 use crate::numerics::{f32_from_bf16, f32_from_f16};
 use crate::tensor::{Dtype, TensorInfo};
 
-/// Smaller tensors are carried bit-exact: they cost little and steer much.
-const LEAST_ELEMENTS: u64 = 4096;
+/// Smaller tensors are carried bit-exact: they cost little and steer much. Lower than that a small model's projections would
+/// stay bit-exact and be a third of its archive.
+const LEAST_ELEMENTS: u64 = 1024;
 /// Elements looked at to bound the codes.
 const SAMPLED_ELEMENTS: usize = 1 << 16;
 /// Root mean square of a part's values in steps, up to which the two quantizers of the trellis have tables of their own: 0.04 bit

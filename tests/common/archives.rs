@@ -42,6 +42,18 @@ pub const RECIPES: &[Recipe] = &[
         },
     },
     Recipe {
+        name: "lossy-scalar-steps-per-run",
+        must_contain: &["\"keyframe"],
+        options: &["--max-rel-mse", "0.01", "--quantization", "scalar", "--steps", "per-run"],
+        tensors: || Bert { layers: 2, hidden: 64, ffn_units: 64, dtype: "F32", seed: 5, ..Bert::default() }.tensors(),
+    },
+    Recipe {
+        name: "lossy-trellis-shared",
+        must_contain: &["trellis"],
+        options: &["--max-rel-mse", "0.005", "--quantization", "trellis-shared"],
+        tensors: || Bert { layers: 1, hidden: 64, ffn_units: 64, dtype: "BF16", seed: 6, ..Bert::default() }.tensors(),
+    },
+    Recipe {
         name: "lossy-fine-steps",
         must_contain: &["\"keyframe"],
         options: &["--max-rel-mse", "0.000003"],

@@ -5,6 +5,7 @@
 #![allow(dead_code)] // every test binary uses a part of this
 
 pub mod archives;
+pub mod random_archives;
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;

@@ -342,6 +342,8 @@ def count(part):
         MET["moved"] += part.reference is not None and part.axis is not None
         MET["row affine"] += part.reference is not None and part.offsets is not None
         MET["trellis"] += part.trellis is not None
+        MET["table pairs"] += part.trellis == 1
+        MET["means"] += part.means is not None
         MET["scales"] += len(set(part.steps.tolist())) > 1
         MET["raw bits"] += part.raw_bits > 0
         MET["points"] += any(table.point.any() for table in np.ravel(part.tables))

@@ -1,0 +1,383 @@
+//! Archives that no encoder would write: every field of the format drawn at random within what `SPEC.md` allows, the symbols
+//! too. What they decode to means nothing, but every decoder must give the same.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use mcwcfs::archive::{Archive, content_id};
+use mcwcfs::codec::integers;
+use mcwcfs::codec::permutation::{self, GroupedPermutation, Permutation, PermutationCoding, Symmetry};
+use mcwcfs::codec::quantizer::join_code;
+use mcwcfs::codec::trellis::{multiple, next_state, quantizer_of};
+use mcwcfs::format::index::{FileEntry, Index};
+use mcwcfs::format::part::{
+    Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
+    StoredPredictor, StoredTrellis, SymbolStreams,
+};
+use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
+use mcwcfs::format::strip::{LANES, StripLayout};
+use mcwcfs::format::table::Table;
+use mcwcfs::materialize::{EngineChoice, MaterializeOptions, Materializer};
+use sha2::{Digest, Sha256};
+
+use super::{Random, Tensor, safetensors_with};
+
+/// One archive; another seed, another archive.
+pub fn write_random_archive(seed: u64, path: &Path) {
+    let mut writer = ArchiveWriter::new(seed);
+    writer.draw();
+    // The digests of what it decodes to are known once it has been decoded.
+    std::fs::write(path, writer.bytes([0; 32])).expect("an archive");
+    let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
+    let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
+    let options = MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference };
+    let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
+    read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    std::fs::write(path, writer.bytes(Sha256::digest(&decoded).into())).expect("an archive");
+}
+
+struct ArchiveWriter {
+    random: Random,
+    tables: Vec<Table>,
+    tensors: Vec<Tensor>,
+    records: Vec<RecordEntry>,
+    layers: u32,
+    body: Vec<u8>,
+}
+
+/// A part of a record being drawn.
+struct Part {
+    tensor: usize,
+    header: PartHeader,
+    body: Vec<u8>,
+}
+
+impl ArchiveWriter {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let tables = (0..6).map(|_| random.table()).collect();
+        Self { random, tables, tensors: Vec::new(), records: Vec::new(), layers: 0, body: Vec::new() }
+    }
+
+    /// A chain of records, and one outside the layers.
+    fn draw(&mut self) {
+        let random = &mut self.random;
+        let symmetry = Symmetry { groups: 1 + random.below(6) as u32, members: 1 + random.below(3) as u32 };
+        let placement = StoredPlacement {
+            axis: random.below(3) as u8,
+            repeat: 1 + random.below(3) as u32,
+            per_member: random.chance(),
+            unit: 1 + random.below(4) as u32,
+        };
+        let blocks = symmetry.groups * if placement.per_member { symmetry.members } else { 1 };
+        let mut shape = [1 + random.below(2), 1 + random.below(24), 1 + random.below(24)];
+        shape[usize::from(placement.axis)] = (placement.repeat * blocks * placement.unit) as usize;
+        let dtype = *random.pick(&["F32", "F16", "BF16"]);
+        self.layers = 1 + self.random.below(4) as u32;
+        let mut permutation = None;
+        for layer in 0..self.layers {
+            let below = self.records.len().checked_sub(1).map(|below| below as u32);
+            let weight = self.tensor(dtype, &shape);
+            let moved = self.permutation(symmetry, &mut permutation);
+            let quantized = self.quantized(weight, below.is_some(), moved.as_ref().map(|_| placement));
+            // The reference of the part above has the same number.
+            self.record(Some(layer), 1, below, moved, vec![quantized]);
+        }
+        let mut parts = Vec::new();
+        for dtype in ["F64", "U8", "F32", "BF16", "I64", "NF7"] {
+            let rows = if dtype == "I64" { 0 } else { 1 + self.random.below(8) };
+            let tensor = self.tensor(dtype, &[rows, 37]);
+            parts.push(if dtype == "NF7" || self.random.below(3) == 0 { self.raw(tensor) } else { self.split(tensor) });
+        }
+        self.record(None, 0, None, None, parts);
+    }
+
+    fn tensor(&mut self, dtype: &str, shape: &[usize]) -> usize {
+        let bytes = match dtype {
+            "F64" | "I64" => 8,
+            "F32" => 4,
+            "F16" | "BF16" => 2,
+            _ => 1,
+        };
+        let data = vec![0; bytes * shape.iter().product::<usize>()];
+        self.tensors.push(Tensor::raw(&format!("tensor {}", self.tensors.len()), dtype, shape, data));
+        self.tensors.len() - 1
+    }
+
+    fn elements(&self, tensor: usize) -> usize {
+        self.tensors[tensor].shape.iter().product()
+    }
+
+    /// Draws a permutation, or none; `before` is the one of the record below.
+    fn permutation(
+        &mut self,
+        symmetry: Symmetry,
+        before: &mut Option<GroupedPermutation>,
+    ) -> Option<StoredPermutation> {
+        let random = &mut self.random;
+        if random.below(4) == 0 {
+            *before = None;
+            return None;
+        }
+        let mut order = |count: u32| {
+            let entries = random.permutation(count as usize).into_iter().map(|entry| entry as u32).collect();
+            Permutation::new(entries).expect("a shuffle")
+        };
+        let outer = order(symmetry.groups);
+        let inner = (0..symmetry.groups).map(|_| order(symmetry.members)).collect();
+        let drawn = GroupedPermutation::new(outer, inner).expect("one inner permutation per group");
+        let codings = [PermutationCoding::Raw, PermutationCoding::Uniform, PermutationCoding::Delta];
+        let coded = permutation::encode(&drawn, before.as_ref(), *random.pick(&codings));
+        *before = Some(drawn);
+        Some(StoredPermutation { groups: symmetry.groups, members: symmetry.members, coded })
+    }
+
+    fn raw(&mut self, tensor: usize) -> Part {
+        let body = self.random.bytes(self.tensors[tensor].data.len());
+        let strip_crcs = body.chunks(1 << 17).map(crc32c::crc32c).collect();
+        let header = PartHeader { coding: Coding::Raw, streams: None, strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
+    fn split(&mut self, tensor: usize) -> Part {
+        let own_bits = match self.elements(tensor) {
+            0 => 16,
+            elements => 8 * self.tensors[tensor].data.len() / elements,
+        };
+        let carrier = match self.tensors[tensor].dtype.as_str() {
+            "F32" => *self.random.pick(&[Carrier::Own, Carrier::Bf16, Carrier::F16]),
+            _ => Carrier::Own,
+        };
+        let bits = if carrier == Carrier::Own { own_bits } else { 16 };
+        let raw_bits = 1 + self.random.below(bits.min(56)) as u8;
+        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), bits / 8, None);
+        let coding = Coding::Split { carrier, raw_bits };
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
+    fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
+        let trellis = *self.random.pick(&[None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+        let raw_bits = if self.random.chance() { 0 } else { self.random.below(9) as u8 };
+        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), 2, trellis);
+        let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
+        let random = &mut self.random;
+        let scales = random.chance().then(|| random.integers(runs, 40));
+        let means = random.chance().then(|| (random.normal() * 0.01, random.integers(runs, 100)));
+        let predicted = has_reference && random.below(5) > 0;
+        let prediction = predicted.then(|| StoredPrediction {
+            reference_part: 0,
+            placement: placement.filter(|_| random.below(4) > 0),
+            predictor: match random.chance() {
+                true => StoredPredictor::ScaledCopy { gain: random.normal() },
+                false => StoredPredictor::RowAffine {
+                    gain_step: random.normal() * 0.01,
+                    offset_step: random.normal() * 0.01,
+                    gains: random.integers(runs, 200),
+                    offsets: random.integers(runs, 100),
+                },
+            },
+        });
+        let step = (random.normal() * 0.01).abs() + 1e-6;
+        let coding = Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, scales, means, prediction });
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
+    /// Symbols drawn at random, their strips, and what the header says of them.
+    fn strips(
+        &mut self,
+        elements: usize,
+        raw_bits: usize,
+        exception_value_bytes: usize,
+        trellis: Option<StoredTrellis>,
+    ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
+        let random = &mut self.random;
+        let pairs = trellis == Some(StoredTrellis::TablePairs);
+        let numbers = (1 + random.below(3)) * if pairs { 2 } else { 1 };
+        let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
+        let run_elements = 1 + random.below(150);
+        let runs_per_strip = 1 + random.below(9);
+        let runs = elements.div_ceil(run_elements);
+        let choices = numbers / if pairs { 2 } else { 1 };
+        let table_of_run: Vec<i32> = (0..runs).map(|_| random.below(choices) as i32).collect();
+        let (mut words, mut exceptions, mut crcs, mut body) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for strip in 0..runs.div_ceil(runs_per_strip) {
+            let first = strip * runs_per_strip * run_elements;
+            let symbols = (runs_per_strip * run_elements).min(elements - first);
+            let mut coded = Vec::with_capacity(symbols);
+            let raw: Vec<u64> = (0..symbols).map(|_| random.next_u64() & (u64::MAX >> 1 >> (63 - raw_bits))).collect();
+            let mut states = [0; LANES];
+            for (symbol, &raw) in raw.iter().enumerate() {
+                let choice = table_of_run[strip * runs_per_strip + symbol / run_elements] as usize;
+                let lane = symbol % run_elements % LANES;
+                let in_use = quantizer_of(states[lane]);
+                let number = if pairs { tables[2 * choice + usize::from(in_use)] } else { tables[choice] };
+                let table = &self.tables[usize::from(number)];
+                let position = random.below(table.codes.len());
+                if trellis.is_some() {
+                    let code = join_code(table.codes[position], raw as u32, raw_bits as u32);
+                    states[lane] = next_state(states[lane], multiple(code, in_use));
+                }
+                coded.push((lane, table, position));
+            }
+            let (mut bytes, strip_words) = encode_lanes(&coded);
+            let mut positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
+            positions.dedup();
+            let layout = StripLayout {
+                symbols,
+                run_elements,
+                words: strip_words,
+                raw_bits,
+                exceptions: positions.len(),
+                exception_value_bytes,
+            };
+            write_raw(&raw, &layout, &mut bytes);
+            bytes.extend(positions.iter().flat_map(|position| position.to_le_bytes()));
+            bytes.extend(random.bytes(exception_value_bytes * positions.len()));
+            assert_eq!(bytes.len(), layout.bytes(), "the pieces of a strip");
+            words.push(strip_words as i32);
+            exceptions.push(positions.len() as i32);
+            crcs.push(crc32c::crc32c(&bytes));
+            body.extend(bytes);
+        }
+        let streams = SymbolStreams {
+            run_elements: run_elements as u32,
+            runs_per_strip: runs_per_strip as u32,
+            table_of_run: if numbers > 1 { integers::encode(&table_of_run) } else { StoredIntegers::default() },
+            tables,
+            strip_words: integers::encode(&words),
+            strip_exceptions: integers::encode(&exceptions),
+        };
+        (streams, crcs, body)
+    }
+
+    fn record(
+        &mut self,
+        layer: Option<u32>,
+        block_type: u8,
+        reference: Option<u32>,
+        permutation: Option<StoredPermutation>,
+        parts: Vec<Part>,
+    ) {
+        let entries = parts.iter().map(|part| PartEntry {
+            file: 0,
+            tensor: part.tensor as u32,
+            body_bytes: part.body.len() as u64,
+        });
+        let entries = entries.collect();
+        let (headers, bodies): (Vec<_>, Vec<_>) = parts.into_iter().map(|part| (part.header, part.body)).unzip();
+        let side = SideInformation { permutation, parts: headers, permutation_bytes: 0 }.write();
+        self.records.push(RecordEntry {
+            layer,
+            block_type,
+            reference,
+            side_bytes: side.len() as u64,
+            side_crc: crc32c::crc32c(&side),
+            parts: entries,
+        });
+        self.body.extend(side);
+        self.body.extend(bodies.concat());
+    }
+
+    fn bytes(&mut self, decoded_sha256: [u8; 32]) -> Vec<u8> {
+        let order: Vec<usize> = (0..self.tensors.len()).rev().collect();
+        let mut header = safetensors_with(&self.tensors, &order, &[]);
+        let data: usize = self.tensors.iter().map(|tensor| tensor.data.len()).sum();
+        header.truncate(header.len() - data);
+        let file = FileEntry { name: "model.safetensors".into(), header, decoded_sha256, source_sha256: [0; 32] };
+        let index = Index {
+            architecture: "random".into(),
+            layers: self.layers,
+            keyframe_interval: 4,
+            content_id: content_id(std::iter::once(decoded_sha256)),
+            files: vec![file],
+            tables: self.tables.clone(),
+            block_types: vec!["global".into(), "ffn".into()],
+            records: self.records.clone(),
+            bases: Vec::new(),
+            provenance: vec![("tool".into(), "dice".into())],
+        };
+        let (preamble, stored) = index.write(64 + self.body.len() as u64);
+        [preamble.write(), self.body.clone(), stored].concat()
+    }
+}
+
+impl Random {
+    fn chance(&mut self) -> bool {
+        self.below(2) == 0
+    }
+
+    fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+        &items[self.below(items.len())]
+    }
+
+    fn integers(&mut self, count: usize, reach: i32) -> StoredIntegers {
+        let reach = 1 + self.below(reach as usize);
+        integers::encode(&(0..count).map(|_| self.below(2 * reach + 1) as i32 - reach as i32).collect::<Vec<_>>())
+    }
+
+    /// A table that keeps the depth rule: boundaries drawn one by one, at most three in a bucket.
+    fn table(&mut self) -> Table {
+        let positions = 2 + self.below(60);
+        let mut in_bucket = [0; 128];
+        let mut boundaries = vec![0, 4096];
+        while boundaries.len() <= positions {
+            let boundary = 1 + self.below(4095);
+            let inside = boundary % 32 != 0;
+            if !boundaries.contains(&boundary) && (!inside || in_bucket[boundary / 32] < 3) {
+                in_bucket[boundary / 32] += u8::from(inside);
+                boundaries.push(boundary);
+            }
+        }
+        boundaries.sort_unstable();
+        let reach = *self.pick(&[positions, 4 * positions, 32_767]) as i32;
+        let mut codes: Vec<i16> = Vec::new();
+        while codes.len() < positions {
+            let code = (self.below(2 * reach as usize + 1) as i32 - reach) as i16;
+            if !codes.contains(&code) {
+                codes.push(code);
+            }
+        }
+        Table {
+            codes,
+            frequencies: boundaries.windows(2).map(|pair| (pair[1] - pair[0]) as u16).collect(),
+            point_offsets: match self.chance() {
+                true => self.bytes(positions).into_iter().map(|byte| byte as i8).collect(),
+                false => Vec::new(),
+            },
+        }
+    }
+}
+
+/// States and words of symbols given as lane, table and position, and how many words: the coder of section 6 run backwards.
+fn encode_lanes(symbols: &[(usize, &Table, usize)]) -> (Vec<u8>, usize) {
+    let mut states = [1_u32 << 16; LANES];
+    let mut words: Vec<u16> = Vec::new();
+    for &(lane, table, position) in symbols.iter().rev() {
+        let frequency = u32::from(table.frequencies[position]);
+        let first: u32 = table.frequencies[..position].iter().copied().map(u32::from).sum();
+        let state = &mut states[lane];
+        if *state >= frequency << 20 {
+            words.push(*state as u16);
+            *state >>= 16;
+        }
+        *state = ((*state / frequency) << 12) + *state % frequency + first;
+    }
+    let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
+    bytes.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+    (bytes, words.len())
+}
+
+/// Byte planes, then bit planes, the absent symbols' bits left zero.
+fn write_raw(raw: &[u64], layout: &StripLayout, bytes: &mut Vec<u8>) {
+    for plane in 0..layout.byte_planes() {
+        bytes.extend(raw.iter().map(|&raw| (raw >> (8 * plane)) as u8));
+    }
+    for group in raw.chunks(layout.run_elements).flat_map(|run| run.chunks(LANES)) {
+        for bit in 8 * layout.byte_planes()..layout.raw_bits {
+            let of_symbol = |(lane, &raw): (usize, &u64)| ((raw >> bit & 1) as u32) << lane;
+            bytes.extend(group.iter().enumerate().map(of_symbol).sum::<u32>().to_le_bytes());
+        }
+    }
+}
