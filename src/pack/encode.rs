@@ -26,9 +26,9 @@ use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Mat
 use crate::tensor::TensorInfo;
 
 /// Bytes decoded at once when the finished archive is compared with its source.
-const COMPARE_WINDOW: usize = 32 << 20;
-/// Cache of that comparison: room for the references of a few layers.
-const COMPARE_CACHE: u64 = 512 << 20;
+const COMPARE_WINDOW: usize = 8 << 20;
+/// Cache of that comparison beside the tensors that predictions start from: strips at the edges of windows.
+const COMPARE_CACHE: u64 = 8 << 20;
 /// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
 const MOST_BITS: f64 = 12.0;
 /// A met target is this near, relative.
@@ -617,7 +617,7 @@ impl<'a> Encoder<'a> {
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let archive = Arc::new(Archive::open(&path)?);
         let materializer =
-            Materializer::new(MaterializeOptions { cache_bytes: COMPARE_CACHE, engine: EngineChoice::Auto });
+            Materializer::new(MaterializeOptions { cache_bytes: self.compare_cache(), engine: EngineChoice::Auto });
         let quantized = self.quantized_tensors();
         let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
         let mut window = Vec::new();
@@ -662,6 +662,13 @@ impl<'a> Encoder<'a> {
             log::debug!("compared: {} in {}", source.name, out.display());
         }
         Ok(compared)
+    }
+
+    /// Room for a tensor and its reference, where there are predictions.
+    fn compare_cache(&self) -> u64 {
+        let in_layers = self.plan.records.iter().filter(|record| self.may_be_a_reference(record));
+        let lengths = in_layers.flat_map(|record| &record.parts).map(|part| self.tensor(part.file, part.tensor).0);
+        COMPARE_CACHE + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
     }
 
     /// File and tensor of every part that is to be quantized.

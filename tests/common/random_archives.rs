@@ -222,8 +222,7 @@ impl ArchiveWriter {
                 coded.push((lane, table, position));
             }
             let (mut bytes, strip_words) = encode_lanes(&coded);
-            let mut positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
-            positions.dedup();
+            let positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
             let layout = StripLayout {
                 symbols,
                 run_elements,
@@ -324,7 +323,7 @@ impl Random {
         let mut boundaries = vec![0, 4096];
         while boundaries.len() <= positions {
             let boundary = 1 + self.below(4095);
-            let inside = boundary % 32 != 0;
+            let inside = !boundary.is_multiple_of(32);
             if !boundaries.contains(&boundary) && (!inside || in_bucket[boundary / 32] < 3) {
                 in_bucket[boundary / 32] += u8::from(inside);
                 boundaries.push(boundary);

@@ -162,6 +162,8 @@ class Tensor:
     def __init__(self, name, described):
         self.name, self.dtype, self.shape = name, described["dtype"], described["shape"]
         self.begin, end = described["data_offsets"]
+        numbers = [*self.shape, self.begin, end]
+        require(all(type(number) is int and 0 <= number < 2**64 for number in numbers), f"{name}: {numbers}")
         self.length = end - self.begin
         self.elements = int(np.prod(self.shape, dtype=object))
         self.bits = BITS.get(self.dtype)
@@ -174,7 +176,7 @@ def once(pairs):
 
 
 def tensors_of(header):
-    require(struct.unpack("<Q", header[:8])[0] == len(header) - 8, "file header: length")
+    require(len(header) >= 8 and struct.unpack("<Q", header[:8])[0] == len(header) - 8, "file header: length")
     described = json.loads(header[8:], object_pairs_hook=once)
     described.pop("__metadata__", None)
     tensors = sorted((Tensor(*item) for item in described.items()), key=lambda tensor: (tensor.begin, tensor.length))
