@@ -16,7 +16,7 @@ use crate::format::index::Index;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
 use crate::format::record::{RecordEntry, SideInformation};
 use crate::safetensors::{Header, SafetensorsError};
-use crate::tensor::TensorInfo;
+use crate::tensor::{TensorInfo, total_elements};
 
 /// Why an archive cannot be opened or read.
 #[derive(Debug, thiserror::Error)]
@@ -258,9 +258,7 @@ impl Archive {
 
     /// Parameters of the checkpoint: elements over all tensors.
     pub fn parameters(&self) -> u64 {
-        let tensors = self.files.iter().flat_map(|file| &file.tensors);
-        // A tensor of unknown type may claim any shape.
-        tensors.fold(0, |sum: u64, tensor| sum.saturating_add(tensor.elements()))
+        total_elements(self.files.iter().flat_map(|file| &file.tensors))
     }
 
     /// Whether any decoded byte may differ from the source.

@@ -108,6 +108,11 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// Elements over all tensors; a sum that no memory could hold saturates.
+pub fn total_elements<'a>(tensors: impl IntoIterator<Item = &'a TensorInfo>) -> u64 {
+    tensors.into_iter().fold(0, |sum, tensor| sum.saturating_add(tensor.elements()))
+}
+
 /// One tensor of a safetensors file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {

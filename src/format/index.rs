@@ -109,9 +109,22 @@ impl Index {
             (0..count).map(|_| reader.text("block type", limits::TEXT_BYTES)).collect::<Result<Vec<_>, _>>()?;
         let count = reader.count("records", limits::RECORDS)?;
         let mut records: Vec<RecordEntry> = Vec::new();
+        let mut records_below: Vec<u64> = Vec::new();
+        let mut parts = 0;
         for _ in 0..count {
             let offset = reader.position();
             let record = RecordEntry::parse(reader, &records, block_types.len())?;
+            let below = record.reference.map_or(0, |reference| records_below[reference as usize] + 1);
+            if below > limits::CHAIN_RECORDS {
+                let expected = format!("at most {} records to a keyframe", limits::CHAIN_RECORDS);
+                return Err(reader.invalid("record reference", offset, format!("a chain of {below}"), expected));
+            }
+            records_below.push(below);
+            parts += record.parts.len() as u64;
+            if parts > limits::PARTS {
+                let found = format!("{parts} parts so far");
+                return Err(reader.invalid("record parts", offset, found, format!("{} in all", limits::PARTS)));
+            }
             if let Some(layer) = record.layer
                 && layer >= layers
             {

@@ -10,8 +10,8 @@ pub const FILES: u64 = 1 << 16;
 pub const TEXT_BYTES: u64 = 1 << 16;
 /// Bytes of one safetensors header, length prefix included (the safetensors library's own limit).
 pub const HEADER_BYTES: u64 = 100_000_008;
-/// Entropy tables in one archive.
-pub const TABLES: u64 = 1 << 16;
+/// Entropy tables in one archive: a decoder keeps some kilobytes for each.
+pub const TABLES: u64 = 1 << 12;
 /// Coded positions of one entropy table: 64 less the three that the vector lookup keeps.
 pub const TABLE_POSITIONS: u64 = 61;
 /// Block types.
@@ -19,9 +19,9 @@ pub const BLOCK_TYPES: u64 = 256;
 /// Layers.
 pub const LAYERS: u64 = 1 << 20;
 /// Records.
-pub const RECORDS: u64 = 1 << 22;
-/// Parts of one record.
-pub const PARTS: u64 = 1 << 22;
+pub const RECORDS: u64 = 1 << 20;
+/// Parts of all records together: tensors of one archive.
+pub const PARTS: u64 = 1 << 20;
 /// Layers from a keyframe to the last record predicted from it.
 pub const CHAIN_RECORDS: u64 = 256;
 /// Provenance entries.

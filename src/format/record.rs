@@ -54,16 +54,6 @@ impl RecordEntry {
                 let found = format!("a record of block type {}", other.block_type);
                 return Err(reader.invalid("record reference", offset, found, format!("block type {block_type}")));
             }
-            let mut chain = 1;
-            let mut at = other;
-            while let Some(next) = at.reference {
-                chain += 1;
-                if chain > limits::CHAIN_RECORDS {
-                    let found = "a longer chain";
-                    return Err(reader.invalid("record reference", offset, found, "at most 256 records to a keyframe"));
-                }
-                at = &earlier[next as usize];
-            }
         }
         let side_bytes = reader.varint("side information length", limits::SIDE_BYTES)?;
         let side_crc = reader.u32("side information checksum")?;

@@ -18,8 +18,8 @@ const LEAST_ELEMENTS: u64 = 1024;
 /// Elements looked at to bound the codes.
 const SAMPLED_ELEMENTS: usize = 1 << 16;
 /// Root mean square of a part's values in steps, up to which the two quantizers of the trellis have tables of their own: 0.04 bit
-/// less at 2.5 bits, 0.01 at 4, where the decoder's second table costs more than it saves.
-const PAIRED_TABLES_REACH: f64 = 4.5;
+/// less at 1.3 bits, no less from 2 bits on, where the search makes do with one table.
+const PAIRED_TABLES_REACH: f64 = 1.6;
 /// Codes from the centre to the last coded position of a table.
 const TABLE_REACH: f32 = 30.0;
 

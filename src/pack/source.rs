@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::codec::architecture::{CheckpointPlan, PlanFile, plan};
 use crate::safetensors::{Header, ModelConfig, SafetensorsError, ShardIndex};
+use crate::tensor::total_elements;
 
 mod directory;
 
@@ -170,7 +171,7 @@ impl Checkpoint {
 
     /// Parameters of the checkpoint: elements over all tensors.
     pub fn parameters(&self) -> u64 {
-        self.files.iter().flat_map(|file| &file.header.tensors).map(crate::tensor::TensorInfo::elements).sum()
+        total_elements(self.files.iter().flat_map(|file| &file.header.tensors))
     }
 }
 

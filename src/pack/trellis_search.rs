@@ -57,7 +57,7 @@ impl<'a> RunCosts<'a> {
         let bounds = [0, 1].map(|quantizer| {
             let (low, high) = tables[quantizer as usize].range();
             let (low, high) = (low << raw_bits, (high << raw_bits) + (1 << raw_bits) - 1);
-            let (least, greatest) = (2 * low + quantizer, 2 * high - quantizer);
+            let (least, greatest) = (2 * low + quantizer, 2 * high + quantizer);
             ((least + 2) as f32, (greatest - 2) as f32)
         });
         Self { tables, raw_bits, lambda, bounds }
@@ -79,18 +79,12 @@ impl<'a> RunCosts<'a> {
         let residue = residue as i32;
         let nearest = residue + 4 * ((inside - residue as f32) * 0.25).round_ties_even() as i32;
         let mut best = (nearest, self.cost(target, nearest, quantizer));
-        let mut consider = |multiple: i32| {
-            let cost = self.cost(target, multiple, quantizer);
-            if cost < best.1 {
-                best = (multiple, cost);
-            }
-        };
         let shorter = nearest - 4 * nearest.signum();
         if shorter.abs() < nearest.abs() {
-            consider(shorter);
-        }
-        if residue == 1 && nearest.abs() < 8 {
-            consider(0); // the second quantizer has zero too, and its second bit is 0 like residue 1's
+            let cost = self.cost(target, shorter, quantizer);
+            if cost < best.1 {
+                best = (shorter, cost);
+            }
         }
         best
     }

@@ -95,7 +95,7 @@ class Part:
         if flags & 4:
             require(self.record.reference is not None, "reference part: the record has no reference")
             parts = side_of(self.archive, self.record.reference).parts
-            self.reference = parts[reader.varint("reference part", min(2**22, len(parts) - 1))]
+            self.reference = parts[reader.varint("reference part", min(2**20, len(parts) - 1))]
             other = self.reference.tensor
             require((other.dtype, other.shape) == (self.tensor.dtype, self.tensor.shape), "reference part: shape")
             self.axis = None
@@ -125,7 +125,7 @@ class Part:
         ]
 
     def read_streams(self, reader):
-        numbers = [reader.varint("part table", 2**16 - 1) for _ in range(reader.count("part tables", 2**16))]
+        numbers = [reader.varint("part table", 2**12 - 1) for _ in range(reader.count("part tables", 2**12))]
         require(all(number < len(self.archive.tables) for number in numbers), "part table")
         self.tables = [self.archive.tables[number] for number in numbers]
         if self.trellis == 1:
@@ -213,7 +213,7 @@ NEXT_STATE = [[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]]
 
 def decode_symbols(part, number, take):
     """Entropy decoding; calls `take(table, position, raw number, state of the trellis)`, which gives the symbol's value
-    and, where there is a trellis, the second bit of its multiple."""
+    and, where there is a trellis, the parity of its code."""
     x, words, raw, exceptions, lengths = strip_pieces(part, number)
     trellis, used, values = [0] * 32, 0, []
     for run, length in enumerate(lengths):
@@ -288,8 +288,8 @@ def points(part):
 
     def trellis(table, position, raw, state):
         code = table.code[position] * 2**part.raw_bits + raw
-        multiple = 2 * code - state % 2 * ((code > 0) - (code < 0))
-        return FLOAT(multiple) + table.point[position], multiple >> 1 & 1
+        multiple = 2 * code + state % 2
+        return FLOAT(multiple) + table.point[position], code & 1
 
     all_points = []
     for number in range(part.strips):

@@ -216,7 +216,7 @@ class Record:
         require(self.below <= 256, "record reference: a chain of more than 256 steps")
         self.side_length, self.side_checksum = reader.varint("side length", 2**30), reader.u32("side checksum")
         self.parts = []
-        for _ in range(reader.count("record parts", 2**22)):
+        for _ in range(reader.count("record parts", 2**20)):
             file, tensor = reader.varint("part file", 2**16), reader.varint("part tensor", 2**32 - 1)
             self.parts.append((file, tensor, reader.varint("part length", 2**56 - 1)))
         self.length = self.side_length + sum(length for _, _, length in self.parts)
@@ -258,10 +258,10 @@ class Archive:
             reader.digest("source SHA-256")
         require(len({file[0] for file in self.files}) == len(self.files), "file name: comes twice")
         require(content_id == hashlib.sha256(b"".join(file[3] for file in self.files)).digest(), "content id")
-        self.tables = [Table(reader) for _ in range(reader.count("tables", 2**16))]
+        self.tables = [Table(reader) for _ in range(reader.count("tables", 2**12))]
         block_types = [reader.text("block type") for _ in range(reader.count("block types", 256))]
         self.records = []
-        for _ in range(reader.count("records", 2**22)):
+        for _ in range(reader.count("records", 2**20)):
             self.records.append(Record(reader, self.records, layers, len(block_types)))
         require(reader.count("bases", 2**16) == 0, "bases: none in version 1")
         for _ in range(reader.count("provenance", 2**10)):

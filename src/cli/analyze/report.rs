@@ -11,7 +11,7 @@ use crate::codec::blocks::Symmetry;
 use crate::codec::permutation::{GroupedPermutation, PermutationCoding, encode};
 use crate::pack::align::{Alignment, BlockVectors, PairStatistics, align, compare};
 use crate::pack::source::Checkpoint;
-use crate::tensor::TensorInfo;
+use crate::tensor::{TensorInfo, total_elements};
 
 /// What the layers of a checkpoint have in common.
 #[derive(Clone, Debug, Serialize)]
@@ -97,7 +97,7 @@ pub(super) fn analyze(checkpoint: &Checkpoint, plan: &CheckpointPlan, seed: u64,
     let parameters = checkpoint.parameters();
     let placed = plan.records.iter().flat_map(|record| &record.parts).filter(|part| part.placement.is_some());
     let alignable_parameters =
-        placed.map(|part| checkpoint.files[part.file].header.tensors[part.tensor].elements()).sum();
+        total_elements(placed.map(|part| &checkpoint.files[part.file].header.tensors[part.tensor]));
     let pairs = pairs(checkpoint, plan);
     progress.set_length(pairs.len() as u64);
     progress.set_message("layers compared");

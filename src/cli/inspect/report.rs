@@ -8,7 +8,7 @@ use super::streams::StreamBytes;
 use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::format::part::{Carrier, Coding, PartHeader, StoredPredictor};
 use crate::format::preamble::VERSION;
-use crate::tensor::TensorInfo;
+use crate::tensor::total_elements;
 
 /// An archive, summed up.
 #[derive(Debug, Serialize)]
@@ -155,7 +155,7 @@ impl Report {
                 name: file.name.clone(),
                 bytes: file.length_bytes,
                 tensors: file.tensors.len(),
-                parameters: file.tensors.iter().map(TensorInfo::elements).sum(),
+                parameters: total_elements(&file.tensors),
                 decoded_sha256: hex(&file.decoded_sha256),
                 source_sha256: hex(&file.source_sha256),
             });
