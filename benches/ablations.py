@@ -6,7 +6,8 @@
 
 Needs numpy (benches/setup's environment has it) and an evaluation folder with models/. Each row packs a model with one
 stage off, to the error that all stages reach at the rate of the column, and says what that costs: positive where the
-stage helps. Small differences of the error reached are made up for at the slope of the curve, half a bit per factor of two.
+stage helps. Small differences of the error reached are made up for at the slope of the curve, half a bit per factor of
+two.
 """
 
 import argparse
