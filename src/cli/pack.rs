@@ -112,8 +112,9 @@ pub enum PackCommandError {
 /// # Errors
 /// See [`PackCommandError`]; what was on disk before is still there, unless `--force` replaced it.
 pub fn run(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build()?;
-    pool.install(|| pack(args))
+    // The global pool, because the final comparison decodes on threads of its own, which spread their work over that one.
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build_global()?;
+    pack(args)
 }
 
 fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {

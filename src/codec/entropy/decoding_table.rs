@@ -26,9 +26,8 @@ pub struct DecodingTable {
     pub start: [u16; PADDED],
     /// Slots of each position.
     pub frequency: [u16; PADDED],
-    /// Where a position leads a trellis: bit 3 for the first quantizer's states, bit 4 for the second's, each the second
-    /// bit of its multiple. Added to a state, it is an index into [`TRANSITIONS`]. Not the
-    /// last field: gathers read 32 bits where they want 16.
+    /// Where a position leads a trellis: 8 if its code is odd, else 0. Added to a state, it is an index into
+    /// [`TRANSITIONS`].
     pub transitions: [u16; PADDED],
     /// The code of each position.
     pub codes: [i16; PADDED],
@@ -38,7 +37,7 @@ pub struct DecodingTable {
     pub trellis_points: [[f32; PADDED]; 2],
 }
 
-/// The next state by state (three bits, the lowest says which quantizer) and by what [`DecodingTable::transitions`] adds.
+/// The next state by state and by what [`DecodingTable::transitions`] adds to it: one register, the same twice.
 pub static TRANSITIONS: Transitions = Transitions(transitions());
 
 /// One register of next states.
@@ -50,9 +49,7 @@ const fn transitions() -> [u16; 32] {
     let mut table = [0; 32];
     let mut index = 0;
     while index < 32 {
-        let state = index % STATES;
-        let second_bit = index >> (3 + state % 2) & 1;
-        table[index] = NEXT_STATE[state][second_bit] as u16;
+        table[index] = NEXT_STATE[index % STATES][index / STATES % 2] as u16;
         index += 1;
     }
     table
@@ -83,10 +80,10 @@ impl DecodingTable {
             laid_out.frequency[index] = slots as u16;
             laid_out.codes[index] = code;
             laid_out.points[index] = table.points()[index];
+            laid_out.transitions[index] = STATES as u16 * (code as u16 % 2);
             for quantizer in 0..2 {
                 let multiple = multiple(code.into(), quantizer);
                 laid_out.trellis_points[usize::from(quantizer)][index] = multiple as f32 + table.point_offset(position);
-                laid_out.transitions[index] |= (multiple as u16 >> 1 & 1) << (3 + quantizer);
             }
         }
         laid_out.start.copy_from_slice(&cumulative[..PADDED]);

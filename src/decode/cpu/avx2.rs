@@ -1,19 +1,25 @@
 //! Entropy decoding with AVX2: the 32 lanes of a strip are four registers of eight states.
 //!
-//! One gather from the table of slots answers a whole lookup; another fetches the value. The words of lanes that ran low
-//! are spread with a permutation looked up by which lanes those are.
+//! One gather from the table of slots answers a whole lookup. The positions it finds are packed into the bytes of one
+//! register, and everything that depends on them is looked up sixteen entries at a time (`vpshufb`): gathers are the
+//! slowest thing here. The words of lanes that ran low are spread by a permutation chosen by which lanes those are.
 
 use core::arch::x86_64::*;
 
-use super::kernels::{Output, RunJob, RunValues};
+use super::kernels::{Output, RunJob};
 use super::portable;
+use crate::codec::entropy::PADDED;
 use crate::codec::trellis::{NEXT_STATE, STATES};
 use crate::format::strip::LANES;
 
+/// States in a register.
 const GROUP: usize = 8;
 const GROUPS: usize = LANES / GROUP;
 
-/// Strips in lockstep. The four groups of one strip hide much of the gathers' latency already.
+const ONE_TABLE: usize = 0;
+const TRELLIS_TABLES: usize = 2;
+
+/// Strips decoded in one call. The four groups of one strip hide one another's latency.
 pub const STRIPS: usize = 1;
 
 /// For each set of lanes, which of the next words each of them takes.
@@ -36,7 +42,7 @@ const fn spread() -> [[u32; GROUP]; 256] {
     table
 }
 
-/// The next state by `2 state + second bit`, twice over for both halves of a register. It starts with 0.
+/// The next state by `2 state + parity`, once for each half of a register.
 static NEXT: [u8; 32] = {
     let mut table = [0; 32];
     let mut index = 0;
@@ -47,20 +53,65 @@ static NEXT: [u8; 32] = {
     table
 };
 
+/// A table of 64 bytes as four registers, each with sixteen entries in both halves.
+#[derive(Clone, Copy)]
+struct ByteTable([__m256i; 4]);
+
+impl ByteTable {
+    /// `entries[i] >> shift`, its lower byte.
+    #[target_feature(enable = "avx2")]
+    fn new<const SHIFT: i32>(entries: &[u16; PADDED]) -> Self {
+        let mut quarters = [_mm256_setzero_si256(); 4];
+        for (quarter, entries) in quarters.iter_mut().zip(entries.as_chunks::<16>().0) {
+            // SAFETY: sixteen words are a register.
+            let words = unsafe { _mm256_loadu_si256(entries.as_ptr().cast()) };
+            let bytes = _mm256_and_si256(_mm256_srli_epi16::<SHIFT>(words), _mm256_set1_epi16(0xff));
+            let packed = _mm256_packus_epi16(bytes, bytes);
+            // Eight bytes twice in each half: one of each half, in both halves.
+            *quarter = _mm256_permute4x64_epi64::<0b10_00_10_00>(packed);
+        }
+        Self(quarters)
+    }
+
+    /// `entries[index]` in each byte; indices are less than 64.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn look_up(&self, index: __m256i) -> __m256i {
+        let mut found = _mm256_setzero_si256();
+        for (quarter, &entries) in self.0.iter().enumerate() {
+            // An index outside the quarter gets its top bit set, which looks up 0.
+            let within = _mm256_sub_epi8(index, _mm256_set1_epi8(16 * quarter as i8));
+            let within = _mm256_adds_epu8(within, _mm256_set1_epi8(0x70));
+            found = _mm256_or_si256(found, _mm256_shuffle_epi8(entries, within));
+        }
+        found
+    }
+
+    /// `b[index]` where `take_b` is all ones, else `a[index]`; only `a` where there is one table.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn look_up_either<const TABLE_USE: usize>(a: &Self, b: &Self, take_b: __m256i, index: __m256i) -> __m256i {
+        match TABLE_USE {
+            ONE_TABLE => a.look_up(index),
+            _ => _mm256_blendv_epi8(a.look_up(index), b.look_up(index), take_b),
+        }
+    }
+}
+
 /// The kernel of every [`TableUse`](super::kernels::TableUse), given as its number.
 ///
 /// # Safety
-/// The CPU has AVX2 and POPCNT.
+/// The CPU has AVX2, BMI and POPCNT.
 #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
 pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
     for job in jobs {
         let whole = job.out.len() / LANES * LANES;
-        // SAFETY: the caller vouches for the instructions.
-        unsafe { whole_vectors::<TABLE_USE, O>(job, whole) };
+        if whole > 0 {
+            whole_vectors::<TABLE_USE, O>(job, whole);
+        }
         if whole < job.out.len() {
-            let rest = &mut job.out[whole..];
             let RunJob { words, tables, values, .. } = *job;
-            let rest = RunJob { lanes: &mut *job.lanes, words, tables, values, out: rest };
+            let rest = RunJob { lanes: &mut *job.lanes, words, tables, values, out: &mut job.out[whole..] };
             // SAFETY: it is for any CPU.
             unsafe { portable::run::<TABLE_USE, O>(&mut [rest]) };
         }
@@ -68,114 +119,130 @@ pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>])
 }
 
 /// Decodes the first `symbols` symbols of a job, a multiple of 32.
-#[inline(always)]
-unsafe fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, symbols: usize) {
+#[inline]
+#[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, symbols: usize) {
     let wide = size_of::<O>() == 4;
+    assert!(symbols <= job.out.len() && (wide || size_of::<O>() == 2), "room for every value");
     let slots = job.tables.map(|table| table.slots().0.as_ptr().cast::<i32>());
-    let transitions = job.tables.map(|table| &table.decoding().transitions);
-    // SAFETY: slots are 12 bits wide and their tables 4096 entries long; positions are less than 64 because the tables were
-    // laid out for that; a gather of 16-bit entries reads two bytes more, which `RunValues` and `DecodingTable` have;
-    // `Words::pointer` has 64 bytes behind it; `symbols` outputs have room.
-    unsafe {
-        let mut states: [__m256i; GROUPS] = std::array::from_fn(|group| {
-            let states: [u32; GROUP] = std::array::from_fn(|lane| job.lanes.state(GROUP * group + lane));
-            _mm256_loadu_si256(states.as_ptr().cast())
-        });
-        let mut trellis: [__m256i; GROUPS] = std::array::from_fn(|group| {
-            _mm256_cvtepu16_epi32(_mm_loadu_si128(job.lanes.trellis.as_ptr().add(GROUP * group).cast()))
-        });
-        let mut used = job.lanes.used;
-        let out = job.out.as_mut_ptr().cast::<u8>();
-        let twelve_bits = _mm256_set1_epi32(0xfff);
-        for vector in 0..symbols / LANES {
-            let mut narrow = [_mm256_setzero_si256(); GROUPS];
-            for group in 0..GROUPS {
-                let state = states[group];
-                let slot = _mm256_and_si256(state, twelve_bits);
-                // All ones where the second quantizer is in use.
-                let second = match TABLE_USE {
-                    0 => _mm256_setzero_si256(),
-                    _ => {
-                        _mm256_cmpeq_epi32(_mm256_and_si256(trellis[group], _mm256_set1_epi32(1)), _mm256_set1_epi32(1))
-                    }
-                };
-                let mut entry = _mm256_i32gather_epi32::<4>(slots[0], slot);
-                if TABLE_USE == 2 {
-                    entry = _mm256_blendv_epi8(entry, _mm256_i32gather_epi32::<4>(slots[1], slot), second);
-                }
-                let position = _mm256_srli_epi32::<24>(entry);
-                let frequency = _mm256_and_si256(entry, twelve_bits);
-                let within = _mm256_and_si256(_mm256_srli_epi32::<12>(entry), twelve_bits);
-                let next = _mm256_mullo_epi32(_mm256_srli_epi32::<12>(state), frequency);
-                let next = _mm256_add_epi32(next, within);
+    let byte_tables = |of: &[[u16; PADDED]; 2]| {
+        let [a, b] = of;
+        [ByteTable::new::<0>(a), ByteTable::new::<8>(a), ByteTable::new::<0>(b), ByteTable::new::<8>(b)]
+    };
+    let low_tables = byte_tables(&job.values.low);
+    let high_tables = byte_tables(&job.values.high);
+    // Where positions lead the trellis: 1 if their code is odd.
+    let leads = job.tables.map(|table| ByteTable::new::<3>(&table.decoding().transitions));
+    let one = _mm256_set1_epi8(1);
+    let twelve_bits = _mm256_set1_epi32(0xfff);
 
-                let ran_low = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(next), _mm256_setzero_si256());
-                let set = _mm256_movemask_ps(_mm256_castsi256_ps(ran_low)) as usize;
-                let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(job.words.pointer(used).cast()));
-                let order = _mm256_loadu_si256(SPREAD[set].as_ptr().cast());
-                let words = _mm256_permutevar8x32_epi32(words, order);
-                let refilled = _mm256_or_si256(_mm256_slli_epi32::<16>(next), words);
-                states[group] = _mm256_blendv_epi8(next, refilled, ran_low);
-                used += set.count_ones() as usize;
-
-                let value = |of: fn(&RunValues) -> &[[u16; 64]; 2]| {
-                    let values = of(job.values);
-                    let first = gather_words(&values[0], position);
-                    if TABLE_USE == 0 {
-                        first
-                    } else {
-                        _mm256_blendv_epi8(first, gather_words(&values[1], position), second)
-                    }
-                };
-                let low = value(|values| &values.low);
-                if wide {
-                    let high = _mm256_slli_epi32::<16>(value(|values| &values.high));
-                    let at = out.add(4 * (LANES * vector + GROUP * group));
-                    _mm256_storeu_si256(at.cast(), _mm256_or_si256(low, high));
-                } else {
-                    narrow[group] = low;
-                }
-                if TABLE_USE != 0 {
-                    let mut leads = gather_words(transitions[0], position);
-                    if TABLE_USE == 2 {
-                        leads = _mm256_blendv_epi8(leads, gather_words(transitions[1], position), second);
-                    }
-                    // Bit 3 leads the first quantizer's states, bit 4 the second's; `second` is -1 there.
-                    let shift = _mm256_sub_epi32(_mm256_set1_epi32(3), second);
-                    let bit = _mm256_and_si256(_mm256_srlv_epi32(leads, shift), _mm256_set1_epi32(1));
-                    let index = _mm256_or_si256(_mm256_slli_epi32::<1>(trellis[group]), bit);
-                    trellis[group] = _mm256_shuffle_epi8(_mm256_loadu_si256(NEXT.as_ptr().cast()), index);
-                }
-            }
-            if !wide {
-                for (half, pair) in narrow.chunks(2).enumerate() {
-                    // Packing works in 128-bit halves: their middle quarters trade places afterwards.
-                    let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(pair[0], pair[1]));
-                    _mm256_storeu_si256(out.add(2 * (LANES * vector + 2 * GROUP * half)).cast(), packed);
-                }
-            }
-        }
-        for group in 0..GROUPS {
-            let (mut state, mut led) = ([0_u32; GROUP], [0_u32; GROUP]);
-            _mm256_storeu_si256(state.as_mut_ptr().cast(), states[group]);
-            _mm256_storeu_si256(led.as_mut_ptr().cast(), trellis[group]);
-            for lane in 0..GROUP {
-                job.lanes.set_state(GROUP * group + lane, state[lane]);
-                job.lanes.trellis[GROUP * group + lane] = led[lane] as u16;
-            }
-        }
-        job.lanes.used = used;
-    }
-}
-
-/// `table[index]` in each 32-bit lane.
-///
-/// Two readable bytes must follow the table.
-#[inline(always)]
-unsafe fn gather_words(table: &[u16; 64], index: __m256i) -> __m256i {
+    let mut states: [__m256i; GROUPS] = std::array::from_fn(|group| {
+        let states: [u32; GROUP] = std::array::from_fn(|lane| job.lanes.state(GROUP * group + lane));
+        // SAFETY: eight states are a register.
+        unsafe { _mm256_loadu_si256(states.as_ptr().cast()) }
+    });
+    let trellis_bytes = job.lanes.trellis.map(|state| state as u8);
+    // SAFETY: 32 bytes are a register, here and below.
+    let mut trellis = unsafe { _mm256_loadu_si256(trellis_bytes.as_ptr().cast()) };
     // SAFETY: see above.
-    unsafe {
-        let words = _mm256_i32gather_epi32::<2>(table.as_ptr().cast(), index);
-        _mm256_and_si256(words, _mm256_set1_epi32(0xffff))
+    let next_states = unsafe { _mm256_loadu_si256(NEXT.as_ptr().cast()) };
+    let mut used = job.lanes.used;
+    let out = job.out.as_mut_ptr().cast::<u8>();
+
+    for vector in 0..symbols / LANES {
+        // All ones where the second quantizer is in use.
+        let second = match TABLE_USE {
+            ONE_TABLE => _mm256_setzero_si256(),
+            _ => _mm256_cmpeq_epi8(_mm256_and_si256(trellis, one), one),
+        };
+        let second_of_group = match TABLE_USE {
+            TRELLIS_TABLES => {
+                let (lower, upper) = (_mm256_castsi256_si128(second), _mm256_extracti128_si256::<1>(second));
+                [lower, _mm_srli_si128::<8>(lower), upper, _mm_srli_si128::<8>(upper)]
+                    .map(|of| _mm256_cvtepi8_epi32(of))
+            }
+            _ => [_mm256_setzero_si256(); GROUPS],
+        };
+        let mut positions = [_mm256_setzero_si256(); GROUPS];
+        for group in 0..GROUPS {
+            let state = states[group];
+            let slot = _mm256_and_si256(state, twelve_bits);
+            // SAFETY: slots have 12 bits, and their tables 4096 entries.
+            let mut entry = unsafe { _mm256_i32gather_epi32::<4>(slots[0], slot) };
+            if TABLE_USE == TRELLIS_TABLES {
+                // SAFETY: see above.
+                let other = unsafe { _mm256_i32gather_epi32::<4>(slots[1], slot) };
+                entry = _mm256_blendv_epi8(entry, other, second_of_group[group]);
+            }
+            positions[group] = _mm256_srli_epi32::<24>(entry);
+            let frequency = _mm256_and_si256(entry, twelve_bits);
+            let within = _mm256_and_si256(_mm256_srli_epi32::<12>(entry), twelve_bits);
+            let next = _mm256_mullo_epi32(_mm256_srli_epi32::<12>(state), frequency);
+            let next = _mm256_add_epi32(next, within);
+
+            let ran_low = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(next), _mm256_setzero_si256());
+            let set = _mm256_movemask_ps(_mm256_castsi256_ps(ran_low)) as usize;
+            // SAFETY: `Words::pointer` has 64 bytes behind it; an entry of `SPREAD` is a register.
+            let (words, order) = unsafe {
+                (_mm_loadu_si128(job.words.pointer(used).cast()), _mm256_loadu_si256(SPREAD[set].as_ptr().cast()))
+            };
+            let words = _mm256_permutevar8x32_epi32(_mm256_cvtepu16_epi32(words), order);
+            let refilled = _mm256_or_si256(_mm256_slli_epi32::<16>(next), words);
+            states[group] = _mm256_blendv_epi8(next, refilled, ran_low);
+            used += set.count_ones() as usize;
+        }
+        // One byte per lane. Packing works in halves and leaves four positions of each group in each.
+        let words = [_mm256_packus_epi32(positions[0], positions[1]), _mm256_packus_epi32(positions[2], positions[3])];
+        let position = _mm256_permutevar8x32_epi32(
+            _mm256_packus_epi16(words[0], words[1]),
+            _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7),
+        );
+
+        let words_of = |tables: &[ByteTable; 4]| {
+            let low = ByteTable::look_up_either::<TABLE_USE>(&tables[0], &tables[2], second, position);
+            let high = ByteTable::look_up_either::<TABLE_USE>(&tables[1], &tables[3], second, position);
+            let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+            [_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)]
+        };
+        let low = words_of(&low_tables);
+        let store = |register: usize, value| {
+            let registers = LANES * size_of::<O>() / 32;
+            // SAFETY: `symbols` values are that many registers, and there is room for them.
+            unsafe { _mm256_storeu_si256(out.add(32 * (registers * vector + register)).cast(), value) }
+        };
+        if wide {
+            let high = words_of(&high_tables);
+            for half in 0..2 {
+                let (a, b) =
+                    (_mm256_unpacklo_epi16(low[half], high[half]), _mm256_unpackhi_epi16(low[half], high[half]));
+                store(2 * half, _mm256_permute2x128_si256::<0x20>(a, b));
+                store(2 * half + 1, _mm256_permute2x128_si256::<0x31>(a, b));
+            }
+        } else {
+            store(0, low[0]);
+            store(1, low[1]);
+        }
+        if TABLE_USE != ONE_TABLE {
+            let leads = match TABLE_USE {
+                TRELLIS_TABLES => ByteTable::look_up_either::<TABLE_USE>(&leads[0], &leads[1], second, position),
+                _ => leads[0].look_up(position),
+            };
+            let index = _mm256_add_epi8(_mm256_add_epi8(trellis, trellis), leads);
+            trellis = _mm256_shuffle_epi8(next_states, index);
+        }
     }
+
+    for (group, state) in states.into_iter().enumerate() {
+        let mut of_group = [0_u32; GROUP];
+        // SAFETY: eight states are a register.
+        unsafe { _mm256_storeu_si256(of_group.as_mut_ptr().cast(), state) };
+        for (lane, state) in of_group.into_iter().enumerate() {
+            job.lanes.set_state(GROUP * group + lane, state);
+        }
+    }
+    let mut trellis_bytes = [0_u8; LANES];
+    // SAFETY: 32 bytes are a register.
+    unsafe { _mm256_storeu_si256(trellis_bytes.as_mut_ptr().cast(), trellis) };
+    job.lanes.trellis = trellis_bytes.map(u16::from);
+    job.lanes.used = used;
 }

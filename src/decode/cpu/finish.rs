@@ -10,6 +10,7 @@ use super::raw_bits::{ByTable, RawBits, Spread};
 use crate::codec::lossless::join_element;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{dequantize, join_code};
+use crate::codec::trellis::{multiple, quantizer_of};
 use crate::format::strip::LANES;
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 
@@ -210,8 +211,7 @@ fn dequantize_trellis<S: Spread>(
         let lanes = states.iter_mut().zip(&mut residuals[start..]).zip(&codes[start..]);
         for (((state, residual), &code), &raw) in lanes.zip(raw) {
             let code = join_code(i16::from_le_bytes(code), raw.into(), raw_bits);
-            let quantizer = i32::from(*state & 1);
-            let multiple = 2 * code - quantizer * code.signum();
+            let multiple = multiple(code, quantizer_of(*state as u8));
             *state = next_state_by_bits(*state, (multiple >> 1 & 1) as u16);
             *residual = dequantize(multiple as f32, step, mean).to_le_bytes();
         }

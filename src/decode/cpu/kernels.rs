@@ -123,13 +123,11 @@ pub struct RunValues {
     pub low: [[u16; PADDED]; 2],
     /// The upper half.
     pub high: [[u16; PADDED]; 2],
-    /// Gathers read 32 bits where they want 16.
-    guard: [u16; LANES],
 }
 
 impl RunValues {
     /// All zero.
-    pub const ZERO: Self = Self { low: [[0; PADDED]; 2], high: [[0; PADDED]; 2], guard: [0; LANES] };
+    pub const ZERO: Self = Self { low: [[0; PADDED]; 2], high: [[0; PADDED]; 2] };
 }
 
 /// One run of one strip. `O` is two or four bytes: a position's 16 or 32 bits, little-endian.
