@@ -5,9 +5,13 @@ mod compare;
 mod target;
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use tempfile::NamedTempFile;
 
 use self::compare::Compared;
 use super::entropy_model::{ClassHistograms, TablePool};
@@ -17,7 +21,7 @@ use super::quantize::{is_lossy, values_of};
 use super::record::{Context, Drafted, RecordEncoder, Treatment, decode_part, motion_of};
 use super::report::{PackReport, StageTotals, TensorReport};
 use super::source::{Checkpoint, SourceError};
-use crate::archive::{Archive, ArchiveError, content_id};
+use crate::archive::{Archive, ArchiveError, UNFINISHED_PREFIX, content_id};
 use crate::codec::architecture::{BlockType, CheckpointPlan, RecordPlan};
 use crate::codec::entropy::CodingTable;
 use crate::format::index::{FileEntry, Index};
@@ -116,6 +120,31 @@ struct Written {
     stages: StageTotals,
     keyframe_records: u64,
     predicted_records: u64,
+}
+
+/// An archive that is written, compared and on the disk, under a hidden name. Dropped, it is gone.
+pub struct Finished {
+    temporary: NamedTempFile,
+    out: PathBuf,
+    report: PackReport,
+}
+
+impl Finished {
+    /// Gives the archive its name, which must not be taken unless `replace` is set.
+    ///
+    /// # Errors
+    /// See [`PackError`]; after one, nothing is there that was not there before.
+    pub fn publish(self, replace: bool) -> Result<PackReport, PackError> {
+        let Self { temporary, out, report } = self;
+        let output = |source| PackError::Output { path: out.clone(), source };
+        let renamed = if replace { temporary.persist(&out) } else { temporary.persist_noclobber(&out) };
+        renamed.map_err(|error| match error.error.kind() {
+            std::io::ErrorKind::AlreadyExists => PackError::Exists(out.clone()),
+            _ => output(error.error),
+        })?;
+        std::fs::File::open(directory_of(&out)).and_then(|directory| directory.sync_all()).map_err(output)?;
+        Ok(report)
+    }
 }
 
 impl<'a> Encoder<'a> {
@@ -400,18 +429,24 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// See [`PackError`]; after one, nothing is at `out` that was not there before.
     pub fn pack(&self, out: &Path, replace: bool) -> Result<PackReport, PackError> {
+        self.write(out)?.publish(replace)
+    }
+
+    /// Packs into a hidden file beside `out`, to which [`Finished::publish`] gives that name.
+    ///
+    /// # Errors
+    /// See [`PackError`]; the hidden file is gone then.
+    pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
         let output = |source| PackError::Output { path: out.to_owned(), source };
-        if !replace && out.symlink_metadata().is_ok() {
-            return Err(PackError::Exists(out.to_owned()));
-        }
-        let directory = match out.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        // Before the work, in case it cannot be made. Hidden and without the archive's suffix: a run cut short leaves
+        // nothing that looks finished.
+        let mut temporary = tempfile::Builder::new()
+            .prefix(UNFINISHED_PREFIX)
+            .suffix(".partial")
+            .permissions(Permissions::from_mode(0o666)) // less the umask, as any other new file
+            .tempfile_in(directory_of(out))
+            .map_err(output)?;
         let (step, scan) = self.first_step()?;
-        // Hidden and without the archive's suffix: a run cut short leaves nothing that looks finished.
-        let mut temporary =
-            tempfile::Builder::new().prefix(".mcwc-pack-").suffix(".partial").tempfile_in(directory).map_err(output)?;
         let (written, compared, target_missed) = self.settle(temporary.as_file_mut(), step, scan, out)?;
 
         let mut index = written.index;
@@ -422,22 +457,12 @@ impl<'a> Encoder<'a> {
         index.content_id = content_id(compared.decoded.iter().copied());
         let archive_bytes = write_index(temporary.as_file_mut(), &index, written.bytes).map_err(output)?;
         temporary.as_file().sync_all().map_err(output)?;
-        set_ordinary_mode(temporary.as_file()).map_err(output)?;
         let archive = Archive::open(temporary.path())?;
-        if replace {
-            temporary.persist(out).map_err(|error| output(error.error))?;
-        } else {
-            temporary.persist_noclobber(out).map_err(|error| match error.error.kind() {
-                std::io::ErrorKind::AlreadyExists => PackError::Exists(out.to_owned()),
-                _ => output(error.error),
-            })?;
-        }
-        std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(output)?;
 
         let tensors = self.tensor_reports(&archive, &compared);
         let (squared_error, energy) = self.quantized_error(&compared);
         let parameters = self.checkpoint.parameters();
-        Ok(PackReport {
+        let report = PackReport {
             archive: out.display().to_string(),
             architecture: index.architecture,
             source_bytes: self.source_bytes(),
@@ -451,7 +476,8 @@ impl<'a> Encoder<'a> {
             predicted_records: written.predicted_records,
             stages: written.stages,
             tensors,
-        })
+        };
+        Ok(Finished { temporary, out: out.to_owned(), report })
     }
 
     fn tensor_reports(&self, archive: &Archive, compared: &Compared) -> Vec<TensorReport> {
@@ -498,8 +524,10 @@ fn write_index(file: &mut std::fs::File, index: &Index, records_end: u64) -> std
     Ok(preamble.file_bytes)
 }
 
-/// Temporary files are private; an archive is as readable as any new file.
-fn set_ordinary_mode(file: &std::fs::File) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+/// The directory that `path` lies in.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
