@@ -18,6 +18,9 @@ use crate::format::record::{RecordEntry, SideInformation};
 use crate::safetensors::{Header, SafetensorsError};
 use crate::tensor::{TensorInfo, total_elements};
 
+/// What names begin with while their files are being written, and after a run that was killed: no part of any tree.
+pub const UNFINISHED_PREFIX: &str = ".mcwc-pack-";
+
 /// Why an archive cannot be opened or read.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {

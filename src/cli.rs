@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. `mount` and `umount` use those of
 //! mount(8).
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -55,6 +56,22 @@ enum Command {
 struct McwcPack {
     #[command(flatten)]
     pack: pack::PackArgs,
+}
+
+/// Reads `--threads`. More than a thousand only wait for one another, and tens of thousands bring a machine to a halt.
+fn parse_threads(text: &str) -> Result<usize, String> {
+    let count: usize = text.parse().map_err(|error| format!("{error}"))?;
+    if (1..=1024).contains(&count) { Ok(count) } else { Err("expected 1 to 1024".into()) }
+}
+
+/// Whether `path` is `directory`, which is canonical, or lies in it, whatever links lead there. It need not exist yet.
+fn lies_inside(path: &Path, directory: &Path) -> bool {
+    // What does not exist yet cannot be resolved, but what it will lie in can.
+    let resolved = path.ancestors().find_map(|ancestor| {
+        let ancestor = if ancestor.as_os_str().is_empty() { Path::new(".") } else { ancestor };
+        std::fs::canonicalize(ancestor).ok()
+    });
+    resolved.is_some_and(|resolved| resolved.starts_with(directory))
 }
 
 /// The process `mcwcfs`.

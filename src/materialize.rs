@@ -415,10 +415,123 @@ pub fn decode_error(archive: &Archive, address: PartAddress, error: DecodeError)
     let record = archive.record(address.record);
     MaterializeError::Decode {
         archive: archive.path().display().to_string(),
-        tensor: archive.tensor(address).name.clone(),
+        // A record without parts may still carry a permutation that does not decode.
+        tensor: record
+            .parts
+            .get(address.part as usize)
+            .map_or("no tensor".into(), |_| archive.tensor(address).name.clone()),
         layer: record.layer.map_or("none".into(), |layer| layer.to_string()),
         block_type: archive.block_type(address.record).to_owned(),
         record: address.record,
         error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+    use crate::archive::content_id;
+    use crate::format::index::{FileEntry, Index};
+    use crate::format::part::{
+        PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPrediction, StoredPredictor, SymbolStreams,
+    };
+    use crate::format::preamble::PREAMBLE_BYTES;
+    use crate::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
+
+    /// An archive of F32 tensors without data; a record is its reference, its side information and how many parts it has.
+    fn archive(path: &Path, shapes: &[&str], records: &[(Option<u32>, SideInformation)]) -> Arc<Archive> {
+        let tensors: Vec<String> = (shapes.iter().enumerate())
+            .map(|(tensor, shape)| format!(r#""{tensor}":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}"#))
+            .collect();
+        let json = format!("{{{}}}", tensors.join(","));
+        let header = [&(json.len() as u64).to_le_bytes(), json.as_bytes()].concat();
+        let digest = Sha256::digest(&header).into();
+        let mut tensors = 0..;
+        let (mut entries, mut bodies) = (Vec::new(), Vec::new());
+        for (reference, side) in records {
+            let parts = side.parts.iter().zip(&mut tensors);
+            let parts = parts.map(|(_, tensor)| PartEntry { file: 0, tensor, body_bytes: 0 }).collect();
+            let bytes = side.write();
+            let (side_bytes, side_crc) = (bytes.len() as u64, crc32c::crc32c(&bytes));
+            entries.push(RecordEntry {
+                layer: None,
+                block_type: 0,
+                reference: *reference,
+                side_bytes,
+                side_crc,
+                parts,
+            });
+            bodies.extend(bytes);
+        }
+        let index = Index {
+            architecture: "made up".into(),
+            layers: 0,
+            keyframe_interval: 4,
+            content_id: content_id(std::iter::once(digest)),
+            files: vec![FileEntry { name: "model".into(), header, decoded_sha256: digest, source_sha256: digest }],
+            tables: vec![],
+            block_types: vec!["ffn".into()],
+            records: entries,
+            bases: vec![],
+            provenance: vec![],
+        };
+        let (preamble, stored) = index.write(PREAMBLE_BYTES + bodies.len() as u64);
+        std::fs::write(path, [preamble.write(), bodies, stored].concat()).expect("a scratch file");
+        Arc::new(Archive::open(path).expect("a sound index"))
+    }
+
+    fn side(permutation: StoredPermutation, parts: Vec<PartHeader>) -> SideInformation {
+        SideInformation { permutation: Some(permutation), parts, permutation_bytes: 0 }
+    }
+
+    fn zero() -> StoredIntegers {
+        StoredIntegers(vec![0, 0])
+    }
+
+    /// A quantized part without elements, predicted where `placement` is given.
+    fn header(placement: Option<StoredPlacement>) -> PartHeader {
+        let prediction = placement.map(|placement| StoredPrediction {
+            reference_part: 0,
+            placement: Some(placement),
+            predictor: StoredPredictor::ScaledCopy { gain: 1.0 },
+        });
+        let info = QuantizerInfo { step: 1.0, raw_bits: 0, trellis: None, scales: None, means: None, prediction };
+        let streams = SymbolStreams {
+            run_elements: 1,
+            runs_per_strip: 1,
+            strip_words: zero(),
+            strip_exceptions: zero(),
+            ..SymbolStreams::default()
+        };
+        let cost = PartHeaderBytes::default();
+        PartHeader { coding: Coding::Quantized(info), streams: Some(streams), strip_crcs: vec![], cost }
+    }
+
+    #[test]
+    fn a_broken_permutation_of_a_record_without_parts_is_an_error() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let broken = StoredPermutation { groups: 2, members: 1, coded: vec![9] };
+        let archive = archive(&scratch.path().join("x.mcwc"), &[], &[(None, side(broken, vec![]))]);
+        let error = prepare_record(&archive, 0).expect_err("there is no coding 9");
+        assert!(error.to_string().contains("no tensor"), "{error}");
+    }
+
+    #[test]
+    fn a_placement_along_an_axis_of_a_tensor_without_elements_is_an_error_before_it_takes_memory() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let identity = || StoredPermutation { groups: 1, members: 1, coded: vec![1] };
+        let placement = StoredPlacement { axis: 1, repeat: 1, per_member: false, unit: u32::MAX };
+        let records = [
+            (None, side(identity(), vec![header(None)])),
+            (Some(0), side(identity(), vec![header(Some(placement))])), // a map along the axis would take 16 GiB
+        ];
+        let archive = archive(&scratch.path().join("x.mcwc"), &["[0,4294967295]"; 2], &records);
+        prepare_record(&archive, 0).expect("nothing is wrong with the reference");
+        let error = prepare_record(&archive, 1).expect_err("no element is predicted");
+        assert!(error.to_string().contains("placement"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! `inspect`, `verify` and `unpack` as a user meets them: what they print, what they write, and how they fail.
+//! `mcwc-pack`, `inspect`, `verify` and `unpack` as a user meets them: what they print, what they write, and how they fail.
 
 mod common;
 
@@ -205,7 +205,13 @@ fn exit_codes_tell_wrong_usage_from_failure() {
     }
     fails(1, &arguments!["unpack", "/no/such/archive.mcwc", "/no/such/out"]);
     let empty = tempfile::tempdir().expect("a directory");
-    assert!(fails(1, &arguments!["verify", empty.path()]).contains("no .mcwc file found"));
+    for command in [arguments!["verify", empty.path()].to_vec(), arguments!["unpack", empty.path(), "out"].to_vec()] {
+        assert!(fails(1, &command).contains("no .mcwc file found"));
+    }
+    for threads in ["0", "100000"] {
+        let said = fails(2, &arguments!["pack", "--threads", threads, "in", "out"]);
+        assert!(said.contains("expected 1 to 1024"), "{said}");
+    }
 }
 
 #[test]
@@ -215,4 +221,68 @@ fn mcwc_pack_is_the_same_as_the_subcommand() {
     let output = Command::new(env!("CARGO_BIN_EXE_mcwc-pack")).arg(&packed.checkpoint).arg(&other).output();
     assert!(output.expect("mcwc-pack starts").status.success());
     assert_same_directories(&packed.packed, &other);
+}
+
+#[test]
+fn packing_that_fails_leaves_nothing_and_can_be_tried_again() {
+    let packed = Packed::new(&[]);
+    let out = packed.path("out");
+    let said = fails(1, &arguments!["pack", "--bpp", "100", &packed.checkpoint, &out]);
+    assert!(said.contains("--bpp 100"), "{said}");
+    assert!(!out.exists());
+    mcwcfs_ok(arguments!["pack", &packed.checkpoint, &out]);
+    fails(1, &arguments!["pack", "--force", "--bpp", "100", &packed.checkpoint, &out]);
+    assert_same_directories(&packed.packed, &out);
+}
+
+#[test]
+fn output_inside_the_input_is_refused_however_it_is_named() {
+    let packed = Packed::new(&[]);
+    std::os::unix::fs::symlink(&packed.checkpoint, packed.path("link")).expect("a link");
+    for out in [packed.checkpoint.clone(), packed.checkpoint.join("new/out"), packed.path("link").join("out")] {
+        let said = fails(1, &arguments!["pack", &packed.checkpoint, &out]);
+        assert!(said.contains("lies inside the input"), "{said}");
+    }
+    assert!(!packed.checkpoint.join("new").exists());
+    mcwcfs_ok(arguments!["pack", &packed.checkpoint, packed.checkpoint.join("model.mcwc")]);
+}
+
+#[test]
+fn what_a_killed_packing_leaves_is_part_of_nothing() {
+    let packed = Packed::new(&[]);
+    for directory in [&packed.checkpoint, &packed.packed] {
+        fs::write(directory.join(".mcwc-pack-a1b2c3.partial"), "half an archive").expect("a file");
+    }
+    let (again, out) = (packed.path("again"), packed.path("out"));
+    mcwcfs_ok(arguments!["pack", &packed.checkpoint, &again]);
+    mcwcfs_ok(arguments!["verify", &packed.packed]);
+    mcwcfs_ok(arguments!["unpack", &packed.packed, &out]);
+    for directory in [&packed.checkpoint, &packed.packed] {
+        fs::remove_file(directory.join(".mcwc-pack-a1b2c3.partial")).expect("a file");
+    }
+    assert_same_directories(&packed.packed, &again);
+    assert_same_directories(&packed.checkpoint, &out);
+}
+
+#[test]
+fn an_archive_is_as_private_as_the_umask_says() {
+    let packed = Packed::new(&[]);
+    let archive = packed.path("private.mcwc");
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "umask 077; exec \"$0\" pack \"$1\" \"$2\"", env!("CARGO_BIN_EXE_mcwcfs")]);
+    assert!(shell.arg(&packed.checkpoint).arg(&archive).status().expect("a shell").success());
+    assert_eq!(fs::metadata(archive).expect("the archive").permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_result_that_cannot_be_printed_is_an_error_in_one_line() {
+    let packed = Packed::new(&[]);
+    let pack = arguments!["pack", "--dry-run", &packed.checkpoint, packed.path("out")];
+    for command in [&pack[..], &arguments!["inspect", packed.archive()], &arguments!["verify", packed.archive()]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+        let output = Command::new(env!("CARGO_BIN_EXE_mcwcfs")).args(command).stdout(full).output().expect("mcwcfs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), said.trim_end().lines().count()), (Some(1), 1), "{said}");
+        assert!(said.contains("standard output"), "{said}");
+    }
 }

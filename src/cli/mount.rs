@@ -3,7 +3,6 @@
 //! Exit codes are those of mount(8): 0 mounted (in the foreground: and unmounted again), 1 wrong usage, 2 the system
 //! lacks something, 4 a mistake of ours, 8 interrupted before the mount answered, 32 the mount failed.
 
-use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser};
 use log::LevelFilter;
 
+use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
 use crate::daemon::{self, DaemonError, ServeOptions};
@@ -56,8 +56,8 @@ struct MountFlags {
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
     /// Threads that decode one tensor together [default: all cores]
-    #[arg(long, value_name = "COUNT")]
-    threads: Option<NonZeroUsize>,
+    #[arg(long, value_name = "COUNT", value_parser = parse_threads)]
+    threads: Option<usize>,
     /// How far the kernel reads ahead, set as root only [default: 1MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     readahead: Option<u64>,
@@ -128,7 +128,7 @@ fn run_unguarded(args: MountArgs) -> ExitCode {
 
 fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -> Result<(), DaemonError> {
     if let Some(threads) = flags.threads {
-        let built = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
+        let built = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         let wrap =
             |error| DaemonError::System { what: "starting decoder threads", source: std::io::Error::other(error) };
         built.map_err(wrap)?;

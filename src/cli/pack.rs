@@ -1,12 +1,14 @@
 //! `mcwc-pack`: a checkpoint in, an archive out.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, StdoutLock, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::{lies_inside, parse_threads};
+use crate::archive::UNFINISHED_PREFIX;
 use crate::pack::encode::{Encoder, PackError, Progress};
 use crate::pack::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization, Steps, Target};
 use crate::pack::report::{PackReport, TensorReport};
@@ -43,7 +45,7 @@ pub struct PackArgs {
     #[arg(long, value_name = "TIMES", default_value_t = 1.4, value_parser = refinement)]
     embedding_refinement: f32,
     /// Threads; all cores by default. The archive is the same for any number.
-    #[arg(long)]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<usize>,
     /// Say what would be done to every tensor, and write nothing.
     #[arg(long)]
@@ -94,9 +96,12 @@ pub enum PackCommandError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// Input and output are one directory.
-    #[error("{0}: is the input itself, expected another directory or a .mcwc file")]
-    InPlace(PathBuf),
+    /// The output directory would become part of the input.
+    #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
+    InsideInput(PathBuf),
+    /// Standard output does not take the result.
+    #[error("standard output: {0}")]
+    Print(std::io::Error),
     /// No thread pool.
     #[error("--threads: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -107,8 +112,9 @@ pub enum PackCommandError {
 /// # Errors
 /// See [`PackCommandError`]; what was on disk before is still there, unless `--force` replaced it.
 pub fn run(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build()?;
-    pool.install(|| pack(args))
+    // The global pool, because the final comparison decodes on threads of its own, which spread their work over that one.
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build_global()?;
+    pack(args)
 }
 
 fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
@@ -137,15 +143,13 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     if args.dry_run {
         let plan = encoder.dry_run()?;
         progress.0.finish_and_clear();
-        print_plan(&plan, args.json);
+        print(|output| print_plan(output, &plan, args.json))?;
         return Ok(ExitCode::SUCCESS);
     }
-    if let Some(directory) = &destination.directory {
-        copy_sidecars(&checkpoint.sidecars, directory)?;
-    }
-    let report = encoder.pack(&destination.archive, args.force)?;
+    let report = destination.fill(&encoder, &checkpoint.sidecars, args.force)?;
     progress.0.finish_and_clear();
-    print_report(&report, destination.directory.is_some().then_some(checkpoint.sidecars.len()), args.json);
+    let copied = destination.directory.is_some().then_some(checkpoint.sidecars.len());
+    print(|output| print_report(output, &report, copied, args.json))?;
     if let Some(missed) = &report.target_missed {
         log::warn!("target missed: {missed}");
     }
@@ -168,9 +172,9 @@ impl Destination {
             }
             return Ok(Self { archive: output.to_owned(), directory: None });
         }
-        let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
-        if checkpoint.path.is_dir() && same(&checkpoint.path, output) {
-            return Err(PackCommandError::InPlace(output.to_owned()));
+        let is_inside = |input: PathBuf| input.is_dir() && lies_inside(output, &input);
+        if checkpoint.path.canonicalize().is_ok_and(is_inside) {
+            return Err(PackCommandError::InsideInput(output.to_owned()));
         }
         let stem = match checkpoint.files.as_slice() {
             [file] => file.name.strip_suffix(".safetensors").unwrap_or("model"),
@@ -186,22 +190,45 @@ impl Destination {
             None => Ok(()),
         }
     }
+
+    /// Packs, copies the sidecars, and gives the archive its name last: what fails before leaves nothing behind.
+    fn fill(&self, encoder: &Encoder<'_>, sidecars: &[Sidecar], force: bool) -> Result<PackReport, PackCommandError> {
+        let Some(directory) = &self.directory else {
+            return Ok(encoder.pack(&self.archive, force)?);
+        };
+        let is_new = !directory.exists();
+        std::fs::create_dir_all(directory).map_err(io_at(directory))?;
+        let packed = encoder.write(&self.archive).map_err(PackCommandError::from).and_then(|finished| {
+            copy_sidecars(sidecars, directory)?;
+            Ok(finished.publish(force)?)
+        });
+        if packed.is_err() && is_new {
+            let _ = std::fs::remove_dir(directory); // only if it is empty, and the error at hand says more
+        }
+        packed
+    }
 }
 
-/// Copies sidecars before the archive appears, each under a temporary name first.
+fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
+    let path = path.to_owned();
+    move |source| PackCommandError::Io { path, source }
+}
+
+/// Copies sidecars under temporary names; they get their own once all are there.
 fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| PackCommandError::Io { path, source }
-    };
-    std::fs::create_dir_all(directory).map_err(io(directory))?;
+    let mut copies = Vec::with_capacity(sidecars.len());
     for sidecar in sidecars {
         let target = directory.join(&sidecar.name);
         let parent = target.parent().unwrap_or(directory);
-        std::fs::create_dir_all(parent).map_err(io(parent))?;
-        let temporary = tempfile::Builder::new().prefix(".mcwc-pack-").tempfile_in(parent).map_err(io(parent))?;
-        std::fs::copy(&sidecar.path, temporary.path()).map_err(io(&sidecar.path))?;
-        temporary.persist(&target).map_err(|error| io(&target)(error.error))?;
+        std::fs::create_dir_all(parent).map_err(io_at(parent))?;
+        let temporary =
+            tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(parent).map_err(io_at(parent))?;
+        let temporary = temporary.into_temp_path(); // closed: there may be more of them than descriptors
+        std::fs::copy(&sidecar.path, &temporary).map_err(io_at(&sidecar.path))?;
+        copies.push((temporary, target));
+    }
+    for (temporary, target) in copies {
+        temporary.persist(&target).map_err(|error| io_at(&target)(error.error))?;
     }
     Ok(())
 }
@@ -233,46 +260,60 @@ impl Progress for Bar {
     }
 }
 
-fn print_plan(plan: &[TensorReport], json: bool) {
-    if json {
-        println!("{}", serde_json::to_string_pretty(plan).expect("plain data"));
-        return;
-    }
-    println!("{:>10}  {:<10} {:<10} {:<6} tensor", "bits/elem", "treatment", "record", "dtype");
-    for tensor in plan {
-        println!(
-            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}",
-            tensor.bits_per_element, tensor.treatment, tensor.block_type, tensor.dtype, tensor.name, tensor.shape
-        );
-    }
+/// Writes to standard output; a reader that went away is an error, not a panic.
+fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
+    let mut output = std::io::stdout().lock();
+    write(&mut output).and_then(|()| output.flush()).map_err(PackCommandError::Print)
 }
 
-fn print_report(report: &PackReport, sidecars: Option<usize>, json: bool) {
+fn print_plan(output: &mut impl Write, plan: &[TensorReport], json: bool) -> std::io::Result<()> {
     if json {
-        println!("{}", serde_json::to_string_pretty(report).expect("plain data"));
-        return;
+        return writeln!(output, "{}", serde_json::to_string_pretty(plan).expect("plain data"));
     }
-    println!("{}", report.archive);
-    println!(
+    writeln!(output, "{:>10}  {:<10} {:<10} {:<6} tensor", "bits/elem", "treatment", "record", "dtype")?;
+    for tensor in plan {
+        writeln!(
+            output,
+            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}",
+            tensor.bits_per_element, tensor.treatment, tensor.block_type, tensor.dtype, tensor.name, tensor.shape
+        )?;
+    }
+    Ok(())
+}
+
+fn print_report(
+    output: &mut impl Write,
+    report: &PackReport,
+    sidecars: Option<usize>,
+    json: bool,
+) -> std::io::Result<()> {
+    if json {
+        return writeln!(output, "{}", serde_json::to_string_pretty(report).expect("plain data"));
+    }
+    writeln!(output, "{}", report.archive)?;
+    writeln!(
+        output,
         "  {} -> {} bytes ({:.1} %), {:.3} bits per parameter",
         report.source_bytes,
         report.archive_bytes,
         100.0 * report.archive_bytes as f64 / report.source_bytes.max(1) as f64,
         report.bits_per_parameter
-    );
+    )?;
     if report.lossless {
-        println!("  decoded and compared: every byte is the original's");
+        writeln!(output, "  decoded and compared: every byte is the original's")?;
     } else {
-        println!("  decoded and compared: relative squared error {:.3e}", report.relative_squared_error);
+        writeln!(output, "  decoded and compared: relative squared error {:.3e}", report.relative_squared_error)?;
     }
-    println!(
+    writeln!(
+        output,
         "  {} architecture, {} records as keyframes, {} predicted",
         report.architecture, report.keyframe_records, report.predicted_records
-    );
+    )?;
     if let Some(sidecars) = sidecars {
-        println!("  {sidecars} other files copied");
+        writeln!(output, "  {sidecars} other files copied")?;
     }
     if let Some(missed) = &report.target_missed {
-        println!("  target missed: {missed}");
+        writeln!(output, "  target missed: {missed}")?;
     }
+    Ok(())
 }

@@ -4,7 +4,10 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+
+use crate::archive::UNFINISHED_PREFIX;
 
 /// Why a path cannot be taken as packed files.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +20,12 @@ pub enum PackedTreeError {
         /// What the system said.
         source: io::Error,
     },
+    /// There is nothing to verify or to unpack.
+    #[error("{}: no .mcwc file found", path.display())]
+    NoArchive {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Neither a regular file nor a directory, or a link that leads elsewhere.
     #[error("{}: found {found}, expected a regular file, a directory, or a link to a file of the same tree", path.display())]
     Kind {
@@ -27,7 +36,7 @@ pub enum PackedTreeError {
     },
 }
 
-/// What is to be verified or unpacked. Paths are relative to `root` and sorted.
+/// What is to be verified or unpacked. Paths are relative to `root` and sorted; there is one archive at least.
 #[derive(Debug, PartialEq, Eq)]
 pub struct PackedTree {
     /// The directory, or the one that holds the archive.
@@ -53,6 +62,9 @@ impl PackedTree {
         while let Some(directory) = waiting.pop() {
             tree.list(&directory, &mut waiting)?;
         }
+        if tree.archives.is_empty() {
+            return Err(PackedTreeError::NoArchive { path: path.to_owned() });
+        }
         tree.archives.sort();
         tree.sidecars.sort();
         Ok(tree)
@@ -64,6 +76,9 @@ impl PackedTree {
         for entry in fs::read_dir(&absolute).map_err(|source| io_at(&absolute, source))? {
             let entry = entry.map_err(|source| io_at(&absolute, source))?;
             let path = entry.path();
+            if entry.file_name().as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes()) {
+                continue;
+            }
             let relative = directory.join(entry.file_name());
             let kind = entry.file_type().map_err(|source| io_at(&path, source))?;
             if kind.is_dir() {

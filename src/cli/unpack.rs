@@ -17,6 +17,7 @@ use tempfile::NamedTempFile;
 use super::decoded::{decode_in_order, sequential_materializer};
 use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
+use super::{lies_inside, parse_threads};
 use crate::archive::{Archive, ArchiveError};
 use crate::materialize::{EngineChoice, MaterializeError};
 
@@ -30,7 +31,7 @@ pub struct UnpackArgs {
     #[arg(value_name = "OUT")]
     pub output: PathBuf,
     /// Threads that decode [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
     /// Which engine decodes
     #[arg(long, value_enum, default_value_t)]
@@ -129,7 +130,7 @@ struct Written {
 
 /// Unpacks and, with `--json`, prints what was written.
 pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
-    let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from)).max(1);
+    let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
     // Decoding one tensor spreads over this pool; an error says that another one is in place already, which decodes too.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 
@@ -163,12 +164,7 @@ pub(super) fn progress_bar(bytes: u64) -> ProgressBar {
 fn plan(source: &Path, output: &Path) -> Result<Vec<Output>, UnpackError> {
     let tree = PackedTree::read(source)?;
     let is_directory = source.is_dir();
-    // What does not exist yet cannot be resolved, but what it will lie in can.
-    let resolved = output.ancestors().find_map(|ancestor| {
-        let ancestor = if ancestor.as_os_str().is_empty() { Path::new(".") } else { ancestor };
-        fs::canonicalize(ancestor).ok()
-    });
-    if is_directory && resolved.is_some_and(|resolved| resolved.starts_with(&tree.root)) {
+    if is_directory && lies_inside(output, &tree.root) {
         return Err(UnpackError::InsideSource { path: output.to_owned() });
     }
 

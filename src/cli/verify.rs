@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use super::decoded::{decode_in_order, sequential_materializer};
 use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
+use super::parse_threads;
 use super::unpack::progress_bar;
 use crate::archive::{Archive, ArchiveError};
 use crate::format::part::Coding;
@@ -39,7 +40,7 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "E", requires = "against")]
     pub max_rel_mse: Option<f64>,
     /// Threads that decode [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
     /// Which engine decodes
     #[arg(long, value_enum, default_value_t)]
@@ -55,12 +56,6 @@ pub enum VerifyError {
     /// The packed files cannot be listed.
     #[error(transparent)]
     Packed(#[from] PackedTreeError),
-    /// There is nothing to verify.
-    #[error("{}: no .mcwc file found", path.display())]
-    NoArchive {
-        /// The directory.
-        path: PathBuf,
-    },
     /// The operating system refused.
     #[error("{}: {source}", path.display())]
     Io {
@@ -116,10 +111,7 @@ pub struct VerifiedFile {
 /// Verifies, prints the result, and returns it: what is not `sound` is for exit code 3.
 pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
     let tree = PackedTree::read(&args.packed)?;
-    if tree.archives.is_empty() {
-        return Err(VerifyError::NoArchive { path: args.packed.clone() });
-    }
-    let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from)).max(1);
+    let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
     // Decoding one tensor spreads over this pool; an error says that another one is in place already, which decodes too.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 

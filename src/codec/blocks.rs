@@ -71,7 +71,8 @@ impl Placement {
         };
         let blocks = self.blocks(symmetry);
         let filled = u128::from(self.repeat) * u128::from(blocks) * u128::from(self.unit);
-        if filled != u128::from(extent) || extent == 0 || extent > u64::from(u32::MAX) {
+        // Without elements the tensor's length bounds nothing, the map's least of all.
+        if filled != u128::from(extent) || shape.contains(&0) || extent > u64::from(u32::MAX) {
             let Self { axis, repeat, unit, .. } = *self;
             return Err(BlocksError::Extent { axis, repeat, blocks, unit, extent, shape: shape.to_vec() });
         }

@@ -1,6 +1,6 @@
 //! Bit-exact coding of elements of any type: the upper magnitude bits become a symbol, sign and the bits below stay raw.
 //!
-//! For bfloat16 with eight raw bits the symbol is the exponent; trained weights spend 2.6 bits on it (CODEC.md section 1).
+//! For bfloat16 with eight raw bits the symbol is the exponent; trained weights spend 2.6 bits on it.
 //! A wider type whose values all fit a narrower one is carried as that ([`Carrier`]).
 
 use crate::format::part::Carrier;

@@ -2,6 +2,8 @@
 
 /// Bytes of the index after inflation.
 pub const INDEX_BYTES: u64 = 1 << 28;
+/// Bytes of the index as stored: room for one that deflate could only make longer.
+pub const STORED_INDEX_BYTES: u64 = 1 << 29;
 /// Deflate cannot expand more than this; an index that claims to is a lie found before inflating.
 pub const DEFLATE_RATIO: u64 = 1032;
 /// Safetensors files in one archive.

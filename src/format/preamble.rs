@@ -76,6 +76,10 @@ impl Preamble {
         if index_offset < PREAMBLE_BYTES || index_offset > file_bytes {
             return Err(reader.invalid("index offset", 24, index_offset, format!("{PREAMBLE_BYTES} to {file_bytes}")));
         }
+        let (value, limit) = (file_bytes - index_offset, limits::STORED_INDEX_BYTES);
+        if value > limit {
+            return Err(FormatError::TooLarge { section: SECTION, field: "stored index", offset: 24, value, limit });
+        }
         let limit = limits::INDEX_BYTES.min((file_bytes - index_offset).saturating_mul(limits::DEFLATE_RATIO));
         if index_inflated_bytes > limit {
             let value = index_inflated_bytes;
@@ -132,6 +136,13 @@ mod tests {
             damaged[bit / 8] ^= 1 << (bit % 8);
             assert!(Preamble::parse(&damaged, 1000).is_err(), "bit {bit}");
         }
+    }
+
+    #[test]
+    fn a_stored_index_as_long_as_a_sparse_file_can_be_is_an_error() {
+        let bytes = Preamble { file_bytes: 1 << 60, ..PREAMBLE }.write();
+        let error = Preamble::parse(&bytes, 1 << 60).expect_err("nobody has memory for it");
+        assert!(error.to_string().contains("stored index"), "{error}");
     }
 
     #[test]

@@ -1,40 +1,34 @@
 //! The encoding of a whole checkpoint: Algorithm 1's upper half, around it rate control, and at the end a full decode that
 //! is compared with the source before anything is called done.
 
+mod compare;
+mod target;
+
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::fs::Permissions;
+use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
 
+use self::compare::Compared;
 use super::entropy_model::{ClassHistograms, TablePool};
-use super::options::{PackOptions, PredictorChoice, Target};
+use super::options::{PackOptions, PredictorChoice};
 use super::part::SelfCheckError;
 use super::quantize::{is_lossy, values_of};
-use super::rate::{StepSearch, gaussian_step};
 use super::record::{Context, Drafted, RecordEncoder, Treatment, decode_part, motion_of};
 use super::report::{PackReport, StageTotals, TensorReport};
 use super::source::{Checkpoint, SourceError};
-use crate::archive::{Archive, ArchiveError, content_id};
+use crate::archive::{Archive, ArchiveError, UNFINISHED_PREFIX, content_id};
 use crate::codec::architecture::{BlockType, CheckpointPlan, RecordPlan};
 use crate::codec::entropy::CodingTable;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
-use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
-
-/// Bytes decoded at once when the finished archive is compared with its source.
-const COMPARE_WINDOW: usize = 8 << 20;
-/// Cache of that comparison beside the tensors that predictions start from: strips at the edges of windows.
-const COMPARE_CACHE: u64 = 8 << 20;
-/// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
-const MOST_BITS: f64 = 12.0;
-/// A met target is this near, relative.
-const RATE_TOLERANCE: f64 = 0.004;
-/// Encodings of the whole checkpoint until the target must be met.
-const ENCODINGS: usize = 5;
 
 /// Why packing failed. Nothing that was on disk before has changed.
 #[derive(Debug, thiserror::Error)]
@@ -128,12 +122,29 @@ struct Written {
     predicted_records: u64,
 }
 
-/// What comparing the decoded archive with its source found.
-struct Compared {
-    decoded: Vec<[u8; 32]>,
-    sources: Vec<[u8; 32]>,
-    /// Per file, per tensor: squared error and energy.
-    errors: Vec<Vec<(f64, f64)>>,
+/// An archive that is written, compared and on the disk, under a hidden name. Dropped, it is gone.
+pub struct Finished {
+    temporary: NamedTempFile,
+    out: PathBuf,
+    report: PackReport,
+}
+
+impl Finished {
+    /// Gives the archive its name, which must not be taken unless `replace` is set.
+    ///
+    /// # Errors
+    /// See [`PackError`]; after one, nothing is there that was not there before.
+    pub fn publish(self, replace: bool) -> Result<PackReport, PackError> {
+        let Self { temporary, out, report } = self;
+        let output = |source| PackError::Output { path: out.clone(), source };
+        let renamed = if replace { temporary.persist(&out) } else { temporary.persist_noclobber(&out) };
+        renamed.map_err(|error| match error.error.kind() {
+            std::io::ErrorKind::AlreadyExists => PackError::Exists(out.clone()),
+            _ => output(error.error),
+        })?;
+        std::fs::File::open(directory_of(&out)).and_then(|directory| directory.sync_all()).map_err(output)?;
+        Ok(report)
+    }
 }
 
 impl<'a> Encoder<'a> {
@@ -284,89 +295,6 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    /// The step to start encoding with, found on estimates.
-    fn first_step(&self) -> Result<(f64, Scan), PackError> {
-        let (quantized, energy) = if self.has_quantized() { self.quantized_energy() } else { (0, 0.0) };
-        if quantized == 0 || energy == 0.0 {
-            if let Target::BitsPerParameter(wanted) = self.options.target {
-                log::warn!("--bpp {wanted}: no tensor of this checkpoint may be quantized; packing it bit-exact");
-            }
-            return Ok((1.0, self.scan(1.0)));
-        }
-        let parameters = self.checkpoint.parameters() as f64;
-        let rms = (energy / quantized as f64).sqrt();
-        match self.options.target {
-            Target::Lossless => Ok((1.0, self.scan(1.0))),
-            Target::BitsPerParameter(wanted) => {
-                if wanted > MOST_BITS {
-                    let reason = format!("more than the {MOST_BITS} that quantization offers; pack it --lossless");
-                    return Err(PackError::Rate { wanted, reason });
-                }
-                let fixed = self.fixed_bits();
-                let budget = wanted * parameters - fixed;
-                let least = 0.1 * quantized as f64;
-                if budget < least {
-                    let needed = (fixed + least) / parameters;
-                    let reason = format!(
-                        "tensors that are always bit-exact and the headers leave too little: at least {needed:.2} is needed"
-                    );
-                    return Err(PackError::Rate { wanted, reason });
-                }
-                let mut step = gaussian_step(rms, budget / quantized as f64);
-                let mut search = StepSearch::new(budget, -(quantized as f64));
-                let mut scan = self.scan(step);
-                for _ in 0..6 {
-                    let bits = self.body_bits(&scan);
-                    if (bits - budget).abs() < 0.001 * budget {
-                        break;
-                    }
-                    step = search.next(step, bits);
-                    scan = self.scan(step);
-                }
-                Ok((step, scan))
-            }
-            Target::RelativeSquaredError(wanted) => {
-                let mut step = rms * (12.0 * wanted).sqrt();
-                let mut search = StepSearch::new(wanted.log2(), 2.0);
-                let mut scan = self.scan(step);
-                for _ in 0..6 {
-                    let error = (scan.squared_error / scan.energy).max(f64::MIN_POSITIVE).log2();
-                    if (error - wanted.log2()).abs() < 0.002 {
-                        break;
-                    }
-                    step = search.next(step, error);
-                    scan = self.scan(step);
-                }
-                Ok((step, scan))
-            }
-        }
-    }
-
-    /// Estimated bits of all quantized bodies.
-    fn body_bits(&self, scan: &Scan) -> f64 {
-        let parts = self.treatments.iter().flatten().zip(scan.part_bits.iter().flatten());
-        parts.filter(|(treatment, _)| matches!(treatment, Treatment::Quantized { .. })).map(|(_, bits)| bits).sum()
-    }
-
-    /// Bits of what does not change with the step: bit-exact tensors, headers, strips' own costs.
-    fn fixed_bits(&self) -> f64 {
-        let pool = self.exact_classes.fit();
-        let mut bits = 8.0 * 4096.0;
-        for file in &self.checkpoint.files {
-            bits += 8.0 * file.header.bytes.len() as f64 / 6.0; // as deflate leaves it
-        }
-        for (record, treatments) in self.plan.records.iter().zip(&self.treatments) {
-            for (part, &treatment) in record.parts.iter().zip(treatments) {
-                let (tensor, bytes) = self.tensor(part.file, part.tensor);
-                bits += 8.0 * 40.0 + tensor.elements() as f64 / 65_536.0 * 8.0 * 140.0;
-                if !matches!(treatment, Treatment::Quantized { .. }) {
-                    bits += Drafted::new(treatment, tensor, bytes, 1.0, self.options).estimate(&pool);
-                }
-            }
-        }
-        bits
-    }
-
     /// Writes all records from the start of `out` on.
     fn write_records(&self, out: &mut (impl Write + Seek), step: f64, pool: &TablePool) -> Result<Written, WriteError> {
         self.progress.phase("encoding", self.source_bytes());
@@ -501,18 +429,24 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// See [`PackError`]; after one, nothing is at `out` that was not there before.
     pub fn pack(&self, out: &Path, replace: bool) -> Result<PackReport, PackError> {
+        self.write(out)?.publish(replace)
+    }
+
+    /// Packs into a hidden file beside `out`, to which [`Finished::publish`] gives that name.
+    ///
+    /// # Errors
+    /// See [`PackError`]; the hidden file is gone then.
+    pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
         let output = |source| PackError::Output { path: out.to_owned(), source };
-        if !replace && out.symlink_metadata().is_ok() {
-            return Err(PackError::Exists(out.to_owned()));
-        }
-        let directory = match out.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        // Before the work, in case it cannot be made. Hidden and without the archive's suffix: a run cut short leaves
+        // nothing that looks finished.
+        let mut temporary = tempfile::Builder::new()
+            .prefix(UNFINISHED_PREFIX)
+            .suffix(".partial")
+            .permissions(Permissions::from_mode(0o666)) // less the umask, as any other new file
+            .tempfile_in(directory_of(out))
+            .map_err(output)?;
         let (step, scan) = self.first_step()?;
-        // Hidden and without the archive's suffix: a run cut short leaves nothing that looks finished.
-        let mut temporary =
-            tempfile::Builder::new().prefix(".mcwc-pack-").suffix(".partial").tempfile_in(directory).map_err(output)?;
         let (written, compared, target_missed) = self.settle(temporary.as_file_mut(), step, scan, out)?;
 
         let mut index = written.index;
@@ -523,22 +457,12 @@ impl<'a> Encoder<'a> {
         index.content_id = content_id(compared.decoded.iter().copied());
         let archive_bytes = write_index(temporary.as_file_mut(), &index, written.bytes).map_err(output)?;
         temporary.as_file().sync_all().map_err(output)?;
-        set_ordinary_mode(temporary.as_file()).map_err(output)?;
         let archive = Archive::open(temporary.path())?;
-        if replace {
-            temporary.persist(out).map_err(|error| output(error.error))?;
-        } else {
-            temporary.persist_noclobber(out).map_err(|error| match error.error.kind() {
-                std::io::ErrorKind::AlreadyExists => PackError::Exists(out.to_owned()),
-                _ => output(error.error),
-            })?;
-        }
-        std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(output)?;
 
         let tensors = self.tensor_reports(&archive, &compared);
         let (squared_error, energy) = self.quantized_error(&compared);
         let parameters = self.checkpoint.parameters();
-        Ok(PackReport {
+        let report = PackReport {
             archive: out.display().to_string(),
             architecture: index.architecture,
             source_bytes: self.source_bytes(),
@@ -552,138 +476,8 @@ impl<'a> Encoder<'a> {
             predicted_records: written.predicted_records,
             stages: written.stages,
             tensors,
-        })
-    }
-
-    /// Encodes until the target is met on what was serialized.
-    fn settle(
-        &self,
-        file: &mut std::fs::File,
-        step: f64,
-        scan: Scan,
-        out: &Path,
-    ) -> Result<(Written, Compared, Option<String>), PackError> {
-        let output = |source| PackError::Output { path: out.to_owned(), source };
-        let (mut step, mut scan) = (step, scan);
-        let parameters = self.checkpoint.parameters() as f64;
-        let mut search = match self.options.target {
-            Target::BitsPerParameter(wanted) => StepSearch::new(wanted * parameters, -(scan.quantized as f64)),
-            Target::RelativeSquaredError(wanted) => StepSearch::new((wanted * 0.9985).log2(), 2.0),
-            Target::Lossless => StepSearch::new(0.0, 1.0),
         };
-        for attempt in 1.. {
-            file.set_len(0).map_err(output)?;
-            let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
-            let written = self.write_records(&mut buffered, step, &scan.pool).map_err(|error| match error {
-                WriteError::Io(source) => output(source),
-                WriteError::SelfCheck(error) => PackError::SelfCheck(error),
-            })?;
-            buffered.flush().map_err(output)?;
-            drop(buffered);
-            let bytes = write_index(file, &written.index, written.bytes).map_err(output)?;
-            let settled = scan.quantized == 0 || attempt == ENCODINGS;
-            match self.options.target {
-                Target::BitsPerParameter(wanted) if scan.quantized > 0 => {
-                    let bits = 8.0 * bytes as f64;
-                    let off = (bits / (wanted * parameters) - 1.0).abs();
-                    if off < RATE_TOLERANCE || settled {
-                        let missed = (off >= 0.01)
-                            .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
-                        return Ok((written, self.compare(file, out)?, missed));
-                    }
-                    step = search.next(step, bits);
-                }
-                Target::RelativeSquaredError(wanted) if scan.quantized > 0 => {
-                    let compared = self.compare(file, out)?;
-                    let (squared_error, energy) = self.quantized_error(&compared);
-                    let error = if energy > 0.0 { squared_error / energy } else { 0.0 };
-                    if (error <= wanted && error > wanted * (1.0 - RATE_TOLERANCE)) || settled {
-                        let missed = (error > wanted)
-                            .then(|| format!("relative squared error {error:.3e} after {attempt} encodings"));
-                        return Ok((written, compared, missed));
-                    }
-                    step = search.next(step, error.max(f64::MIN_POSITIVE).log2());
-                }
-                _ => return Ok((written, self.compare(file, out)?, None)),
-            }
-            scan = self.scan(step);
-        }
-        unreachable!("the last attempt returns")
-    }
-
-    /// Decodes the archive in `file` from first to last byte, hashes it, and compares it with the source.
-    fn compare(&self, file: &std::fs::File, out: &Path) -> Result<Compared, PackError> {
-        self.progress.phase("comparing", self.source_bytes());
-        let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
-        let archive = Arc::new(Archive::open(&path)?);
-        let materializer =
-            Materializer::new(MaterializeOptions { cache_bytes: self.compare_cache(), engine: EngineChoice::Auto });
-        let quantized = self.quantized_tensors();
-        let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
-        let mut window = Vec::new();
-        for (file, source) in self.checkpoint.files.iter().enumerate() {
-            let header_bytes = source.header.bytes.len() as u64;
-            let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
-            let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
-            let mut errors = Vec::new();
-            for (number, tensor) in source.header.tensors.iter().enumerate() {
-                let bytes = source.tensor_bytes(number);
-                let is_quantized = quantized.contains(&(file, number));
-                let (mut squared_error, mut energy) = (0.0, 0.0);
-                let mut is_equal = true;
-                for (chunk_number, chunk) in bytes.chunks(COMPARE_WINDOW).enumerate() {
-                    window.resize(chunk.len(), 0);
-                    let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
-                    read_in_parallel(&materializer, &archive, file, first, &mut window)?;
-                    decoded_hash.update(&window);
-                    source_hash.update(chunk);
-                    is_equal &= window == chunk;
-                    if is_quantized {
-                        for (decoded, value) in
-                            values_of(&tensor.dtype, &window).into_iter().zip(values_of(&tensor.dtype, chunk))
-                        {
-                            squared_error += f64::from(decoded - value).powi(2);
-                            energy += f64::from(value).powi(2);
-                        }
-                    }
-                }
-                if is_equal {
-                    // Also where a quantizer refused it: its values may be infinite, and their error is still none.
-                    (squared_error, energy) = (0.0, 0.0);
-                } else if !is_quantized || squared_error.is_nan() {
-                    return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
-                }
-                errors.push((squared_error, energy));
-                self.finish_part(file, number);
-            }
-            compared.decoded.push(decoded_hash.finalize().into());
-            compared.sources.push(source_hash.finalize().into());
-            compared.errors.push(errors);
-            log::debug!("compared: {} in {}", source.name, out.display());
-        }
-        Ok(compared)
-    }
-
-    /// Room for a tensor and its reference, where there are predictions.
-    fn compare_cache(&self) -> u64 {
-        let in_layers = self.plan.records.iter().filter(|record| self.may_be_a_reference(record));
-        let lengths = in_layers.flat_map(|record| &record.parts).map(|part| self.tensor(part.file, part.tensor).0);
-        COMPARE_CACHE + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
-    }
-
-    /// File and tensor of every part that is to be quantized.
-    fn quantized_tensors(&self) -> std::collections::BTreeSet<(usize, usize)> {
-        let parts = self.plan.records.iter().flat_map(|record| &record.parts);
-        parts
-            .zip(self.treatments.iter().flatten())
-            .filter(|(_, treatment)| matches!(treatment, Treatment::Quantized { .. }))
-            .map(|(part, _)| (part.file, part.tensor))
-            .collect()
-    }
-
-    fn quantized_error(&self, compared: &Compared) -> (f64, f64) {
-        let errors = self.quantized_tensors().into_iter().map(|(file, tensor)| compared.errors[file][tensor]);
-        errors.fold((0.0, 0.0), |sum, error| (sum.0 + error.0, sum.1 + error.1))
+        Ok(Finished { temporary, out: out.to_owned(), report })
     }
 
     fn tensor_reports(&self, archive: &Archive, compared: &Compared) -> Vec<TensorReport> {
@@ -730,33 +524,10 @@ fn write_index(file: &mut std::fs::File, index: &Index, records_end: u64) -> std
     Ok(preamble.file_bytes)
 }
 
-/// Temporary files are private; an archive is as readable as any new file.
-fn set_ordinary_mode(file: &std::fs::File) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))
-}
-
-/// Fills `out` from `offset` on, on as many threads as there are.
-///
-/// Plain threads, not rayon's: one that waits for a tensor that another decodes must not be a thread that the decoding is
-/// spread over, or it would wait for itself.
-fn read_in_parallel(
-    materializer: &Materializer,
-    archive: &Arc<Archive>,
-    file: usize,
-    offset: u64,
-    out: &mut [u8],
-) -> Result<(), MaterializeError> {
-    let piece_bytes = out.len().div_ceil(rayon::current_num_threads()).max(1 << 20);
-    std::thread::scope(|scope| {
-        let readers: Vec<_> = out
-            .chunks_mut(piece_bytes)
-            .enumerate()
-            .map(|(piece, out)| {
-                let first = offset + (piece * piece_bytes) as u64;
-                scope.spawn(move || materializer.read(archive, file, first, out).map(drop))
-            })
-            .collect();
-        readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
-    })
+/// The directory that `path` lies in.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }

@@ -22,6 +22,7 @@ use log::{error, warn};
 use super::VfsError;
 use super::checkpoint::{BoxError, Checkpoint};
 use super::source::{Source, SourceFile};
+use crate::archive::UNFINISHED_PREFIX;
 
 /// Everything found, by directory, each path from the root of the source.
 #[derive(Debug)]
@@ -127,7 +128,7 @@ impl Listing {
 
 /// Whether a file of this name is one that `mcwc-pack` is still writing, or that it left behind when it was killed.
 fn is_unfinished_name(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(b".mcwc-pack-")
+    name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes())
 }
 
 /// Whether a file of this name is an archive.

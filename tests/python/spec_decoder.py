@@ -116,7 +116,7 @@ class Part:
         blocks = permutation.members() if per_member else permutation.outer
         require(self.axis < len(self.tensor.shape), f"placement axis: {self.axis} of {self.tensor.shape}")
         extent = self.tensor.shape[self.axis]
-        require(0 < extent == repeat * len(blocks) * unit < 2**32, f"placement: does not fill {extent}")
+        require(0 not in self.tensor.shape and extent == repeat * len(blocks) * unit < 2**32, f"placement: does not fill {extent}")
         self.motion = [
             (repetition * len(blocks) + block) * unit + element
             for repetition in range(repeat)

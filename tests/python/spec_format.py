@@ -239,6 +239,7 @@ class Archive:
         require(64 <= index_offset <= length, "index offset")
         stored = data[index_offset:]
         require(index_length <= min(2**28, 1032 * len(stored)), "index length")
+        require(len(stored) <= 2**29, "stored index")
         require(crc32c(stored) == index_checksum, "index checksum")
         inflater = zlib.decompressobj(wbits=-15)
         index = inflater.decompress(stored, index_length + 1)

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use log::warn;
 
 use super::{Sidecar, SourceError};
+use crate::archive::UNFINISHED_PREFIX;
 
 /// Directories that belong to tools and not to the checkpoint.
 const TOOL_DIRECTORIES: [&str; 2] = [".git", ".cache"];
@@ -72,6 +73,9 @@ fn visit(root: &Path, below: &Path, ancestors: &mut Vec<PathBuf>, listing: &mut 
 impl Listing {
     fn add(&mut self, path: PathBuf, name: PathBuf) {
         let file_name = name.file_name().unwrap_or_default().to_string_lossy();
+        if file_name.starts_with(UNFINISHED_PREFIX) {
+            return;
+        }
         let in_root = name.components().count() == 1;
         if in_root && file_name.ends_with(".safetensors") {
             self.tensor_files.push(path);

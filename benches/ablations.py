@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""What each stage of mcwcfs is worth: bits per matrix weight at equal error with the stage switched off alone.
+
+    cargo build --release
+    python3 benches/ablations.py [--eval DIR] [--models NAME ...] [--rates BITS ...]
+
+Needs numpy (benches/setup's environment has it) and an evaluation folder with models/. Each row packs a model with one
+stage off, to the error that all stages reach at the rate of the column, and says what that costs: positive where the
+stage helps. Small differences of the error reached are made up for at the slope of the curve, half a bit per factor of
+two.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+from measure import checkpoint, theory
+from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
+from measure.store import Store
+
+RATES = (2.0, 3.0, 4.0, 5.0)
+STAGES = {
+    "trellis-coded quantization (plain scalar)": ("--quantization", "scalar"),
+    "an entropy table for each quantizer of the trellis": ("--quantization", "trellis-shared"),
+    "rate-aware rounding": ("--no-rate-aware-rounding",),
+    "one step per tensor (a step per row)": ("--steps", "per-run"),
+    "alignment": ("--alignment", "none"),
+    "alignment (at random instead)": ("--alignment", "random"),
+    "prediction, and with it alignment": ("--predictor", "none"),
+}
+"""What a row switches off, and how."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--eval", metavar="DIR", help="evaluation folder; MCWCFS_EVAL without it")
+    parser.add_argument("--models", nargs="+", default=[checkpoint.MINILM], metavar="NAME", help="these models")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per matrix weight")
+    parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
+    parser.add_argument(
+        "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
+    )
+    arguments = parser.parse_args()
+    folder = checkpoint.evaluation_folder(arguments.eval)
+    if folder is None:
+        return
+    mcwcfs, store = Mcwcfs(arguments.binary), Store(arguments.keep)
+    for model in checkpoint.open_models(folder, arguments.models):
+        files = model.files()
+        weights = checkpoint.matrices(files)
+        columns = []
+        for rate in arguments.rates:
+            # As in rate_distortion.py, so that its measurements serve here.
+            target = (
+                "--max-rel-mse",
+                f"{theory.gaussian_bound(weights, rate - 0.1):.6g}",
+                "--embedding-refinement",
+                "1",
+            )
+            columns.append((target, mcwcfs.kept_point(store, weights, files, *target)))
+        print(f"### {model.name}: bits per matrix weight at equal error\n")
+        print("| off | " + " | ".join(f"at {whole.bits:.2f} bits" for _, whole in columns) + " |")
+        print("|---|" + "---|" * len(columns))
+        for stage, options in STAGES.items():
+            cells = []
+            for target, whole in columns:
+                point = mcwcfs.kept_point(store, weights, files, *target, *options)
+                cost = point.bits - whole.bits + math.log2(point.error / whole.error) / 2
+                cells.append(f"{cost:+.3f}")
+            print(f"| {stage} | {' | '.join(cells)} |", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+//! The end of packing: the finished archive is decoded from first to last byte and compared with its source.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::super::quantize::values_of;
+use super::super::record::Treatment;
+use super::{Encoder, PackError};
+use crate::archive::Archive;
+use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+
+/// Bytes decoded at once when the finished archive is compared with its source.
+const COMPARE_WINDOW: usize = 8 << 20;
+/// Cache of that comparison beside the tensors that predictions start from: strips at the edges of windows.
+const COMPARE_CACHE: u64 = 8 << 20;
+/// What comparing the decoded archive with its source found.
+pub(super) struct Compared {
+    pub(super) decoded: Vec<[u8; 32]>,
+    pub(super) sources: Vec<[u8; 32]>,
+    /// Per file, per tensor: squared error and energy.
+    pub(super) errors: Vec<Vec<(f64, f64)>>,
+}
+
+impl Encoder<'_> {
+    /// Decodes the archive in `file` from first to last byte, hashes it, and compares it with the source.
+    pub(super) fn compare(&self, file: &std::fs::File, out: &Path) -> Result<Compared, PackError> {
+        self.progress.phase("comparing", self.source_bytes());
+        let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
+        let archive = Arc::new(Archive::open(&path)?);
+        let materializer =
+            Materializer::new(MaterializeOptions { cache_bytes: self.compare_cache(), engine: EngineChoice::Auto });
+        let quantized = self.quantized_tensors();
+        let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
+        let mut window = Vec::new();
+        for (file, source) in self.checkpoint.files.iter().enumerate() {
+            let header_bytes = source.header.bytes.len() as u64;
+            let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
+            let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
+            let mut errors = Vec::new();
+            for (number, tensor) in source.header.tensors.iter().enumerate() {
+                let bytes = source.tensor_bytes(number);
+                let is_quantized = quantized.contains(&(file, number));
+                let (mut squared_error, mut energy) = (0.0, 0.0);
+                let mut is_equal = true;
+                for (chunk_number, chunk) in bytes.chunks(COMPARE_WINDOW).enumerate() {
+                    window.resize(chunk.len(), 0);
+                    let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
+                    read_in_parallel(&materializer, &archive, file, first, &mut window)?;
+                    decoded_hash.update(&window);
+                    source_hash.update(chunk);
+                    is_equal &= window == chunk;
+                    if is_quantized {
+                        for (decoded, value) in
+                            values_of(&tensor.dtype, &window).into_iter().zip(values_of(&tensor.dtype, chunk))
+                        {
+                            squared_error += f64::from(decoded - value).powi(2);
+                            energy += f64::from(value).powi(2);
+                        }
+                    }
+                }
+                if is_equal {
+                    // Also where a quantizer refused it: its values may be infinite, and their error is still none.
+                    (squared_error, energy) = (0.0, 0.0);
+                } else if !is_quantized || squared_error.is_nan() {
+                    return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
+                }
+                errors.push((squared_error, energy));
+                self.finish_part(file, number);
+            }
+            compared.decoded.push(decoded_hash.finalize().into());
+            compared.sources.push(source_hash.finalize().into());
+            compared.errors.push(errors);
+            log::debug!("compared: {} in {}", source.name, out.display());
+        }
+        Ok(compared)
+    }
+
+    /// Room for a tensor and its reference, where there are predictions.
+    fn compare_cache(&self) -> u64 {
+        let in_layers = self.plan.records.iter().filter(|record| self.may_be_a_reference(record));
+        let lengths = in_layers.flat_map(|record| &record.parts).map(|part| self.tensor(part.file, part.tensor).0);
+        COMPARE_CACHE + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
+    }
+
+    /// File and tensor of every part that is to be quantized.
+    fn quantized_tensors(&self) -> std::collections::BTreeSet<(usize, usize)> {
+        let parts = self.plan.records.iter().flat_map(|record| &record.parts);
+        parts
+            .zip(self.treatments.iter().flatten())
+            .filter(|(_, treatment)| matches!(treatment, Treatment::Quantized { .. }))
+            .map(|(part, _)| (part.file, part.tensor))
+            .collect()
+    }
+
+    pub(super) fn quantized_error(&self, compared: &Compared) -> (f64, f64) {
+        let errors = self.quantized_tensors().into_iter().map(|(file, tensor)| compared.errors[file][tensor]);
+        errors.fold((0.0, 0.0), |sum, error| (sum.0 + error.0, sum.1 + error.1))
+    }
+}
+
+/// Fills `out` from `offset` on, on as many threads as there are.
+///
+/// Plain threads, not rayon's: one that waits for a tensor that another decodes must not be a thread that the decoding is
+/// spread over, or it would wait for itself.
+fn read_in_parallel(
+    materializer: &Materializer,
+    archive: &Arc<Archive>,
+    file: usize,
+    offset: u64,
+    out: &mut [u8],
+) -> Result<(), MaterializeError> {
+    let piece_bytes = out.len().div_ceil(rayon::current_num_threads()).max(1 << 20);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = out
+            .chunks_mut(piece_bytes)
+            .enumerate()
+            .map(|(piece, out)| {
+                let first = offset + (piece * piece_bytes) as u64;
+                scope.spawn(move || materializer.read(archive, file, first, out).map(drop))
+            })
+            .collect();
+        readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
+    })
+}
