@@ -103,11 +103,6 @@ impl Materializer {
         }
     }
 
-    /// Name of the engine that decodes.
-    pub fn engine_name(&self) -> &'static str {
-        self.engine.name()
-    }
-
     /// What the cache holds and has done.
     pub fn cache_stats(&self) -> CacheStats {
         self.cache.stats()
