@@ -1,7 +1,7 @@
 //! The fast CPU engine: entropy decoding, dequantization, prediction and rounding, run by run, without a pass over memory
 //! in between.
 //!
-//! Kernels are what differs between instruction sets ([`kernels`]); everything else is written once ([`strips`]). Which
+//! Kernels are what differs between instruction sets (`kernels`); everything else is written once (`strips`). Which
 //! kernels a process uses is chosen in [`super::select`]. Whatever they are, the bytes are the reference decoder's.
 
 mod finish;

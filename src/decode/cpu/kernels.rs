@@ -180,9 +180,9 @@ pub struct Kernels {
     pub name: &'static str,
     /// Strips that decode together best.
     pub strips_at_once: usize,
-    /// Symbols to 16 bits, by [`TableUse`].
+    /// Symbols to 16 bits, by `TableUse`.
     pub narrow: [RunKernel<[u8; 2]>; 3],
-    /// Symbols to 32 bits, by [`TableUse`].
+    /// Symbols to 32 bits, by `TableUse`.
     pub wide: [RunKernel<[u8; 4]>; 3],
     /// What is done with values after entropy decoding.
     pub finish: finish::Kernels,
