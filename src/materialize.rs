@@ -110,6 +110,9 @@ impl Materializer {
 
     /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
     /// less than `out.len()` only where the file ends. Blocks while decoding.
+    ///
+    /// Not to be called on rayon's threads: a whole tensor is decoded by all of them, and one that waits here for that
+    /// tensor could be the one that it waits for.
     pub fn read(
         &self,
         archive: &Arc<Archive>,
