@@ -137,8 +137,9 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce() -> io::Result<()>) -> 
     // Before there is a mount that a signal could leave behind.
     forward_signals(events.clone()).map_err(|source| DaemonError::System { what: "catching signals", source })?;
     let materializer = Arc::new(Materializer::new(options.materialize));
-    let vfs = Vfs::open(&options.source, |path| {
-        Ok(DecodedArchive::new(Arc::new(Archive::open(path)?), Arc::clone(&materializer)))
+    let decoder = Arc::clone(&materializer);
+    let vfs = Vfs::open(&options.source, move |path| {
+        Ok(DecodedArchive::new(Arc::new(Archive::open(path)?), Arc::clone(&decoder)))
     })?;
     let mounted = fuse::mount(vfs, &options.mountpoint, &options.mount)?;
     let mountpoint = mounted.mountpoint().to_owned();

@@ -168,7 +168,7 @@ impl Filesystem for Adapter {
         if flags.acc_mode() != OpenAccMode::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
-        match self.vfs.check_file(Inode(inode.0)).and_then(|()| self.vfs.path(Inode(inode.0))) {
+        match self.vfs.open_file(Inode(inode.0)) {
             Ok(path) => {
                 debug!("open: {}", path.display());
                 // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
@@ -191,7 +191,7 @@ impl Filesystem for Adapter {
     ) {
         let inode = Inode(inode.0);
         if let Some(bytes) = self.vfs.resident(inode, offset, size.into()) {
-            return reply.data(bytes);
+            return reply.data(&bytes);
         }
         let vfs = Arc::clone(&self.vfs);
         self.workers.submit(move |buffer| {

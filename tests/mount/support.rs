@@ -148,7 +148,7 @@ impl TestMount {
         let root = source.canonicalize().unwrap();
         let archives: BTreeMap<PathBuf, Arc<InMemory>> =
             archives.into_iter().map(|(name, checkpoint)| (root.join(name), Arc::new(checkpoint))).collect();
-        let vfs = Vfs::open(&source, |path| {
+        let vfs = Vfs::open(&source, move |path| {
             archives.get(path).cloned().map(Shared).ok_or_else(|| "preamble: magic: expected MCWC".into())
         });
         let mounted = fuse::mount(vfs.unwrap(), &path, options).unwrap();
