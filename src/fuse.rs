@@ -21,11 +21,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use log::{debug, info, warn};
+use log::{debug, warn};
 
 use crate::vfs::{Changes, Inode, Vfs};
 use adapter::Adapter;
@@ -132,7 +132,7 @@ pub type RootAttributes = dyn Fn(&OsStr) -> Option<String> + Send + Sync;
 #[derive(Debug)]
 pub struct Mounted {
     mountpoint: PathBuf,
-    session: JoinHandle<io::Result<()>>,
+    session: Mutex<Option<JoinHandle<io::Result<()>>>>,
     kernel: Kernel,
     workers: Arc<Workers>,
 }
@@ -204,18 +204,18 @@ impl Mounted {
         self.workers.drain(limit)
     }
 
-    /// Whether the mount is gone, and [`Self::join`] does not wait.
-    pub fn has_ended(&self) -> bool {
-        self.session.is_finished()
-    }
-
     /// Waits until the tree is unmounted and nobody has anything of it open.
     ///
     /// # Errors
     /// When the conversation with the kernel broke. Where the kernel ended it, what is left of the mount has been cleared;
     /// otherwise the mount is still there, and waits for somebody to serve it or to take it down.
-    pub fn join(self) -> io::Result<()> {
-        let result = self.session.join().unwrap_or_else(|_| Err(io::Error::other("the session panicked")));
+    ///
+    /// # Panics
+    /// Where it has been waited for before.
+    pub fn wait(&self) -> io::Result<()> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let session = session.expect("one end is waited for once");
+        let result = session.join().unwrap_or_else(|_| Err(io::Error::other("the session panicked")));
         if device::is_connected(&self.kernel.device) {
             return Err(result.err().unwrap_or_else(|| io::Error::other("the session ended before the mount did")));
         }
@@ -268,6 +268,5 @@ pub fn serve(
         Ok((workers, session))
     };
     let (workers, session) = start().map_err(|source| FuseError::Session { path: mountpoint.clone(), source })?;
-    info!("mounted: {}", mountpoint.display());
-    Ok(Mounted { mountpoint, session, kernel: Kernel { device: Arc::new(device) }, workers })
+    Ok(Mounted { mountpoint, session: Mutex::new(Some(session)), kernel: Kernel { device: Arc::new(device) }, workers })
 }

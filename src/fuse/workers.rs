@@ -229,7 +229,9 @@ mod tests {
         let workers = Workers::new().unwrap();
         workers.hold_while_draining();
         let (release, released) = mpsc::channel::<()>();
-        workers.submit(move |_| drop(released.recv()));
+        workers.submit(move |_| {
+            let _ = released.recv();
+        });
         assert!(!workers.drain(Duration::from_millis(10)));
         drop(release);
         assert!(workers.drain(Duration::from_secs(60)));

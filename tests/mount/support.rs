@@ -172,7 +172,7 @@ impl Drop for TestMount {
     fn drop(&mut self) {
         // Lazily: a failing test may still have files open.
         let unmounted = fuse::unmount(&self.path, true);
-        let ended = self.mounted.take().expect("taken here only").join();
+        let ended = self.mounted.take().expect("taken here only").wait();
         if !std::thread::panicking() {
             unmounted.unwrap();
             ended.unwrap();

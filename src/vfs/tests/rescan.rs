@@ -140,7 +140,7 @@ fn a_source_or_directory_that_cannot_be_listed_stays_as_it_was() {
     let (source, vfs) = tree(&[("a/m.mcwc", "model=1"), ("b/config.json", "{}")]);
     // SAFETY: the call has no preconditions and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
-        fs::set_permissions(source.path().join("a"), Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(source.path().join("a"), Permissions::from_mode(0o000)).unwrap();
         assert!(vfs.rescan().unwrap().is_empty());
         fs::set_permissions(source.path().join("a"), Permissions::from_mode(0o755)).unwrap();
     }
