@@ -10,9 +10,10 @@ use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
+use crate::codec::trellis::Trellis;
 use crate::format::limits;
 use crate::format::part::{
-    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, StoredTrellis, SymbolStreams,
+    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams, TrellisTables,
 };
 use crate::format::strip::StripLayout;
 use crate::tensor::{Dtype, TensorInfo};
@@ -104,7 +105,7 @@ impl Symbols {
 #[derive(Debug)]
 pub struct Quantizer {
     /// Present where codes are trellis-coded.
-    pub trellis: Option<StoredTrellis>,
+    pub trellis: Option<(TrellisTables, Trellis)>,
     step: f32,
     scales: Option<Integers>,
     means: Option<(f32, Integers)>,
@@ -211,7 +212,8 @@ impl PreparedPart {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
-                let per_number = if info.trellis == Some(StoredTrellis::TablePairs) { 2 } else { 1 };
+                let pairs = info.trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
+                let per_number = if pairs { 2 } else { 1 };
                 let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
                 part.kind = prepare_quantized(info, symbols, motion, runs)?;
                 (usize::from(info.raw_bits), 2)
@@ -461,11 +463,14 @@ fn prepare_quantized(
             Some(Prediction { reference_part: stored.reference_part, motion, coefficients })
         }
     };
-    Ok(PartKind::Quantized {
-        symbols,
-        quantizer: Quantizer { trellis: info.trellis, step: info.step, scales, means },
-        prediction,
-    })
+    let trellis = match &info.trellis {
+        Some(stored) => match Trellis::new(stored.state_bits) {
+            Some(trellis) => Some((stored.tables, trellis)),
+            None => return Err(inconsistent("trellis state bits", stored.state_bits, "3 to 8")),
+        },
+        None => None,
+    };
+    Ok(PartKind::Quantized { symbols, quantizer: Quantizer { trellis, step: info.step, scales, means }, prediction })
 }
 
 #[cfg(test)]

@@ -61,11 +61,20 @@ pub struct StoredPrediction {
 
 /// Trellis-coded quantization: which of two interleaved quantizers a symbol belongs to depends on the symbols before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StoredTrellis {
-    /// Both quantizers share each run's entropy table.
-    SharedTables,
+pub struct StoredTrellis {
+    /// How the quantizers use entropy tables.
+    pub tables: TrellisTables,
+    /// Base-2 logarithm of the number of states, 3 to 8.
+    pub state_bits: u8,
+}
+
+/// How the two quantizers of a trellis use entropy tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrellisTables {
+    /// Both share each run's table.
+    Shared,
     /// A run's table number stands for a pair: the first quantizer's table and the second's.
-    TablePairs,
+    Pairs,
 }
 
 /// Quantizer side information (Eq. 61).
@@ -255,11 +264,7 @@ impl QuantizerInfo {
         }
         let trellis = match flags & HAS_TRELLIS {
             0 => None,
-            _ => match reader.u8("trellis")? {
-                0 => Some(StoredTrellis::SharedTables),
-                1 => Some(StoredTrellis::TablePairs),
-                other => return Err(FormatError::UnknownFeature { feature: format!("trellis {other}") }),
-            },
+            _ => Some(StoredTrellis::parse(reader)?),
         };
         let scales = if flags & HAS_SCALES != 0 { Some(StoredIntegers::parse(reader, "scales")?) } else { None };
         let means = if flags & HAS_MEANS != 0 {
@@ -280,7 +285,8 @@ impl QuantizerInfo {
             | flag(self.prediction.is_some(), HAS_PREDICTION)
             | flag(self.trellis.is_some(), HAS_TRELLIS));
         if let Some(trellis) = self.trellis {
-            writer.u8(trellis as u8);
+            writer.u8(trellis.tables as u8);
+            writer.u8(trellis.state_bits);
         }
         if let Some(scales) = &self.scales {
             writer.blob(&scales.0);
@@ -292,6 +298,21 @@ impl QuantizerInfo {
         if let Some(prediction) = &self.prediction {
             prediction.write(writer);
         }
+    }
+}
+
+impl StoredTrellis {
+    fn parse(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let tables = match reader.u8("trellis")? {
+            0 => TrellisTables::Shared,
+            1 => TrellisTables::Pairs,
+            other => return Err(FormatError::UnknownFeature { feature: format!("trellis {other}") }),
+        };
+        let state_bits = reader.u8("trellis state bits")?;
+        if !limits::TRELLIS_STATE_BITS.contains(&state_bits) {
+            return Err(FormatError::UnknownFeature { feature: format!("trellis state bits {state_bits}") });
+        }
+        Ok(Self { tables, state_bits })
     }
 }
 
@@ -427,8 +448,10 @@ mod tests {
     }
 
     fn codings() -> impl Strategy<Value = Coding> {
+        let tables = prop::sample::select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
         let trellis =
-            prop::sample::select(vec![None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+            (tables, limits::TRELLIS_STATE_BITS).prop_map(|(tables, state_bits)| StoredTrellis { tables, state_bits });
+        let trellis = prop::option::of(trellis);
         let means = prop::option::of((-1.0_f32..1.0, integers()));
         let quantizer =
             (1e-6_f32..9.0, 0..=8_u8, trellis, prop::option::of(integers()), means, prop::option::of(predictions()))

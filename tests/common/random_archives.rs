@@ -8,11 +8,11 @@ use mcwcfs::archive::{Archive, content_id};
 use mcwcfs::codec::integers;
 use mcwcfs::codec::permutation::{self, GroupedPermutation, Permutation, PermutationCoding, Symmetry};
 use mcwcfs::codec::quantizer::join_code;
-use mcwcfs::codec::trellis::{multiple, next_state, quantizer_of};
+use mcwcfs::codec::trellis::{Trellis, multiple, quantizer_of};
 use mcwcfs::format::index::{FileEntry, Index};
 use mcwcfs::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
-    StoredPredictor, StoredTrellis, SymbolStreams,
+    StoredPredictor, StoredTrellis, SymbolStreams, TrellisTables,
 };
 use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
 use mcwcfs::format::strip::{LANES, StripLayout};
@@ -157,7 +157,9 @@ impl ArchiveWriter {
     }
 
     fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
-        let trellis = *self.random.pick(&[None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+        let tables = *self.random.pick(&[None, Some(TrellisTables::Shared), Some(TrellisTables::Pairs)]);
+        let state_bits = 3 + self.random.below(6) as u8;
+        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits });
         let raw_bits = if self.random.chance() { 0 } else { self.random.below(9) as u8 };
         let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), 2, trellis);
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
@@ -193,7 +195,8 @@ impl ArchiveWriter {
         trellis: Option<StoredTrellis>,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let random = &mut self.random;
-        let pairs = trellis == Some(StoredTrellis::TablePairs);
+        let pairs = trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
+        let trellis = trellis.map(|trellis| Trellis::new(trellis.state_bits).expect("in range"));
         let numbers = (1 + random.below(3)) * if pairs { 2 } else { 1 };
         let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
         let run_elements = 1 + random.below(150);
@@ -215,9 +218,9 @@ impl ArchiveWriter {
                 let number = if pairs { tables[2 * choice + usize::from(in_use)] } else { tables[choice] };
                 let table = &self.tables[usize::from(number)];
                 let position = random.below(table.codes.len());
-                if trellis.is_some() {
+                if let Some(trellis) = trellis {
                     let code = join_code(table.codes[position], raw as u32, raw_bits as u32);
-                    states[lane] = next_state(states[lane], multiple(code, in_use));
+                    states[lane] = trellis.next_state(states[lane], multiple(code, in_use));
                 }
                 coded.push((lane, table, position));
             }

@@ -88,6 +88,8 @@ class Part:
         flags, per_run = reader.u8("quantizer flags", below=16), []
         if flags & 8:
             self.trellis = reader.u8("trellis", below=2)
+            self.state_bits = reader.u8("trellis state bits", below=9)
+            require(self.state_bits >= 3, f"trellis state bits: {self.state_bits}")
         if flags & 1:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
@@ -208,7 +210,7 @@ def raw_numbers(byte_planes, bit_planes, raw_bits, lengths):
     return raw
 
 
-NEXT_STATE = [[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]]
+TRELLIS = {3: (5, 2), 4: (9, 2), 5: (18, 4), 6: (33, 10), 7: (78, 43), 8: (166, 121)}
 
 
 def decode_symbols(part, number, take):
@@ -229,7 +231,9 @@ def decode_symbols(part, number, take):
                 x[j], used = x[j] * 65536 + words[used], used + 1
             value, second_bit = take(table, k, raw[len(values)], trellis[j])
             values.append(value)
-            trellis[j] = NEXT_STATE[trellis[j]][second_bit]
+            if part.trellis is not None:
+                a, b = TRELLIS[part.state_bits]
+                trellis[j] = trellis[j] // 2 ^ a * (trellis[j] % 2) ^ b * second_bit
     require(used == len(words) and x == [65536] * 32, f"strip {number}: the lanes do not end")
     return values, exceptions
 
@@ -342,6 +346,7 @@ def count(part):
         MET["moved"] += part.reference is not None and part.axis is not None
         MET["row affine"] += part.reference is not None and part.offsets is not None
         MET["trellis"] += part.trellis is not None
+        MET["256 states"] += part.trellis is not None and part.state_bits == 8
         MET["table pairs"] += part.trellis == 1
         MET["means"] += part.means is not None
         MET["scales"] += len(set(part.steps.tolist())) > 1

@@ -8,7 +8,8 @@
 use super::{avx2, avx512};
 use super::{finish, portable};
 use crate::codec::entropy::{CodingTable, LaneError, PADDED, STATE_LOW};
-use crate::format::part::StoredTrellis;
+use crate::codec::trellis::Trellis;
+use crate::format::part::TrellisTables;
 use crate::format::strip::{LANES, STATE_BYTES};
 
 /// Bytes that must follow the words of a strip, so that a vector of them can be loaded anywhere.
@@ -56,7 +57,7 @@ pub struct Lanes {
     pub low: [u16; LANES],
     /// Upper halves of the states.
     pub high: [u16; LANES],
-    /// Trellis states, 0 to 7.
+    /// Trellis states.
     pub trellis: [u16; LANES],
     /// Words read so far.
     pub used: usize,
@@ -141,6 +142,8 @@ pub struct RunJob<'a, O> {
     pub tables: [&'a CodingTable; 2],
     /// What positions turn into.
     pub values: &'a RunValues,
+    /// How lanes go from quantizer to quantizer, where they do.
+    pub trellis: Trellis,
     /// One per symbol; all jobs of one call have equally many.
     pub out: &'a mut [O],
 }
@@ -158,11 +161,11 @@ pub enum TableUse {
 
 impl TableUse {
     /// As a part's quantizer says.
-    pub fn of(trellis: Option<StoredTrellis>) -> Self {
+    pub fn of(trellis: Option<TrellisTables>) -> Self {
         match trellis {
             None => Self::One,
-            Some(StoredTrellis::SharedTables) => Self::TrellisValues,
-            Some(StoredTrellis::TablePairs) => Self::TrellisTables,
+            Some(TrellisTables::Shared) => Self::TrellisValues,
+            Some(TrellisTables::Pairs) => Self::TrellisTables,
         }
     }
 }

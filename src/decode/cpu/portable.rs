@@ -1,7 +1,6 @@
 //! Entropy decoding on any CPU: one lookup per symbol, no branch that depends on data.
 
 use super::kernels::{Output, RunJob};
-use crate::codec::entropy::TRANSITIONS;
 use crate::format::strip::LANES;
 
 /// The kernel of every [`TableUse`](super::kernels::TableUse), given as its number.
@@ -16,7 +15,7 @@ pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>])
 
 fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>) {
     let slots = job.tables.map(|table| &table.slots().0);
-    let transitions = job.tables.map(|table| &table.decoding().transitions);
+    let odd = job.tables.map(|table| &table.decoding().odd);
     let mut states: [u32; LANES] = std::array::from_fn(|lane| job.lanes.state(lane));
     let mut used = job.lanes.used;
     for vector in job.out.chunks_mut(LANES) {
@@ -35,8 +34,7 @@ fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>) 
             used += usize::from(refill);
             *out = O::of(job.values, quantizer, position);
             if TABLE_USE > 0 {
-                let index = *trellis | transitions[table][position % 64];
-                *trellis = TRANSITIONS.0[usize::from(index) % 32];
+                *trellis = job.trellis.next_state(*trellis, i32::from(odd[table][position % 64] & 2));
             }
         }
     }

@@ -9,13 +9,14 @@ use crate::codec::entropy::{CodingTable, STATE_LOW};
 use crate::codec::integers;
 use crate::codec::motion::Motion;
 use crate::codec::quantizer::join_code;
-use crate::codec::trellis::{multiple, next_state, quantizer_of};
+use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::select::cpu_engines;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
-    StoredTrellis, SymbolStreams,
+    StoredTrellis, SymbolStreams, TrellisTables,
 };
 use crate::format::strip::LANES;
 use crate::format::table::{Table, first_overfull_bucket};
@@ -138,7 +139,9 @@ fn recipes() -> impl Strategy<Value = Recipe> {
     let whole_bytes = Just((Dtype::BF16, Kind::Split(Carrier::Own, 8)));
     let carried = (select(vec![Carrier::Bf16, Carrier::F16]), 1_u8..=16)
         .prop_map(|(carrier, raw)| (Dtype::F32, Kind::Split(carrier, raw)));
-    let trellis = select(vec![None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+    let tables = select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
+    let trellis = (tables, TRELLIS_STATE_BITS).prop_map(|(tables, state_bits)| StoredTrellis { tables, state_bits });
+    let trellis = prop::option::of(trellis);
     let prediction = (select(vec![None, Some(false), Some(true)]), select(vec![None, Some(0_u8), Some(1)]));
     let quantized = (
         select(vec![Dtype::BF16, Dtype::F16, Dtype::F32]),
@@ -172,7 +175,7 @@ impl Recipe {
             Kind::Split(carrier, raw_bits) => (raw_bits, if carrier == Carrier::Own { element_bytes } else { 2 }, None),
             Kind::Quantized { raw_bits, trellis, .. } => (raw_bits, 2, trellis),
         };
-        let per_number = if trellis == Some(StoredTrellis::TablePairs) { 2 } else { 1 };
+        let per_number = if trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs) { 2 } else { 1 };
         let numbers = random.usize(1..4);
         let codes_from = if matches!(self.coding, Kind::Split(..)) { 0 } else { -30 };
         let tables: Vec<_> = (0..numbers * per_number).map(|_| Arc::new(table(random, codes_from))).collect();
@@ -189,9 +192,10 @@ impl Recipe {
                     let state = &mut states[index % run_elements % LANES];
                     let table = &tables[number + usize::from(quantizer_of(*state)) % per_number];
                     let position = table.position_of_slot(random.u32(..4096));
-                    if trellis.is_some() {
+                    if let Some(stored) = trellis {
+                        let trellis = Trellis::new(stored.state_bits).expect("in range");
                         let code = join_code(table.code(position), raw[index] as u32, raw_bits.into());
-                        *state = next_state(*state, multiple(code, quantizer_of(*state)));
+                        *state = trellis.next_state(*state, multiple(code, quantizer_of(*state)));
                     }
                     (position, &**table)
                 })
