@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::finish::{RunPrediction, join_any};
 use super::kernels::{Kernels, Lanes, Output, PORTABLE, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
-use super::raw_bits::{ByTable, RawBits};
+use super::raw_bits::RawBits;
 use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
@@ -74,6 +74,8 @@ struct Strip<'a> {
     scratch: Vec<u8>,
     /// Dequantized values of the run, where raw bits are below their codes.
     residuals: Vec<[u8; 4]>,
+    /// Raw bits of the run, gathered from bit planes.
+    bit_planes: Vec<[u8; LANES]>,
     /// Reference elements of the run, where they lie scattered.
     gathered: Vec<u8>,
 }
@@ -199,7 +201,6 @@ impl<'a> PartDecoder<'a> {
                 Path::Split16 { carrier: Carrier::Own } => {
                     self.run_into_output::<N, [u8; 2]>(&mut strips, run, elements.clone());
                 }
-                Path::Split32 => self.run_into_output::<N, [u8; 4]>(&mut strips, run, elements.clone()),
                 Path::Final if self.element_bytes == 2 => {
                     self.run_into_output::<N, [u8; 2]>(&mut strips, run, elements.clone());
                 }
@@ -207,7 +208,7 @@ impl<'a> PartDecoder<'a> {
                 Path::Residual { .. } => self.run_into_scratch::<N, [u8; 4]>(&mut strips, run, elements.clone()),
                 // The trellis and its two tables go hand in hand.
                 Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
-                Path::Split16 { .. } | Path::SplitAny { .. } | Path::Raw { .. } => {
+                Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
                     self.run_into_scratch::<N, [u8; 2]>(&mut strips, run, elements.clone());
                 }
             }
@@ -247,6 +248,7 @@ impl<'a> PartDecoder<'a> {
             out: job.out,
             scratch: Vec::new(),
             residuals: Vec::new(),
+            bit_planes: Vec::new(),
             gathered: Vec::new(),
         }
     }
@@ -317,7 +319,8 @@ impl<'a> PartDecoder<'a> {
         let finish = &self.kernels.finish;
         let run_of_part = self.run_of_part(strip, run);
         let bytes = elements.start * self.element_bytes..elements.end * self.element_bytes;
-        let raw = RawBits::of_run(strip.stored, strip.layout, run, elements.clone());
+        let mut bit_planes = std::mem::take(&mut strip.bit_planes);
+        let raw = RawBits::of_run(strip.stored, &strip.layout, run, elements.clone(), finish.spread, &mut bit_planes);
         // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
         match self.path {
             Path::Final => {}
@@ -335,7 +338,9 @@ impl<'a> PartDecoder<'a> {
                 }
             }
             // SAFETY: see above.
-            Path::Split32 => unsafe { (finish.join_32)(&raw, strip.out[bytes].as_chunks_mut().0) },
+            Path::Split32 => unsafe {
+                (finish.join_32)(strip.scratch.as_chunks().0, &raw, strip.out[bytes].as_chunks_mut().0);
+            },
             Path::SplitAny { width } => {
                 join_any(strip.scratch.as_chunks().0, &raw, width, &mut strip.out[bytes]);
             }
@@ -376,6 +381,7 @@ impl<'a> PartDecoder<'a> {
                 strip.residuals = residuals;
             }
         }
+        strip.bit_planes = bit_planes;
         self.ended(Stage::RawBits);
     }
 
@@ -443,22 +449,21 @@ impl<'a> PartDecoder<'a> {
             TrellisTables::Shared => [&tables[number]; 2],
             TrellisTables::Pairs => [&tables[2 * number], &tables[2 * number + 1]],
         };
-        let mut points = Vec::with_capacity(strip.scratch.len() / 2);
-        raw.for_each_vector::<ByTable, u16>(|start, raw| {
-            for (index, &raw) in (start..).zip(raw) {
-                let lane = index % strip.lanes.count;
-                let state = strip.lanes.trellis[lane];
-                let in_use = quantizer_of(state);
-                let table = pair[usize::from(in_use)];
-                let position = match tables_in_use {
-                    TrellisTables::Shared => strip.scratch[2 * index],
-                    TrellisTables::Pairs => strip.lanes.decode_symbol(lane, strip.words, table),
-                };
-                let multiple = multiple(join_code(table.code(position), raw.into(), self.symbols.raw_bits), in_use);
-                strip.lanes.trellis[lane] = trellis.next_state(state, multiple);
-                points.push(multiple as f32 + table.point_offset(position));
-            }
-        });
+        let [raw_bits] = *raw.planes() else { unreachable!("8 raw bits at most below codes") };
+        let mut points = Vec::with_capacity(raw_bits.len());
+        for (index, &raw_bits) in raw_bits.iter().enumerate() {
+            let lane = index % strip.lanes.count;
+            let state = strip.lanes.trellis[lane];
+            let in_use = quantizer_of(state);
+            let table = pair[usize::from(in_use)];
+            let position = match tables_in_use {
+                TrellisTables::Shared => strip.scratch[2 * index],
+                TrellisTables::Pairs => strip.lanes.decode_symbol(lane, strip.words, table),
+            };
+            let multiple = multiple(join_code(table.code(position), raw_bits.into(), self.symbols.raw_bits), in_use);
+            strip.lanes.trellis[lane] = trellis.next_state(state, multiple);
+            points.push(multiple as f32 + table.point_offset(position));
+        }
         points
     }
 
@@ -521,10 +526,9 @@ fn gather<const BYTES: usize>(reference: &[u8], spans: impl Iterator<Item = Rang
 
 /// How split elements of a width are decoded.
 fn split_path<'a>(carrier: Carrier, width: u32, raw_bits: u32) -> (Path<'a>, Meaning) {
-    let magnitude = Meaning::Magnitude { width, low_bits: raw_bits - 1 };
     match width {
-        16 => (Path::Split16 { carrier }, magnitude),
-        32 => (Path::Split32, magnitude),
+        16 => (Path::Split16 { carrier }, Meaning::Magnitude { low_bits: raw_bits - 1 }),
+        32 => (Path::Split32, Meaning::Code),
         _ => (Path::SplitAny { width }, Meaning::Code),
     }
 }
