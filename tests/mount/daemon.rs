@@ -32,6 +32,24 @@ fn mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone() {
 }
 
 #[test]
+fn a_daemon_keeps_no_file_of_its_caller_open() {
+    require_fuse!();
+    let place = Place::new();
+    // The shell opens a pipe on descriptor 9, and `cat` ends when nobody has its other end open.
+    let script = "{ \"$@\" 9>&1 >/dev/null; } | cat";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh"]).arg(env!("CARGO_BIN_EXE_mcwcfs")).arg("mount");
+    command.args([place.source(), place.mountpoint()]).arg("--log-file").arg(place.log());
+    assert!(command.output().unwrap().status.success());
+    assert!(place.is_mounted());
+    for pid in [place.daemon(), place.status().worker_pid as i32] {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let targets: Vec<_> = descriptors.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok()).collect();
+        assert!(!targets.iter().any(|target| target.to_string_lossy().starts_with("pipe:")), "{targets:?}");
+    }
+}
+
+#[test]
 fn options_reach_the_mount_by_flag_and_by_o() {
     require_fuse!();
     let place = Place::new();
