@@ -16,7 +16,7 @@ use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
 use crate::format::part::{Carrier, TrellisTables};
-use crate::format::strip::{LANES, StripLayout};
+use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
 use crate::tensor::Dtype;
 
 /// Tables whose values are kept for a whole call; a part that lists more has them made run by run.
@@ -66,6 +66,8 @@ struct Strip<'a> {
     number: usize,
     layout: StripLayout,
     stored: &'a [u8],
+    /// Raw bits of this run and those after it.
+    raw: &'a [u8],
     words: Words<'a>,
     lanes: Lanes,
     values: RunValues,
@@ -242,6 +244,7 @@ impl<'a> PartDecoder<'a> {
             number: job.strip,
             layout,
             stored: job.stored,
+            raw: &job.stored[layout.raw_range()],
             words: Words::new(words, layout.words).expect("padded where it was not long enough"),
             lanes: Lanes::new(states),
             values: RunValues::ZERO,
@@ -320,7 +323,10 @@ impl<'a> PartDecoder<'a> {
         let run_of_part = self.run_of_part(strip, run);
         let bytes = elements.start * self.element_bytes..elements.end * self.element_bytes;
         let mut bit_planes = std::mem::take(&mut strip.bit_planes);
-        let raw = RawBits::of_run(strip.stored, &strip.layout, run, elements.clone(), finish.spread, &mut bit_planes);
+        let stored_bits = self.symbols.stored_raw_bits(run_of_part);
+        let (raw, later) = strip.raw.split_at(raw_bytes_of_run(elements.len(), stored_bits.0 as usize));
+        strip.raw = later;
+        let raw = RawBits::of_run(raw, elements.len(), stored_bits, finish.spread, &mut bit_planes);
         // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
         match self.path {
             Path::Final => {}
