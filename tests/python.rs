@@ -58,7 +58,7 @@ fn assert_readers_agree(checkpoint: &Path, options: &[&str]) {
     };
     let mount = Mount::new(&packed, &[]);
     let said = python("readers.py", &[expected.as_os_str(), mount.path.as_os_str()]);
-    for check in ["listing", "slices", "mmap", "pread", "threads", "transformers", "digests"] {
+    for check in ["listing", "slices", "mmap", "pread", "threads", "transformers", "mlx", "gguf", "digests"] {
         assert!(said.contains(&format!("{check}: ")), "{check} did not run:\n{said}");
     }
 }
