@@ -72,6 +72,8 @@ pub struct Symbols {
     pub run_elements: usize,
     /// Runs of one strip.
     pub runs_per_strip: usize,
+    /// Lanes of a strip.
+    pub lanes: usize,
     /// Raw low bits per symbol.
     pub raw_bits: u32,
     tables: Vec<Arc<CodingTable>>,
@@ -256,6 +258,7 @@ impl PreparedPart {
             let layout = StripLayout {
                 symbols: strip_symbols.min(elements - first) as usize,
                 run_elements: streams.run_elements as usize,
+                lanes: streams.lanes.into(),
                 words: words.get(strip) as usize,
                 raw_bits,
                 exceptions: exceptions.get(strip) as usize,
@@ -344,6 +347,7 @@ impl PreparedPart {
         Some(StripLayout {
             symbols: self.strip_output_bytes(strip) / self.element_bytes,
             run_elements: symbols.run_elements,
+            lanes: symbols.lanes,
             words: self.strips[strip].words,
             raw_bits: symbols.raw_bits as usize,
             exceptions: self.strips[strip].exceptions,
@@ -403,6 +407,7 @@ fn prepare_symbols(
     Ok(Symbols {
         run_elements: streams.run_elements as usize,
         runs_per_strip: streams.runs_per_strip as usize,
+        lanes: streams.lanes.into(),
         raw_bits,
         tables,
         table_of_run,
@@ -485,6 +490,7 @@ mod tests {
         let streams = SymbolStreams {
             run_elements: 8,
             runs_per_strip: 1,
+            lanes: 1,
             tables: vec![0],
             table_of_run: StoredIntegers::default(),
             strip_words: integers::encode(&[0]),

@@ -8,7 +8,7 @@ use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::format::part::{Carrier, TrellisTables};
-use crate::format::strip::{LANES, STATE_BYTES, StripLayout};
+use crate::format::strip::{LANES, StripLayout};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 use crate::tensor::Dtype;
 
@@ -64,8 +64,7 @@ impl StripView<'_> {
     }
 
     fn lane_reader(&self) -> LaneReader<'_> {
-        let states = self.stored[..STATE_BYTES].try_into().expect("the layout starts with the states");
-        LaneReader::new(states, &self.stored[self.layout.words_range()])
+        LaneReader::new(&self.stored[self.layout.states_range()], &self.stored[self.layout.words_range()])
     }
 
     /// Entropy-decodes the table position of every symbol.
@@ -176,13 +175,14 @@ impl StripView<'_> {
         for (run, raw) in raw.chunks(self.layout.run_elements).enumerate() {
             let run = self.first_run(symbols) + run;
             for (index, &raw) in raw.iter().enumerate() {
-                let state = &mut states[index % LANES];
+                let lane = reader.lane_of(index);
+                let state = &mut states[lane];
                 let in_use = quantizer_of(*state);
                 let table = match tables {
                     TrellisTables::Shared => symbols.table_of_run(run),
                     TrellisTables::Pairs => symbols.table_pair_of_run(run)[usize::from(in_use)],
                 };
-                let position = reader.decode_symbol(index % LANES, table);
+                let position = reader.decode_symbol(lane, table);
                 let code = join_code(table.code(position), raw as u32, symbols.raw_bits);
                 let multiple = multiple(code, in_use);
                 *state = trellis.next_state(*state, multiple);

@@ -3,6 +3,7 @@
 use super::bytes::{Reader, Writer};
 use super::error::FormatError;
 use super::limits;
+use super::strip::LANES;
 
 /// An array of small integers as stored; `codec::integers` understands it, the number of items follows from the context.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,6 +129,8 @@ pub struct SymbolStreams {
     pub run_elements: u32,
     /// Runs of one strip; the last may have fewer.
     pub runs_per_strip: u32,
+    /// Lanes of a strip: a power of two, 32 at most.
+    pub lanes: u8,
     /// Numbers of the entropy tables used.
     pub tables: Vec<u16>,
     /// Which of `tables` each run uses; empty where there is one table.
@@ -395,9 +398,15 @@ impl SymbolStreams {
             let expected = format!("1 to {}", limits::STRIP_SYMBOLS);
             return Err(reader.invalid("runs per strip", offset, format!("{symbols} symbols a strip"), expected));
         }
+        let offset = reader.position();
+        let lanes = reader.u8("lanes")?;
+        if !lanes.is_power_of_two() || usize::from(lanes) > LANES {
+            return Err(reader.invalid("lanes", offset, lanes, "1, 2, 4, 8, 16 or 32"));
+        }
         let streams = Self {
             run_elements: run_elements as u32,
             runs_per_strip: runs_per_strip as u32,
+            lanes,
             tables,
             table_of_run,
             strip_words: StoredIntegers::parse(reader, "strip words")?,
@@ -416,6 +425,7 @@ impl SymbolStreams {
         }
         writer.varint(self.run_elements.into());
         writer.varint(self.runs_per_strip.into());
+        writer.u8(self.lanes);
         writer.blob(&self.strip_words.0);
         writer.blob(&self.strip_exceptions.0);
     }
@@ -470,12 +480,13 @@ mod tests {
             tables in prop::collection::vec(0..4096_u16, 0..4),
             arrays in [integers(), integers(), integers()],
             run_elements in 1..256_u32,
+            lane_bits in 0..6_u8,
             strip_crcs: Vec<u32>,
         ) {
             let [table_of_run, strip_words, strip_exceptions] = arrays;
             let table_of_run = if tables.len() > 1 { table_of_run } else { StoredIntegers::default() };
             let streams =
-                SymbolStreams { run_elements, runs_per_strip: 256, tables, table_of_run, strip_words, strip_exceptions };
+                SymbolStreams { run_elements, runs_per_strip: 256, lanes: 1_u8 << lane_bits, tables, table_of_run, strip_words, strip_exceptions };
             let streams = (coding != Coding::Raw).then_some(streams);
             let header = PartHeader { coding, streams, strip_crcs, cost: PartHeaderBytes::default() };
             let mut writer = Writer::new();

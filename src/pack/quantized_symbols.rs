@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::entropy_model::{FittedTable, Histogram, StreamKind};
 use super::part::{Placed, RunLayout, Symbols};
-use super::trellis_search::search;
+use super::trellis_search::Search;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
 use crate::codec::trellis::{Trellis, code_of, quantizer_of};
@@ -173,14 +173,22 @@ impl QuantizedSymbols<'_> {
 
     fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]], trellis: Trellis) -> Placed {
         let run_elements = self.layout.run_elements;
-        let multiples = search(targets, run_elements, tables, self.raw_bits, self.rounding.lambda, trellis);
+        let search = Search {
+            run_elements,
+            lanes: self.layout.lanes(),
+            raw_bits: self.raw_bits,
+            lambda: self.rounding.lambda,
+            trellis,
+        };
+        let multiples = search.multiples(targets, tables);
         let mut placed = Placed::default();
+        let lanes = self.layout.lanes();
         let mut states = [0; LANES];
         for ((targets, multiples), tables) in
             targets.chunks(run_elements).zip(multiples.chunks(run_elements)).zip(tables)
         {
             for (index, (&target, &multiple)) in targets.iter().zip(multiples).enumerate() {
-                let state = &mut states[index % LANES];
+                let state = &mut states[index % lanes];
                 let quantizer = quantizer_of(*state);
                 let table = tables[usize::from(quantizer)];
                 let code = code_of(multiple, quantizer);

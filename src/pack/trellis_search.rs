@@ -2,7 +2,7 @@
 //! squared error plus lambda times the bits of the actual tables.
 //!
 //! With the rate in the path metric the search includes rate-distortion-optimised rounding. Each lane of a strip has its own
-//! path, as in the decoder (`codec::trellis`), and all 32 are searched side by side.
+//! path, as in the decoder (`codec::trellis`), and all are searched side by side.
 
 mod kernels;
 
@@ -14,61 +14,86 @@ use crate::format::strip::LANES;
 /// Costs grow by about one per symbol; every so many symbols the least is taken off, so that none runs out of mantissa.
 const STEPS_BETWEEN_REBASES: usize = 64;
 
-/// Finds the multiples of the step for one strip.
-///
-/// `targets` are the values to be coded in steps, run after run of `run_elements`; `tables` has each run's table for the first
-/// quantizer and for the second. Codes stay inside the tables; a target beyond them is the caller's exception. `lambda` is in
-/// squared steps per bit.
-pub fn search(
-    targets: &[f32],
-    run_elements: usize,
-    tables: &[[&FittedTable; 2]],
-    raw_bits: u32,
-    lambda: f32,
-    trellis: Trellis,
-) -> Vec<i32> {
-    search_at(Level::of_this_cpu(), targets, run_elements, tables, raw_bits, lambda, trellis)
+/// What a search needs beside the values of a strip and their tables.
+#[derive(Clone, Copy, Debug)]
+pub struct Search {
+    /// Values of one run; the last may have fewer.
+    pub run_elements: usize,
+    /// Lanes of the strip.
+    pub lanes: usize,
+    /// Raw bits per symbol.
+    pub raw_bits: u32,
+    /// What a bit is worth, in squared steps.
+    pub lambda: f32,
+    /// Which states follow which.
+    pub trellis: Trellis,
 }
 
-fn search_at(
-    level: Level,
-    targets: &[f32],
-    run_elements: usize,
-    tables: &[[&FittedTable; 2]],
-    raw_bits: u32,
-    lambda: f32,
-    trellis: Trellis,
-) -> Vec<i32> {
-    let states = trellis.states();
-    let steps: usize = targets.chunks(run_elements).map(|run| run.len().div_ceil(LANES)).sum();
-    let mut costs = vec![Costs([f32::INFINITY; LANES]); states];
-    costs[0] = Costs([0.0; LANES]);
-    let mut next = costs.clone();
-    // Per step: of each state, the lanes that enter it by an odd code; and the four multiples to choose from.
-    let mut by_odd_code = vec![0_u32; steps * states];
-    let mut branches = vec![Branches::NONE; steps];
-
-    let mut prices = PriceList::default();
-    let mut step = 0;
-    for (run, values) in targets.chunks(run_elements).enumerate() {
-        let prices = prices.of(tables[run], raw_bits, lambda);
-        for vector in values.chunks(LANES) {
-            let mut lanes = [0.0; LANES];
-            lanes[..vector.len()].copy_from_slice(vector);
-            let found = &mut by_odd_code[step * states..(step + 1) * states];
-            level.step(trellis, &lanes, prices, &mut branches[step], &costs, &mut next, found);
-            // Lanes without a symbol stay where they are.
-            for (next, cost) in next.iter_mut().zip(&costs) {
-                next.0[vector.len()..].copy_from_slice(&cost.0[vector.len()..]);
-            }
-            std::mem::swap(&mut costs, &mut next);
-            if step % STEPS_BETWEEN_REBASES == STEPS_BETWEEN_REBASES - 1 {
-                rebase(&mut costs);
-            }
-            step += 1;
-        }
+impl Search {
+    /// Finds the multiples of the step for one strip.
+    ///
+    /// `targets` are the values to be coded in steps, run after run; `tables` has each run's table for the first quantizer and
+    /// for the second. Codes stay inside the tables; a target beyond them is the caller's exception.
+    pub fn multiples(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Vec<i32> {
+        self.multiples_at(Level::of_this_cpu(), targets, tables)
     }
-    trace(targets, run_elements, trellis, &costs, &by_odd_code, &branches)
+
+    fn multiples_at(&self, level: Level, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Vec<i32> {
+        let &Self { run_elements, lanes, raw_bits, lambda, trellis } = self;
+        let states = trellis.states();
+        let steps: usize = targets.chunks(run_elements).map(|run| run.len().div_ceil(lanes)).sum();
+        let mut costs = vec![Costs([f32::INFINITY; LANES]); states];
+        costs[0] = Costs([0.0; LANES]);
+        let mut next = costs.clone();
+        // Per step: of each state, the lanes that enter it by an odd code; and the four multiples to choose from.
+        let mut by_odd_code = vec![0_u32; steps * states];
+        let mut branches = vec![Branches::NONE; steps];
+
+        let mut prices = PriceList::default();
+        let mut step = 0;
+        for (run, values) in targets.chunks(run_elements).enumerate() {
+            let prices = prices.of(tables[run], raw_bits, lambda);
+            for vector in values.chunks(lanes) {
+                let mut targets = [0.0; LANES];
+                targets[..vector.len()].copy_from_slice(vector);
+                let found = &mut by_odd_code[step * states..(step + 1) * states];
+                level.step(trellis, &targets, prices, &mut branches[step], &costs, &mut next, found);
+                // Lanes without a symbol stay where they are.
+                for (next, cost) in next.iter_mut().zip(&costs) {
+                    next.0[vector.len()..].copy_from_slice(&cost.0[vector.len()..]);
+                }
+                std::mem::swap(&mut costs, &mut next);
+                if step % STEPS_BETWEEN_REBASES == STEPS_BETWEEN_REBASES - 1 {
+                    rebase(&mut costs);
+                }
+                step += 1;
+            }
+        }
+        self.trace(targets.len(), &costs, &by_odd_code, &branches)
+    }
+
+    /// The multiples of each lane's cheapest path, last symbol first.
+    fn trace(&self, count: usize, costs: &[Costs], by_odd_code: &[u32], branches: &[Branches]) -> Vec<i32> {
+        let &Self { run_elements, lanes, trellis, .. } = self;
+        let mut state_of: [u16; LANES] = std::array::from_fn(|lane| {
+            let least = (0..trellis.states()).min_by(|&a, &b| costs[a].0[lane].total_cmp(&costs[b].0[lane]));
+            least.unwrap_or(0) as u16
+        });
+        let mut multiples = vec![0; count];
+        let mut steps = by_odd_code.chunks(trellis.states()).zip(branches).rev();
+        for run in multiples.chunks_mut(run_elements).rev() {
+            for vector in run.chunks_mut(lanes).rev() {
+                let (by_odd_code, branches) = steps.next().expect("a step per vector");
+                for (lane, multiple) in vector.iter_mut().enumerate() {
+                    let state = &mut state_of[lane];
+                    let odd = by_odd_code[usize::from(*state)] >> lane & 1;
+                    *state = trellis.previous_state(*state, odd as u16);
+                    *multiple = branches.multiples[usize::from(2 * odd as u16 + (*state & 1))][lane];
+                }
+            }
+        }
+        multiples
+    }
 }
 
 /// Takes the least cost of each lane off all of them.
@@ -84,35 +109,6 @@ fn rebase(costs: &mut [Costs]) {
             *cost -= least;
         }
     }
-}
-
-/// The multiples of each lane's cheapest path, last symbol first.
-fn trace(
-    targets: &[f32],
-    run_elements: usize,
-    trellis: Trellis,
-    costs: &[Costs],
-    by_odd_code: &[u32],
-    branches: &[Branches],
-) -> Vec<i32> {
-    let mut state_of: [u16; LANES] = std::array::from_fn(|lane| {
-        let least = (0..trellis.states()).min_by(|&a, &b| costs[a].0[lane].total_cmp(&costs[b].0[lane]));
-        least.unwrap_or(0) as u16
-    });
-    let mut multiples = vec![0; targets.len()];
-    let mut steps = by_odd_code.chunks(trellis.states()).zip(branches).rev();
-    for run in multiples.chunks_mut(run_elements).rev() {
-        for vector in run.chunks_mut(LANES).rev() {
-            let (by_odd_code, branches) = steps.next().expect("a step per vector");
-            for (lane, multiple) in vector.iter_mut().enumerate() {
-                let state = &mut state_of[lane];
-                let odd = by_odd_code[usize::from(*state)] >> lane & 1;
-                *state = trellis.previous_state(*state, odd as u16);
-                *multiple = branches.multiples[usize::from(2 * odd as u16 + (*state & 1))][lane];
-            }
-        }
-    }
-    multiples
 }
 
 /// Codes of a table, the one below it and what is above: all indices that `Prices` has a cost for.
@@ -221,17 +217,18 @@ mod tests {
         fn the_search_finds_the_cheapest_of_all_sequences(
             targets in prop::collection::vec(-8.0_f32..8.0, 1..4),
             state_bits in TRELLIS_STATE_BITS,
-            lane in 0..LANES,
+            (lanes, lane) in prop::sample::select(vec![1, 4, LANES]).prop_flat_map(|lanes| (Just(lanes), 0..lanes)),
         ) {
             let trellis = Trellis::new(state_bits).expect("in range");
-            // One lane: every 32nd symbol.
-            let mut strip = vec![0.0; 32 * targets.len()];
-            for (slot, &target) in strip.iter_mut().skip(lane).step_by(LANES).zip(&targets) {
+            // One lane of them.
+            let mut strip = vec![0.0; lanes * targets.len()];
+            for (slot, &target) in strip.iter_mut().skip(lane).step_by(lanes).zip(&targets) {
                 *slot = target;
             }
             let table = table(20);
-            let found = search(&strip, strip.len(), &[[&table, &table]], 0, 0.1, trellis);
-            let lane: Vec<i32> = found.into_iter().skip(lane).step_by(LANES).collect();
+            let found = Search { run_elements: strip.len(), lanes, raw_bits: 0, lambda: 0.1, trellis }
+                .multiples(&strip, &[[&table, &table]]);
+            let lane: Vec<i32> = found.into_iter().skip(lane).step_by(lanes).collect();
             let found = path_cost(&targets, &lane, &table, 0.1, trellis);
             let best = exhaustive(0, &targets, &table, 0.1, trellis);
             prop_assert!((found - best).abs() < 1e-3, "{found} against {best}");
@@ -244,16 +241,17 @@ mod tests {
             run_elements in 1..200_usize,
             state_bits in TRELLIS_STATE_BITS,
             raw_bits in 0..3_u32,
+            lane_bits in 0..6,
         ) {
             let random = &mut fastrand::Rng::with_seed(seed);
             let targets: Vec<f32> = (0..elements).map(|_| (random.f32() - 0.5) * 90.0).collect();
             let fitted = [table(20), table(9)];
             let tables: Vec<_> = (0..elements.div_ceil(run_elements)).map(|run| [&fitted[run % 2]; 2]).collect();
             let trellis = Trellis::new(state_bits).expect("in range");
-            let search = |level| search_at(level, &targets, run_elements, &tables, raw_bits, 0.4, trellis);
-            let expected = search(Level::Portable);
+            let search = Search { run_elements, lanes: 1_usize << lane_bits, raw_bits, lambda: 0.4, trellis };
+            let expected = search.multiples_at(Level::Portable, &targets, &tables);
             for level in Level::all_of_this_cpu() {
-                prop_assert_eq!(&search(level), &expected, "{:?}", level);
+                prop_assert_eq!(&search.multiples_at(level, &targets, &tables), &expected, "{:?}", level);
             }
         }
     }

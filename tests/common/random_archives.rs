@@ -201,6 +201,7 @@ impl ArchiveWriter {
         let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
         let run_elements = 1 + random.below(150);
         let runs_per_strip = 1 + random.below(9);
+        let lanes = 1 << random.below(6);
         let runs = elements.div_ceil(run_elements);
         let choices = numbers / if pairs { 2 } else { 1 };
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.below(choices) as i32).collect();
@@ -213,7 +214,7 @@ impl ArchiveWriter {
             let mut states = [0; LANES];
             for (symbol, &raw) in raw.iter().enumerate() {
                 let choice = table_of_run[strip * runs_per_strip + symbol / run_elements] as usize;
-                let lane = symbol % run_elements % LANES;
+                let lane = symbol % run_elements % lanes;
                 let in_use = quantizer_of(states[lane]);
                 let number = if pairs { tables[2 * choice + usize::from(in_use)] } else { tables[choice] };
                 let table = &self.tables[usize::from(number)];
@@ -224,11 +225,12 @@ impl ArchiveWriter {
                 }
                 coded.push((lane, table, position));
             }
-            let (mut bytes, strip_words) = encode_lanes(&coded);
+            let (mut bytes, strip_words) = encode_lanes(&coded, lanes);
             let positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
             let layout = StripLayout {
                 symbols,
                 run_elements,
+                lanes,
                 words: strip_words,
                 raw_bits,
                 exceptions: positions.len(),
@@ -246,6 +248,7 @@ impl ArchiveWriter {
         let streams = SymbolStreams {
             run_elements: run_elements as u32,
             runs_per_strip: runs_per_strip as u32,
+            lanes: lanes as u8,
             table_of_run: if numbers > 1 { integers::encode(&table_of_run) } else { StoredIntegers::default() },
             tables,
             strip_words: integers::encode(&words),
@@ -353,8 +356,8 @@ impl Random {
 }
 
 /// States and words of symbols given as lane, table and position, and how many words: the coder of section 6 run backwards.
-fn encode_lanes(symbols: &[(usize, &Table, usize)]) -> (Vec<u8>, usize) {
-    let mut states = [1_u32 << 16; LANES];
+fn encode_lanes(symbols: &[(usize, &Table, usize)], lanes: usize) -> (Vec<u8>, usize) {
+    let mut states = vec![1_u32 << 16; lanes];
     let mut words: Vec<u16> = Vec::new();
     for &(lane, table, position) in symbols.iter().rev() {
         let frequency = u32::from(table.frequencies[position]);

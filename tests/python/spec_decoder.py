@@ -137,6 +137,8 @@ class Part:
         self.run_elements = reader.varint("run elements", 2**16)
         self.runs_per_strip = reader.varint("runs per strip", 2**16)
         require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        self.lanes = reader.u8("lanes")
+        require(self.lanes in (1, 2, 4, 8, 16, 32), f"lanes: {self.lanes}")
         self.runs = -(-self.tensor.elements // self.run_elements)
         self.strips = -(-self.runs // self.runs_per_strip)
         require(self.tables or not self.runs, "part tables: none")
@@ -155,7 +157,7 @@ class Part:
             words, exceptions = int(self.words[strip]), int(self.exceptions[strip])
             require(exceptions <= symbols, f"strip exceptions: {exceptions}")
             planes = symbols * (self.raw_bits // 8), 4 * (self.raw_bits % 8) * groups
-            sizes = [128, 2 * words, *planes, 2 * exceptions, self.exception_bytes * exceptions]
+            sizes = [4 * self.lanes, 2 * words, *planes, 2 * exceptions, self.exception_bytes * exceptions]
             self.layout.append((self.length, sizes, lengths))
             self.length += sum(sizes)
 
@@ -217,11 +219,11 @@ def decode_symbols(part, number, take):
     """Entropy decoding; calls `take(table, position, raw number, state of the trellis)`, which gives the symbol's value
     and, where there is a trellis, the parity of its code."""
     x, words, raw, exceptions, lengths = strip_pieces(part, number)
-    trellis, used, values = [0] * 32, 0, []
+    trellis, used, values = [0] * part.lanes, 0, []
     for run, length in enumerate(lengths):
         choice = part.tables[part.table_of_run[number * part.runs_per_strip + run]]
         for i in range(length):
-            j = i % 32
+            j = i % part.lanes
             table = choice[trellis[j] % 2] if part.trellis == 1 else choice
             q = x[j] % 4096
             k = table.owner[q]
@@ -234,7 +236,7 @@ def decode_symbols(part, number, take):
             if part.trellis is not None:
                 a, b = TRELLIS[part.state_bits]
                 trellis[j] = trellis[j] // 2 ^ a * (trellis[j] % 2) ^ b * second_bit
-    require(used == len(words) and x == [65536] * 32, f"strip {number}: the lanes do not end")
+    require(used == len(words) and x == [65536] * part.lanes, f"strip {number}: the lanes do not end")
     return values, exceptions
 
 

@@ -9,18 +9,22 @@ use crate::format::strip::LANES;
 /// None needed: it is a safe function behind the type that kernels have.
 pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
     for job in jobs {
-        run_of_one_strip::<TABLE_USE, O>(job);
+        match job.lanes.count {
+            LANES => run_of_one_strip::<TABLE_USE, O>(job, LANES), // a constant: the loop over lanes is laid out for it
+            fewer => run_of_one_strip::<TABLE_USE, O>(job, fewer),
+        }
     }
 }
 
-fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>) {
+#[inline(always)]
+fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, lanes: usize) {
     let slots = job.tables.map(|table| &table.slots().0);
     let odd = job.tables.map(|table| &table.decoding().odd);
     let mut states: [u32; LANES] = std::array::from_fn(|lane| job.lanes.state(lane));
     let mut used = job.lanes.used;
-    for vector in job.out.chunks_mut(LANES) {
-        let lanes = states.iter_mut().zip(&mut job.lanes.trellis);
-        for (out, (state, trellis)) in vector.iter_mut().zip(lanes) {
+    for vector in job.out.chunks_mut(lanes) {
+        let states = states.iter_mut().zip(&mut job.lanes.trellis);
+        for (out, (state, trellis)) in vector.iter_mut().zip(states) {
             let quantizer = if TABLE_USE == 0 { 0 } else { usize::from(*trellis % 2) };
             let table = if TABLE_USE == 2 { quantizer } else { 0 };
             let entry = slots[table][(*state % 4096) as usize];

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::finish::{RunPrediction, join_any};
-use super::kernels::{Kernels, Lanes, Output, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
+use super::kernels::{Kernels, Lanes, Output, PORTABLE, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
 use super::raw_bits::RawBits;
 use super::stages::{Stage, StageClock};
 use super::values::Meaning;
@@ -16,7 +16,7 @@ use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
 use crate::format::part::{Carrier, TrellisTables};
-use crate::format::strip::{LANES, STATE_BYTES, StripLayout};
+use crate::format::strip::{LANES, StripLayout};
 use crate::tensor::Dtype;
 
 /// Tables whose values are kept for a whole call; a part that lists more has them made run by run.
@@ -43,6 +43,8 @@ enum Path<'a> {
 #[derive(Debug)]
 pub struct PartDecoder<'a> {
     kernels: &'static Kernels,
+    /// Those for entropy decoding: strips with few lanes are small, and any will do.
+    entropy_kernels: &'static Kernels,
     part: &'a PreparedPart,
     symbols: &'a Symbols,
     /// Of quantized parts.
@@ -103,9 +105,10 @@ impl<'a> PartDecoder<'a> {
                     (0, Some(prediction)) => (Path::Residual { prediction }, table_use, Meaning::F32),
                     // Raw bits lead the trellis, so its kernels cannot follow it.
                     _ => {
-                        // Points beside their codes are found by position.
+                        // Points beside their codes are found by position; kernels step all lanes of a trellis.
                         let on_codes = |table: &Arc<CodingTable>| table.table().point_offsets.is_empty();
-                        let is_plain = trellis.is_none() || symbols.tables().iter().all(on_codes);
+                        let is_plain =
+                            trellis.is_none() || symbols.lanes == LANES && symbols.tables().iter().all(on_codes);
                         let meaning = if is_plain { Meaning::Code } else { Meaning::Position };
                         (Path::Raw { trellis, prediction }, TableUse::One, meaning)
                     }
@@ -116,6 +119,7 @@ impl<'a> PartDecoder<'a> {
         let element_bytes = dtype.bits().map_or(1, |bits| bits as usize / 8);
         let mut decoder = Self {
             kernels,
+            entropy_kernels: if symbols.lanes == LANES { kernels } else { &PORTABLE },
             part,
             symbols,
             quantizer,
@@ -232,8 +236,8 @@ impl<'a> PartDecoder<'a> {
 
     fn start<'s>(&self, job: &'s mut StripJob<'_>, padded_words: Option<&'s [u8]>) -> Strip<'s> {
         let layout = self.part.layout(job.strip).expect("the part has symbols");
-        let words = padded_words.unwrap_or(&job.stored[STATE_BYTES..]);
-        let states = job.stored.first_chunk().expect("the layout starts with the states");
+        let words = padded_words.unwrap_or(&job.stored[layout.words_range().start..]);
+        let states = &job.stored[layout.states_range()];
         Strip {
             number: job.strip,
             layout,
@@ -267,7 +271,7 @@ impl<'a> PartDecoder<'a> {
             self.job(run, lanes, *words, values, O::slice(&mut out[bytes.clone()]))
         });
         // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { O::kernel(self.kernels, self.table_use)(&mut jobs) }
+        unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
     }
 
     fn run_into_scratch<const N: usize, O: Output>(
@@ -284,7 +288,7 @@ impl<'a> PartDecoder<'a> {
             self.job(run, lanes, *words, values, O::slice(scratch))
         });
         // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { O::kernel(self.kernels, self.table_use)(&mut jobs) }
+        unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
     }
 
     fn make_values<const N: usize>(&self, strips: &mut [Strip<'_>; N], run: usize) {
@@ -448,7 +452,7 @@ impl<'a> PartDecoder<'a> {
         let [raw_bits] = *raw.planes() else { unreachable!("8 raw bits at most below codes") };
         let mut points = Vec::with_capacity(raw_bits.len());
         for (index, &raw_bits) in raw_bits.iter().enumerate() {
-            let lane = index % LANES;
+            let lane = index % strip.lanes.count;
             let state = strip.lanes.trellis[lane];
             let in_use = quantizer_of(state);
             let table = pair[usize::from(in_use)];

@@ -73,12 +73,12 @@ fn table(random: &mut fastrand::Rng, codes_from: i16) -> CodingTable {
 }
 
 /// The lanes' encoder, spelled out because trellis-coded symbols choose a table each.
-fn encode(symbols: &[(u8, &CodingTable)], run_elements: usize) -> Vec<u8> {
-    let mut states = [STATE_LOW; LANES];
+fn encode(symbols: &[(u8, &CodingTable)], run_elements: usize, lanes: usize) -> Vec<u8> {
+    let mut states = vec![STATE_LOW; lanes];
     let mut words = Vec::new();
     for run_symbols in symbols.chunks(run_elements).rev() {
         for (index, &(position, table)) in run_symbols.iter().enumerate().rev() {
-            let state = &mut states[index % LANES];
+            let state = &mut states[index % lanes];
             let (start, slots) = table.interval(position);
             if *state >= slots << 20 {
                 words.push(*state as u16);
@@ -116,6 +116,7 @@ struct Recipe {
     /// Runs of this many elements, where they are not rows.
     run_elements: Option<usize>,
     runs_per_strip: usize,
+    lanes: usize,
     exceptions: bool,
     seed: u64,
 }
@@ -156,10 +157,11 @@ fn recipes() -> impl Strategy<Value = Recipe> {
     let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized];
     let columns = prop_oneof![1_usize..300, select(vec![32_usize, 64, 256, 2000])];
     let run_elements = prop_oneof![3 => Just(None), 1 => (1_usize..700).prop_map(Some)];
-    (kinds, 1_usize..40, columns, run_elements, 1_usize..12, any::<bool>(), any::<u64>()).prop_map(
-        |((dtype, coding), rows, columns, run_elements, runs_per_strip, exceptions, seed)| {
+    (kinds, 1_usize..40, columns, run_elements, (1_usize..12, 0..12), any::<bool>(), any::<u64>()).prop_map(
+        |((dtype, coding), rows, columns, run_elements, (runs_per_strip, lane_bits), exceptions, seed)| {
+            let lanes = if lane_bits > 5 { LANES } else { 1_usize << lane_bits };
             let runs_per_strip = runs_per_strip.min(65_536 / run_elements.unwrap_or(columns));
-            Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, exceptions, seed }
+            Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, lanes, exceptions, seed }
         },
     )
 }
@@ -189,7 +191,7 @@ impl Recipe {
             let coded: Vec<(u8, &CodingTable)> = (0..symbols)
                 .map(|index| {
                     let number = table_of_run[(first + index) / run_elements] as usize * per_number;
-                    let state = &mut states[index % run_elements % LANES];
+                    let state = &mut states[index % run_elements % self.lanes];
                     let table = &tables[number + usize::from(quantizer_of(*state)) % per_number];
                     let position = table.position_of_slot(random.u32(..4096));
                     if let Some(stored) = trellis {
@@ -200,8 +202,8 @@ impl Recipe {
                     (position, &**table)
                 })
                 .collect();
-            let mut strip = encode(&coded, run_elements);
-            words.push((strip.len() - 4 * LANES) as i32 / 2);
+            let mut strip = encode(&coded, run_elements, self.lanes);
+            words.push((strip.len() - 4 * self.lanes) as i32 / 2);
             strip.extend(raw_bit_planes(&raw, run_elements, raw_bits.into()));
             let excepted: Vec<usize> = (0..symbols).filter(|_| self.exceptions && random.u8(..) < 5).collect();
             exceptions.push(excepted.len() as i32);
@@ -257,6 +259,7 @@ impl Recipe {
                 streams: Some(SymbolStreams {
                     run_elements: run_elements as u32,
                     runs_per_strip: self.runs_per_strip as u32,
+                    lanes: self.lanes as u8,
                     tables: (0..tables.len() as u16).collect(),
                     table_of_run: integers::encode(&table_of_run),
                     strip_words: integers::encode(&words),
@@ -346,6 +349,7 @@ fn a_wrong_checksum_is_an_error_of_every_engine() {
         columns: 64,
         run_elements: None,
         runs_per_strip: 4,
+        lanes: LANES,
         exceptions: false,
         seed: 1,
     };
