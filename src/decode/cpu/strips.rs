@@ -19,8 +19,7 @@ use crate::format::strip::{LANES, StripLayout};
 /// Tables whose values are kept for a whole call; a part that lists more has them made run by run.
 const KEPT_TABLES: usize = 64;
 
-/// Elements that go through all stages together, if their runs allow it: they stay in the first-level cache, and what is
-/// done once for all of them is little beside them.
+/// Elements of a piece, which goes through one stage after the other: whole runs that stay in the first-level cache.
 const PIECE_ELEMENTS: usize = 2048;
 
 /// Where decoded symbols go.
@@ -76,11 +75,13 @@ struct Strip<'a> {
     number: usize,
     layout: StripLayout,
     stored: &'a [u8],
+    /// Raw bits of this run and those after it.
+    raw: &'a [u8],
     words: Words<'a>,
     lanes: Lanes,
     values: RunValues,
     out: &'a mut [u8],
-    /// Values of the run, where they are not elements yet.
+    /// Values of the piece, where they are not elements yet.
     scratch: Vec<u8>,
     /// Dequantized values of the run, where raw bits are below their codes.
     residuals: Vec<[u8; 4]>,
@@ -206,7 +207,8 @@ impl<'a> PartDecoder<'a> {
             strip
         });
         let symbols = strips[0].layout.symbols;
-        let piece_elements = self.symbols.run_elements * self.runs_at_once();
+        let run_elements = self.symbols.run_elements;
+        let piece_elements = run_elements * (PIECE_ELEMENTS / run_elements).max(1);
         for start in (0..symbols).step_by(piece_elements) {
             let elements = start..symbols.min(start + piece_elements);
             match self.path {
@@ -254,6 +256,7 @@ impl<'a> PartDecoder<'a> {
             number: job.strip,
             layout,
             stored: job.stored,
+            raw: &job.stored[layout.raw_range()],
             words: Words::new(words, layout.words).expect("padded where it was not long enough"),
             lanes: Lanes::new(states),
             values: RunValues::ZERO,
@@ -267,24 +270,6 @@ impl<'a> PartDecoder<'a> {
 
     fn run_of_part(&self, strip: &Strip<'_>, run: usize) -> usize {
         strip.number * self.symbols.runs_per_strip + run
-    }
-
-    /// How many runs go through all stages together: short ones, where stages need not know which run they are at.
-    fn runs_at_once(&self) -> usize {
-        let is_alike = match self.path {
-            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Final => true,
-            Path::Residual { .. } => false,
-            Path::Raw { prediction, .. } => {
-                prediction.is_none()
-                    && self.meaning == Meaning::Code
-                    && self.quantizer.is_none_or(Quantizer::is_uniform)
-            }
-        };
-        // Lanes and bit planes start anew with every run.
-        match is_alike && self.symbols.run_elements.is_multiple_of(LANES) {
-            true => (PIECE_ELEMENTS / self.symbols.run_elements).max(1),
-            false => 1,
-        }
     }
 
     /// Decodes the symbols of the runs that fill `elements`, all of them into one place.

@@ -13,17 +13,35 @@ use crate::decode::cpu::stages::Stage;
 use crate::decode::cpu::values::Meaning;
 use crate::decode::prepared::{PartKind, Prediction};
 use crate::format::part::{Carrier, TrellisTables};
+use crate::format::strip::raw_bytes_of_run;
 use crate::tensor::Dtype;
 
 impl<'a> PartDecoder<'a> {
     /// What is left to do with the runs that fill `elements`, whose values are there.
     pub(super) fn finish(&self, strip: &mut Strip<'_>, elements: Range<usize>) {
+        if matches!(self.path, Path::Final) {
+            return;
+        }
+        let mut values = std::mem::take(&mut strip.scratch);
+        let value_bytes = values.len() / elements.len(); // 0 where values are not in scratch memory
+        for start in elements.clone().step_by(self.symbols.run_elements) {
+            let end = elements.end.min(start + self.symbols.run_elements);
+            let of_run = value_bytes * (start - elements.start)..value_bytes * (end - elements.start);
+            self.finish_run(strip, start..end, &mut values[of_run]);
+        }
+        strip.scratch = values;
+        self.ended(Stage::RawBits);
+    }
+
+    fn finish_run(&self, strip: &mut Strip<'_>, elements: Range<usize>, values: &mut [u8]) {
         let finish = &self.kernels.finish;
-        let run = elements.start / self.symbols.run_elements;
-        let run_of_part = self.run_of_part(strip, run);
+        let run_of_part = self.run_of_part(strip, elements.start / self.symbols.run_elements);
         let bytes = elements.start * self.element_bytes..elements.end * self.element_bytes;
         let mut bit_planes = std::mem::take(&mut strip.bit_planes);
-        let raw = RawBits::of_run(strip.stored, &strip.layout, run, elements.clone(), finish.spread, &mut bit_planes);
+        let stored_bits = self.symbols.stored_raw_bits(run_of_part);
+        let (raw, later) = strip.raw.split_at(raw_bytes_of_run(elements.len(), stored_bits.0 as usize));
+        strip.raw = later;
+        let raw = RawBits::of_run(raw, elements.len(), stored_bits, finish.spread, &mut bit_planes);
         // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
         match self.path {
             Path::Final => {}
@@ -32,7 +50,7 @@ impl<'a> PartDecoder<'a> {
                 unsafe { (finish.join_16)(&raw, strip.out[bytes].as_chunks_mut().0) }
             }
             Path::Split16 { carrier } => {
-                let elements = strip.scratch.as_chunks_mut().0;
+                let elements = values.as_chunks_mut().0;
                 let widen = if carrier == Carrier::Bf16 { finish.widen_bf16 } else { finish.widen_f16 };
                 // SAFETY: see above.
                 unsafe {
@@ -42,16 +60,16 @@ impl<'a> PartDecoder<'a> {
             }
             // SAFETY: see above.
             Path::Split32 => unsafe {
-                (finish.join_32)(strip.scratch.as_chunks().0, &raw, strip.out[bytes].as_chunks_mut().0);
+                (finish.join_32)(values.as_chunks().0, &raw, strip.out[bytes].as_chunks_mut().0);
             },
             Path::SplitAny { width } => {
-                join_any(strip.scratch.as_chunks().0, &raw, width, &mut strip.out[bytes]);
+                join_any(values.as_chunks().0, &raw, width, &mut strip.out[bytes]);
             }
             Path::Residual { prediction } => {
                 let first = self.first_element(strip) + elements.start;
                 let elements = first..first + elements.len();
                 let prediction = self.prediction_of_run(prediction, run_of_part, elements, &mut strip.gathered);
-                self.round(&strip.scratch, prediction, &mut strip.out[bytes]);
+                self.round(values, prediction, &mut strip.out[bytes]);
             }
             Path::Raw { trellis, prediction } => {
                 let (step, mean) = self.step_and_mean(run_of_part);
@@ -60,22 +78,24 @@ impl<'a> PartDecoder<'a> {
                 match trellis {
                     // SAFETY: see above.
                     None => unsafe {
-                        (finish.dequantize)(strip.scratch.as_chunks().0, &raw, step, mean, &mut residuals);
+                        (finish.dequantize)(values.as_chunks().0, &raw, step, mean, &mut residuals);
                     },
                     // SAFETY: see above.
                     Some((TrellisTables::Shared, trellis)) if self.meaning == Meaning::Code => unsafe {
-                        let codes = strip.scratch.as_chunks().0;
+                        let codes = values.as_chunks().0;
                         let states = (trellis, &mut strip.lanes.trellis);
                         (finish.dequantize_trellis)(codes, &raw, states, step, mean, &mut residuals);
                     },
                     Some(trellis) => {
-                        let points = self.trellis_points(strip, trellis, &raw, run_of_part);
+                        let points = self.trellis_points(strip, values, trellis, &raw, run_of_part);
                         for (residual, point) in residuals.iter_mut().zip(points) {
                             *residual = dequantize(point, step, mean).to_le_bytes();
                         }
                     }
                 }
-                self.ended(Stage::RawBits);
+                if prediction.is_some() {
+                    self.ended(Stage::RawBits);
+                }
                 let first = self.first_element(strip) + elements.start;
                 let prediction = prediction.and_then(|prediction| {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
@@ -85,7 +105,6 @@ impl<'a> PartDecoder<'a> {
             }
         }
         strip.bit_planes = bit_planes;
-        self.ended(Stage::RawBits);
     }
 
     /// The first element of a strip, counted in the part.
@@ -142,6 +161,7 @@ impl<'a> PartDecoder<'a> {
     fn trellis_points(
         &self,
         strip: &mut Strip<'_>,
+        positions: &[u8],
         (tables_in_use, trellis): (TrellisTables, Trellis),
         raw: &RawBits<'_>,
         run: usize,
@@ -160,7 +180,7 @@ impl<'a> PartDecoder<'a> {
             let in_use = quantizer_of(state);
             let table = pair[usize::from(in_use)];
             let position = match tables_in_use {
-                TrellisTables::Shared => strip.scratch[2 * index],
+                TrellisTables::Shared => positions[2 * index],
                 TrellisTables::Pairs => strip.lanes.decode_symbol(lane, strip.words, table),
             };
             let multiple = multiple(join_code(table.code(position), raw_bits.into(), self.symbols.raw_bits), in_use);
