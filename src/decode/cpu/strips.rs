@@ -197,7 +197,7 @@ impl<'a> PartDecoder<'a> {
         self.meaning.fill(values, self.tables(number), self.table_use, step, mean);
     }
 
-    /// Decodes strips of equal length.
+    /// Decodes strips in lockstep, the longest first.
     pub fn decode<const N: usize>(&self, jobs: [&mut StripJob<'_>; N]) -> Result<(), DecodeError> {
         let padded: [Option<Vec<u8>>; N] = std::array::from_fn(|job| self.padded_words(&*jobs[job]));
         let mut at = 0;
@@ -206,34 +206,49 @@ impl<'a> PartDecoder<'a> {
             at += 1;
             strip
         });
-        let symbols = strips[0].layout.symbols;
         let run_elements = self.symbols.run_elements;
         let piece_elements = run_elements * (PIECE_ELEMENTS / run_elements).max(1);
-        for start in (0..symbols).step_by(piece_elements) {
-            let elements = start..symbols.min(start + piece_elements);
-            match self.path {
-                Path::Split16 { carrier: Carrier::Own } => {
-                    self.decode_symbols::<N, [u8; 2]>(&mut strips, &elements, Place::Output);
-                }
-                Path::Final if self.element_bytes == 2 => {
-                    self.decode_symbols::<N, [u8; 2]>(&mut strips, &elements, Place::Output);
-                }
-                Path::Final => self.decode_symbols::<N, [u8; 4]>(&mut strips, &elements, Place::Output),
-                Path::Residual { .. } => self.decode_symbols::<N, [u8; 4]>(&mut strips, &elements, Place::Scratch),
-                // The trellis and its two tables go hand in hand.
-                Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
-                Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
-                    self.decode_symbols::<N, [u8; 2]>(&mut strips, &elements, Place::Scratch);
-                }
-            }
-            self.ended(Stage::Entropy);
-            for strip in &mut strips {
-                self.finish(strip, elements.clone());
+        let whole_runs = |strip: &Strip<'_>| strip.layout.symbols - strip.layout.symbols % run_elements;
+        let mut start = 0;
+        while start < whole_runs(&strips[0]) {
+            let count = strips.iter().take_while(|strip| whole_runs(strip) > start).count();
+            let end = whole_runs(&strips[count - 1]).min(start + piece_elements);
+            self.decode_piece(&mut strips, count, start..end);
+            start = end;
+        }
+        // The last run of a part may be shorter than the others.
+        for strip in &mut strips {
+            let rest = whole_runs(strip)..strip.layout.symbols;
+            if !rest.is_empty() {
+                self.decode_piece(std::array::from_mut(strip), 1, rest);
             }
         }
         strips.into_iter().try_for_each(|strip| self.end(strip))?;
         self.ended(Stage::Exceptions);
         Ok(())
+    }
+
+    /// Decodes the same elements of the first `count` strips.
+    fn decode_piece<const N: usize>(&self, strips: &mut [Strip<'_>; N], count: usize, elements: Range<usize>) {
+        match self.path {
+            Path::Split16 { carrier: Carrier::Own } => {
+                self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
+            }
+            Path::Final if self.element_bytes == 2 => {
+                self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
+            }
+            Path::Final => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Output),
+            Path::Residual { .. } => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Scratch),
+            // The trellis and its two tables go hand in hand.
+            Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
+            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
+                self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Scratch);
+            }
+        }
+        self.ended(Stage::Entropy);
+        for strip in &mut strips[..count] {
+            self.finish(strip, elements.clone());
+        }
     }
 
     /// A copy of a strip's words where nothing readable follows them.
@@ -276,6 +291,7 @@ impl<'a> PartDecoder<'a> {
     fn decode_symbols<const N: usize, O: Output>(
         &self,
         strips: &mut [Strip<'_>; N],
+        count: usize,
         elements: &Range<usize>,
         place: Place,
     ) {
@@ -284,11 +300,16 @@ impl<'a> PartDecoder<'a> {
         for start in elements.clone().step_by(at_once) {
             let end = elements.end.min(start + at_once);
             let run = start / self.symbols.run_elements;
-            self.make_values(strips, run);
+            self.make_values(&mut strips[..count], run);
+            let mut left = count;
             let mut jobs = strips.each_mut().map(|strip| {
-                let run = self.run_of_part(strip, run);
+                // A strip that has ended has no such run: its job is made of another and left out.
+                let has_run = left > 0;
+                left = left.saturating_sub(1);
+                let run = self.run_of_part(strip, if has_run { run } else { 0 });
                 let Strip { lanes, words, values, out, scratch, .. } = strip;
                 let out = match place {
+                    _ if !has_run => &mut [],
                     Place::Output => &mut O::slice(out)[start..end],
                     Place::Scratch => {
                         scratch.resize(elements.len() * size_of::<O>(), 0);
@@ -300,11 +321,11 @@ impl<'a> PartDecoder<'a> {
                 RunJob { lanes, words: *words, tables: self.tables(number), values, trellis: self.trellis, out }
             });
             // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-            unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
+            unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs[..count]) }
         }
     }
 
-    fn make_values<const N: usize>(&self, strips: &mut [Strip<'_>; N], run: usize) {
+    fn make_values(&self, strips: &mut [Strip<'_>], run: usize) {
         if self.kept_values.is_empty() {
             for strip in strips {
                 let run = self.run_of_part(strip, run);
