@@ -16,8 +16,8 @@ use crate::format::limits::{RAW_STRIP_BYTES, STRIP_SYMBOLS};
 use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
 
-/// Symbols for which a strip gets one more lane.
-const SYMBOLS_PER_LANE: usize = 2048;
+/// Symbols for which a strip gets one more lane: a full strip, of at least 49,152 symbols, has all 32, as vector kernels want.
+const SYMBOLS_PER_LANE: usize = 1536;
 
 /// Where runs and strips of a tensor begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +49,8 @@ impl RunLayout {
         Self { elements, run_elements, runs_per_strip }
     }
 
-    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 2,048
-    /// symbols, which keeps that to an 80th of a bit per symbol.
+    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 1,536
+    /// symbols, which keeps that to a 60th of a bit per symbol.
     pub fn lanes(&self) -> usize {
         let symbols = self.elements.min(self.run_elements * self.runs_per_strip);
         1 << (symbols / SYMBOLS_PER_LANE).max(1).ilog2().min(LANES.ilog2())
@@ -520,4 +520,23 @@ pub struct SelfCheckError {
     pub tensor: String,
     /// What the decoder said.
     pub error: DecodeError,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_several_strips_has_all_lanes() {
+        for columns in 1..70_000 {
+            let layout = RunLayout::of_shape(&[70_000, columns]);
+            assert!(layout.strips() > 1 && layout.lanes() == LANES, "{columns} columns: {} lanes", layout.lanes());
+        }
+    }
+
+    #[test]
+    fn a_small_part_has_few_lanes() {
+        let lanes = |rows| RunLayout::of_shape(&[rows, 64]).lanes();
+        assert_eq!([1, 47, 48, 767, 768].map(lanes), [1, 1, 2, 16, 32]);
+    }
 }
