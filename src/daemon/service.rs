@@ -1,5 +1,6 @@
 //! A mount being served: the tree, the conversation with the kernel, and the thread that looks for changes of the source.
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use super::handover::Facts;
 use super::status::Status;
 use super::{DaemonError, ServeOptions};
 use crate::archive::Archive;
-use crate::fuse::{self, Device, Kernel, Mounted};
+use crate::fuse::{self, Device, Kernel, MountOptions, Mounted};
 use crate::materialize::Materializer;
 use crate::metrics::METRICS;
 use crate::telemetry;
@@ -51,20 +52,18 @@ impl Prepared {
         facts: Facts,
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
+        let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
         let attributes = Arc::clone(&status);
-        let mounted = fuse::serve(
-            Arc::clone(&vfs),
-            device,
-            &options.mount,
-            Arc::new(move |name| attributes.root_attribute(name)),
-        )?;
+        let mount = MountOptions { refuse_resent: is_suspicious, ..options.mount.clone() };
+        let root_attributes = Arc::new(move |name: &OsStr| attributes.root_attribute(name));
+        let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, root_attributes)?;
         let start = || {
             if let Some(listener) = listener {
                 let status = Arc::clone(&status);
                 telemetry::serve_metrics(listener, move || status.json())?;
             }
-            look_for_changes(vfs, mounted.kernel(), options.rescan_interval)
+            look_for_changes(vfs, mounted.kernel(), options.rescan_interval, is_successor)
         };
         let rescans = start().map_err(|source| DaemonError::System { what: "starting a thread", source })?;
         Ok(Service { mounted, rescans, status })
@@ -93,9 +92,17 @@ impl Rescans {
 /// Listing works on every file system. The system's own notices of changes do not come from network file systems, where
 /// checkpoints often are, and they overflow. So that a large or slow source is not listed all the time, the thread waits
 /// a hundred times as long as the last listing took, if that is longer.
-fn look_for_changes(vfs: Arc<Vfs>, kernel: Kernel, interval: Option<Duration>) -> io::Result<Rescans> {
+fn look_for_changes(
+    vfs: Arc<Vfs>,
+    kernel: Kernel,
+    interval: Option<Duration>,
+    is_successor: bool,
+) -> io::Result<Rescans> {
     let (sender, requests) = mpsc::channel();
     let look = move || {
+        if is_successor {
+            kernel.expire(&vfs.everything()); // the source may have changed since the predecessor told of it
+        }
         let mut wait = interval;
         loop {
             let request = match wait {

@@ -16,3 +16,4 @@ mod life;
 mod place;
 mod supervisor;
 mod support;
+mod systemd;
