@@ -153,7 +153,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce() -> io::Result<()>) -> 
     }
     announce_end(mounted, events).map_err(|source| DaemonError::System { what: "starting a thread", source })?;
     let result = wait(&mountpoint, &arrived).map_err(|source| DaemonError::Ended { mountpoint, source });
-    let stats = materializer.cache_stats();
+    let stats = materializer.stats().cache;
     info!("cache: {} hits, {} misses, {} duplicate makes", stats.hits, stats.misses, stats.duplicate_makes);
     result
 }

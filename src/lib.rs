@@ -39,6 +39,7 @@
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |
 
+pub mod budget;
 pub mod cache;
 pub mod numerics;
 pub mod tensor;
