@@ -28,12 +28,12 @@ struct State {
     /// Callers are served in the order of their numbers, so that one who needs much is not passed for ever.
     next_number: u64,
     now_served: u64,
-    waits: u64,
+    waiting: u64,
 }
 
 impl State {
     fn is_anyone_waiting(&self) -> bool {
-        self.now_served != self.next_number
+        self.waiting > 0
     }
 }
 
@@ -42,9 +42,15 @@ impl State {
 pub struct Share<'a> {
     budget: &'a Budget,
     amount: u64,
+    has_waited: bool,
 }
 
 impl Share<'_> {
+    /// Whether it was not free at once.
+    pub fn has_waited(&self) -> bool {
+        self.has_waited
+    }
+
     /// How much it is.
     pub fn amount(&self) -> u64 {
         self.amount
@@ -74,23 +80,20 @@ impl Budget {
         self.lock().used
     }
 
-    /// How many calls of [`take`](Self::take) had to wait since the budget was made.
-    pub fn waits(&self) -> u64 {
-        self.lock().waits
-    }
-
     /// Takes `amount`, waiting until it is free. One that exceeds the budget takes all of it, and so runs alone.
     pub fn take(&self, amount: u64) -> Share<'_> {
         let amount = amount.min(self.total);
         let mut state = self.lock();
         let number = state.next_number;
         state.next_number += 1;
-        if state.now_served != number || state.used + amount > self.total {
-            state.waits += 1;
+        let has_waited = state.now_served != number || state.used + amount > self.total;
+        if has_waited {
+            state.waiting += 1;
             state = self
                 .changed
                 .wait_while(state, |state| state.now_served != number || state.used + amount > self.total)
                 .unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
         state.now_served += 1;
         state.used += amount;
@@ -99,7 +102,7 @@ impl Budget {
         if is_anyone_waiting {
             self.changed.notify_all(); // the next may fit too
         }
-        Share { budget: self, amount }
+        Share { budget: self, amount, has_waited }
     }
 
     /// Waits until some of the budget is free and nobody waits in [`take`](Self::take): the moment for work that can wait.
@@ -115,7 +118,7 @@ impl Budget {
         let free = if state.is_anyone_waiting() { 0 } else { self.total - state.used };
         let amount = amount.min(free);
         state.used += amount;
-        Share { budget: self, amount }
+        Share { budget: self, amount, has_waited: false }
     }
 
     /// No caller's code runs under this lock, so poison tells nothing.
@@ -132,7 +135,7 @@ mod tests {
     use super::*;
 
     fn until_waiting(budget: &Budget, count: u64) {
-        while budget.waits() < count {
+        while budget.lock().waiting < count {
             thread::yield_now();
         }
     }

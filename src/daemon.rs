@@ -26,7 +26,7 @@ use crate::fuse::{self, FuseError, MountOptions, Mounted};
 use crate::materialize::{MaterializeOptions, Materializer};
 use crate::vfs::{DecodedArchive, Inode, Vfs, VfsError};
 
-pub use memory::default_cache_bytes;
+pub use memory::MemoryPlan;
 pub use process::umount;
 
 /// What is mounted where, and how.
@@ -153,7 +153,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce() -> io::Result<()>) -> 
     }
     announce_end(mounted, events).map_err(|source| DaemonError::System { what: "starting a thread", source })?;
     let result = wait(&mountpoint, &arrived).map_err(|source| DaemonError::Ended { mountpoint, source });
-    let stats = materializer.stats().cache;
+    let stats = materializer.cache_stats();
     info!("cache: {} hits, {} misses, {} duplicate makes", stats.hits, stats.misses, stats.duplicate_makes);
     result
 }

@@ -50,6 +50,8 @@ pub struct MountOptions {
     pub directory_mode: u16,
     /// Threads that take requests from the kernel; they only dispatch.
     pub event_loops: usize,
+    /// Memory for replies being made; readers wait for one another where it does not suffice.
+    pub reply_bytes: u64,
 }
 
 impl Default for MountOptions {
@@ -67,6 +69,7 @@ impl Default for MountOptions {
             file_mode: 0o444,
             directory_mode: 0o555,
             event_loops: 2,
+            reply_bytes: 64 << 20,
         }
     }
 }

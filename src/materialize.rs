@@ -20,16 +20,16 @@ mod strips;
 mod whole;
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use crate::archive::{Archive, ArchiveError, PartAddress};
-use crate::budget::Budget;
+use crate::budget::{Budget, Share};
 use crate::cache::{Cache, CacheStats};
 use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::metrics::METRICS;
 use prepared_records::PreparedRecords;
 
 pub use crate::decode::EngineChoice;
@@ -55,23 +55,6 @@ impl Default for MaterializeOptions {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Self { cache_bytes: 0, working_bytes: u64::MAX, threads, engine: EngineChoice::Auto }
     }
-}
-
-/// What a [`Materializer`] has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MaterializeStats {
-    /// Bytes decoded, counted again where they were decoded again.
-    pub decoded_bytes: u64,
-    /// Time that threads spent on decoding them, in nanoseconds, added up over the threads.
-    pub decode_nanoseconds: u64,
-    /// Bytes of them that were decoded before anybody had asked.
-    pub decoded_ahead_bytes: u64,
-    /// Working memory in use.
-    pub working_bytes: u64,
-    /// How often a decode had to wait for working memory.
-    pub memory_waits: u64,
-    /// What the cache holds and has done.
-    pub cache: CacheStats,
 }
 
 /// Why bytes could not be produced. Cheap to clone: waiters of one decode share it.
@@ -134,9 +117,6 @@ pub struct Materializer {
     processors: Budget,
     /// Buffers for stored bytes, kept for reuse: one per processor at most.
     stored: Mutex<Vec<Vec<u8>>>,
-    decoded_bytes: AtomicU64,
-    decode_nanoseconds: AtomicU64,
-    decoded_ahead_bytes: AtomicU64,
 }
 
 impl Materializer {
@@ -149,22 +129,12 @@ impl Materializer {
             memory: Budget::new(options.working_bytes - options.working_bytes / 8),
             processors: Budget::new(options.threads.max(1) as u64),
             stored: Mutex::default(),
-            decoded_bytes: AtomicU64::new(0),
-            decode_nanoseconds: AtomicU64::new(0),
-            decoded_ahead_bytes: AtomicU64::new(0),
         }
     }
 
-    /// What it has done.
-    pub fn stats(&self) -> MaterializeStats {
-        MaterializeStats {
-            decoded_bytes: self.decoded_bytes.load(Ordering::Relaxed),
-            decode_nanoseconds: self.decode_nanoseconds.load(Ordering::Relaxed),
-            decoded_ahead_bytes: self.decoded_ahead_bytes.load(Ordering::Relaxed),
-            working_bytes: self.memory.used(),
-            memory_waits: self.memory.waits(),
-            cache: self.cache.stats(),
-        }
+    /// What the cache holds and has done.
+    pub fn cache_stats(&self) -> CacheStats {
+        self.cache.stats()
     }
 
     /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
@@ -286,6 +256,12 @@ impl Materializer {
         }
     }
 
+    fn take_memory(&self, bytes: u64) -> Share<'_> {
+        let share = self.memory.take(bytes);
+        METRICS.memory_waits.add(share.has_waited().into());
+        share
+    }
+
     /// Decodes whole strips of a part that lie side by side, from number `first` on, each into one of `outs`. The caller
     /// holds the memory for it.
     fn decode(
@@ -315,15 +291,14 @@ impl Materializer {
             })
             .collect();
         let decoded = self.engine.decode_strips(part, reference, &mut jobs);
-        let nanoseconds = u64::try_from(clock.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        METRICS.decode_seconds.record(clock.elapsed());
+        METRICS.decoded_bytes.add(bytes as u64);
         drop((jobs, processor));
         let mut kept = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
         if (kept.len() as u64) < self.processors.total() && stored.len() <= 2 * strips::TOGETHER_BYTES {
             kept.push(stored);
         }
         drop(kept);
-        self.decoded_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.decode_nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
         decoded.map_err(|error| decode_error(archive, address, error))
     }
 

@@ -13,7 +13,7 @@ use log::LevelFilter;
 use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
-use crate::daemon::{self, DaemonError, ServeOptions};
+use crate::daemon::{self, DaemonError, MemoryPlan, ServeOptions};
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
@@ -49,13 +49,17 @@ pub struct MountArgs {
 /// What `-o` can say too.
 #[derive(Args, Clone, Debug, Default)]
 struct MountFlags {
-    /// Memory for decoded weights [default: a quarter of what this process may use]
+    /// Memory for everything that is decoded, kept or on its way to readers [default: half of the machine's, or three
+    /// quarters of what the control group allows]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_limit: Option<u64>,
+    /// The part of it for decoded weights that are kept [default: a half]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     cache_size: Option<u64>,
     /// What decodes [default: auto]
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
-    /// Threads that decode one tensor together [default: all cores]
+    /// Threads that decode at a time [default: all cores]
     #[arg(long, value_name = "COUNT", value_parser = parse_threads)]
     threads: Option<usize>,
     /// How far the kernel reads ahead, set as root only [default: 1MiB]
@@ -127,18 +131,15 @@ fn run_unguarded(args: MountArgs) -> ExitCode {
 }
 
 fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -> Result<(), DaemonError> {
-    if let Some(threads) = flags.threads {
-        let built = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-        let wrap =
-            |error| DaemonError::System { what: "starting decoder threads", source: std::io::Error::other(error) };
-        built.map_err(wrap)?;
-    }
     let default = MountOptions::default();
+    let memory = MemoryPlan::new(flags.memory_limit, flags.cache_size);
     let options = ServeOptions {
         source: source.to_owned(),
         mountpoint: mountpoint.to_owned(),
         materialize: MaterializeOptions {
-            cache_bytes: flags.cache_size.unwrap_or_else(daemon::default_cache_bytes),
+            cache_bytes: memory.cache_bytes,
+            working_bytes: memory.working_bytes,
+            threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
         },
         readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
@@ -150,6 +151,7 @@ fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -
             gid: flags.gid.unwrap_or(default.gid),
             file_mode: flags.file_mode.unwrap_or(default.file_mode),
             directory_mode: flags.dir_mode.unwrap_or(default.directory_mode),
+            reply_bytes: memory.reply_bytes,
             ..default
         },
     };
@@ -216,6 +218,7 @@ impl MountFlags {
     /// These flags, and where they say nothing, `other`.
     fn or(self, other: Self) -> Self {
         Self {
+            memory_limit: self.memory_limit.or(other.memory_limit),
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
             threads: self.threads.or(other.threads),

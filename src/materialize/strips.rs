@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::{Keeper, MaterializeError, Materializer, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
+use crate::metrics::METRICS;
 
 /// What the kernel asks for at once, and so what is decoded at once.
 pub(super) const TOGETHER_BYTES: usize = 1 << 20;
@@ -87,7 +87,7 @@ impl Materializer {
                 .filter(|(_, in_place)| !**in_place)
                 .map(|(piece, _)| part.strip_output_bytes(piece.strip))
                 .sum();
-            let _memory = self.memory.take(kept_bytes as u64 + strips.stored_bytes(numbers));
+            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers));
             let mut pieces: Vec<(&mut Piece<'_>, bool)> = pieces.iter_mut().zip(in_place).collect();
             for alike in pieces.chunk_by_mut(|a, b| a.1 == b.1) {
                 let in_place = alike[0].1;
@@ -176,9 +176,9 @@ impl Materializer {
             let missing: Vec<usize> = missing.map(|(&strip, _)| strip).collect();
             let (Some(first), Some(last)) = (missing.first(), missing.last()) else { continue };
             let decoded_bytes: usize = missing.iter().map(|&strip| part.strip_output_bytes(strip)).sum();
-            let _memory = self.memory.take(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1));
+            let _memory = self.take_memory(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1));
             self.strips_through_cache(strips, &missing)?;
-            self.decoded_ahead_bytes.fetch_add(decoded_bytes as u64, Ordering::Relaxed);
+            METRICS.decoded_ahead_bytes.add(decoded_bytes as u64);
         }
         Ok(())
     }

@@ -1,12 +1,12 @@
 //! Parts that are decoded whole: what is predicted, and what others are predicted from.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use super::{MaterializeError, Materializer, UnitKey, bytes_of, strips, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
+use crate::metrics::METRICS;
 
 impl Materializer {
     /// Fills `out` with the bytes of a part from `offset` on.
@@ -23,7 +23,7 @@ impl Materializer {
             copy(&whole);
             return Ok(());
         }
-        let _memory = self.memory.take(self.memory_for_whole(part));
+        let _memory = self.take_memory(self.memory_for_whole(part));
         copy(&self.whole(archive, address)?);
         Ok(())
     }
@@ -40,9 +40,9 @@ impl Materializer {
         if !is_small_enough || self.cache.knows(&[key_of_whole(archive, address)]) == [true] {
             return Ok(());
         }
-        let _memory = self.memory.take(self.memory_for_whole(part));
+        let _memory = self.take_memory(self.memory_for_whole(part));
         self.whole(archive, address)?;
-        self.decoded_ahead_bytes.fetch_add(part.length_bytes(), Ordering::Relaxed);
+        METRICS.decoded_ahead_bytes.add(part.length_bytes());
         Ok(())
     }
 
