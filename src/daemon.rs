@@ -24,7 +24,7 @@ use signal_hook::iterator::Signals;
 use crate::archive::Archive;
 use crate::fuse::{self, FuseError, MountOptions, Mounted};
 use crate::materialize::{MaterializeOptions, Materializer};
-use crate::vfs::{DecodedArchive, Inode, Vfs, VfsError};
+use crate::vfs::{DecodeAhead, DecodedArchive, Inode, Vfs, VfsError};
 
 pub use memory::MemoryPlan;
 pub use process::umount;
@@ -40,6 +40,8 @@ pub struct ServeOptions {
     pub materialize: MaterializeOptions,
     /// How the tree is presented.
     pub mount: MountOptions,
+    /// How far decoding goes ahead of readers.
+    pub decode_ahead: DecodeAhead,
     /// How far the kernel reads ahead, in KiB.
     pub readahead_kib: u32,
 }
@@ -137,9 +139,11 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce() -> io::Result<()>) -> 
     // Before there is a mount that a signal could leave behind.
     forward_signals(events.clone()).map_err(|source| DaemonError::System { what: "catching signals", source })?;
     let materializer = Arc::new(Materializer::new(options.materialize));
-    let vfs = Vfs::open(&options.source, |path| {
+    let mut vfs = Vfs::open(&options.source, |path| {
         Ok(DecodedArchive::new(Arc::new(Archive::open(path)?), Arc::clone(&materializer)))
     })?;
+    vfs.decode_ahead(options.decode_ahead, options.materialize.threads, options.materialize.cache_bytes)
+        .map_err(|source| DaemonError::System { what: "starting a thread", source })?;
     let mounted = fuse::mount(vfs, &options.mountpoint, &options.mount)?;
     let mountpoint = mounted.mountpoint().to_owned();
     fuse::set_readahead(&mountpoint, options.readahead_kib);

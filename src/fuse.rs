@@ -13,6 +13,7 @@ mod errno;
 mod kernel_mount;
 mod mount_table;
 mod readahead;
+mod replies;
 mod workers;
 
 use std::io;

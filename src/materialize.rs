@@ -99,7 +99,7 @@ struct UnitKey {
 
 /// Who keeps what a read decodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Keeper {
+pub enum Keeper {
     /// The cache.
     Cache,
     /// Whoever asked: strips are decoded in place, and what the cache has of them it need not keep.
@@ -137,11 +137,10 @@ impl Materializer {
         self.cache.stats()
     }
 
-    /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
-    /// less than `out.len()` only where the file ends. Blocks while decoding.
+    /// [`Self::read_for`] a reader that has no memory of its own.
     pub fn read(
         &self,
-        archive: &Arc<Archive>,
+        archive: &Archive,
         file: usize,
         offset_bytes: u64,
         out: &mut [u8],
@@ -149,10 +148,10 @@ impl Materializer {
         self.read_for(Keeper::Cache, archive, file, offset_bytes, out)
     }
 
-    /// As [`Self::read`], for who keeps what it is given or needs it once: strips that fit `out` are decoded in place.
+    /// [`Self::read_for`] a reader that needs each byte once.
     pub fn read_once(
         &self,
-        archive: &Arc<Archive>,
+        archive: &Archive,
         file: usize,
         offset_bytes: u64,
         out: &mut [u8],
@@ -162,7 +161,7 @@ impl Materializer {
 
     /// Decodes the bytes `offset_bytes..offset_bytes + length_bytes` of a file into the cache when processors have nothing
     /// else to do, and returns when that is done. What does not decode is passed over: whoever needs it will be told.
-    pub fn decode_ahead(&self, archive: &Arc<Archive>, file: usize, offset_bytes: u64, length_bytes: u64) {
+    pub fn decode_ahead(&self, archive: &Archive, file: usize, offset_bytes: u64, length_bytes: u64) {
         let entry = &archive.files()[file];
         let header_bytes = entry.header.len() as u64;
         let end = offset_bytes.saturating_add(length_bytes).min(entry.length_bytes).saturating_sub(header_bytes);
@@ -182,10 +181,12 @@ impl Materializer {
         }
     }
 
-    fn read_for(
+    /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
+    /// less than `out.len()` only where the file ends. Blocks while decoding.
+    pub fn read_for(
         &self,
         keeper: Keeper,
-        archive: &Arc<Archive>,
+        archive: &Archive,
         file: usize,
         offset_bytes: u64,
         out: &mut [u8],
@@ -220,7 +221,7 @@ impl Materializer {
     fn read_tensor(
         &self,
         keeper: Keeper,
-        archive: &Arc<Archive>,
+        archive: &Archive,
         address: PartAddress,
         offset: u64,
         out: &mut [u8],
@@ -239,7 +240,7 @@ impl Materializer {
 
     fn decode_tensor_ahead(
         &self,
-        archive: &Arc<Archive>,
+        archive: &Archive,
         address: PartAddress,
         offset: u64,
         length: u64,

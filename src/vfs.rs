@@ -13,6 +13,7 @@
 //! `vfs/scan.rs`.
 
 mod checkpoint;
+mod decode_ahead;
 mod error;
 mod extended_attributes;
 mod inode;
@@ -23,13 +24,16 @@ mod tree;
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use log::{error, info};
 
-pub use checkpoint::{BoxError, Checkpoint, DecodedArchive};
+pub use checkpoint::{BoxError, Checkpoint, DecodedArchive, Keeper};
+pub use decode_ahead::DecodeAhead;
+use decode_ahead::Follower;
 pub use error::VfsError;
 pub use inode::Inode;
 use scan::Scan;
@@ -91,6 +95,8 @@ pub struct Totals {
 pub struct Vfs {
     source: Source,
     tree: Tree,
+    /// Decodes ahead of readers, where that was asked for.
+    follower: Option<Follower>,
     /// Hashes of the failures that have had their log line: a reader that retries must not flood the log.
     reported: Mutex<HashSet<u64>>,
     hasher: RandomState,
@@ -116,7 +122,16 @@ impl Vfs {
             "source listed: {}, {inodes} inodes, {archives} archives, {refused_archives} refused, {bytes} bytes decoded",
             source.root().display()
         );
-        Ok(Self { source, tree, reported: Mutex::default(), hasher: RandomState::new() })
+        Ok(Self { source, tree, follower: None, reported: Mutex::default(), hasher: RandomState::new() })
+    }
+
+    /// Starts to decode ahead of readers, on `threads` threads, into a cache of `cache_bytes`.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn decode_ahead(&mut self, mode: DecodeAhead, threads: usize, cache_bytes: u64) -> io::Result<()> {
+        self.follower = Follower::start(mode, threads, cache_bytes)?;
+        Ok(())
     }
 
     /// Finds `name` in the directory `parent`.
@@ -183,24 +198,27 @@ impl Vfs {
     /// where the file ends. Blocks while reading the source or decoding, and holds no lock meanwhile.
     ///
     /// A failure has one log line, with the path, the tensor and what was wrong, however often it is met.
-    pub fn read(&self, inode: Inode, offset_bytes: u64, out: &mut [u8]) -> Result<usize, VfsError> {
+    pub fn read(&self, inode: Inode, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, VfsError> {
         let node = self.node(inode)?;
         let left = node.attributes.length_bytes.saturating_sub(offset_bytes);
         let length = usize::try_from(left).unwrap_or(usize::MAX).min(out.len());
         if length == 0 {
             return Ok(0);
         }
-        let result = self.read_content(node, offset_bytes, &mut out[..length]);
+        if let (Some(follower), Content::Archived(archived)) = (&self.follower, &node.content) {
+            follower.follow(inode, &archived.checkpoint, archived.index, offset_bytes, length as u64);
+        }
+        let result = self.read_content(node, offset_bytes, keeper, &mut out[..length]);
         if let Err(error) = &result {
             self.report(inode, error);
         }
         result.map(|()| length)
     }
 
-    fn read_content(&self, node: &Node, offset_bytes: u64, out: &mut [u8]) -> Result<(), VfsError> {
+    fn read_content(&self, node: &Node, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<(), VfsError> {
         match &node.content {
             Content::Sidecar(file) => self.source.read_exact_at(file, offset_bytes, out),
-            Content::Archived(archived) => archived.read_exact_at(&node.path, offset_bytes, out),
+            Content::Archived(archived) => archived.read_exact_at(&node.path, offset_bytes, keeper, out),
             Content::Directory(_) => Err(VfsError::IsADirectory),
             Content::Link(_) => Err(VfsError::NotAFile),
         }

@@ -17,6 +17,7 @@ use crate::daemon::{self, DaemonError, MemoryPlan, ServeOptions};
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
+use crate::vfs::DecodeAhead;
 
 const WRONG_USAGE: u8 = 1;
 const SYSTEM: u8 = 2;
@@ -59,6 +60,10 @@ struct MountFlags {
     /// What decodes [default: auto]
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
+    /// How far weights are decoded before they are asked for: off, file (the rest of a file that is being read), or model
+    /// (on into the archive's next file) [default: model]
+    #[arg(long, value_enum, hide_possible_values = true)]
+    decode_ahead: Option<DecodeAhead>,
     /// Threads that decode at a time [default: all cores]
     #[arg(long, value_name = "COUNT", value_parser = parse_threads)]
     threads: Option<usize>,
@@ -142,6 +147,7 @@ fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -
             threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
         },
+        decode_ahead: flags.decode_ahead.unwrap_or_default(),
         readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
         mount: MountOptions {
             fsname: flags.fsname.unwrap_or(default.fsname),
@@ -221,6 +227,7 @@ impl MountFlags {
             memory_limit: self.memory_limit.or(other.memory_limit),
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
+            decode_ahead: self.decode_ahead.or(other.decode_ahead),
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
             allow_other: self.allow_other || other.allow_other,

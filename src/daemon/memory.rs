@@ -45,7 +45,8 @@ const MOST_REPLY_BYTES: u64 = 256 << 20;
 /// Half of the machine's memory, or three quarters of what the control group allows, if that is less.
 pub fn default_limit_bytes() -> u64 {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_bytes(&text)).unwrap_or(UNKNOWN);
-    let group = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_limit(&text, Path::new("/sys/fs/cgroup")));
+    let group =
+        fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_limit(&text, Path::new("/sys/fs/cgroup")));
     (machine / 2).min(group.map_or(u64::MAX, |limit| limit / 4 * 3))
 }
 
@@ -118,7 +119,10 @@ mod tests {
         for limit in [LEAST_LIMIT_BYTES, 100 << 20, 10 << 30] {
             for cache in [None, Some(0), Some(1 << 20), Some(u64::MAX)] {
                 let plan = MemoryPlan::new(Some(limit), cache);
-                assert!(plan.cache_bytes + plan.working_bytes + plan.reply_bytes <= limit, "{limit} {cache:?} {plan:?}");
+                assert!(
+                    plan.cache_bytes + plan.working_bytes + plan.reply_bytes <= limit,
+                    "{limit} {cache:?} {plan:?}"
+                );
                 assert!(plan.working_bytes >= limit / 8, "{limit} {cache:?} {plan:?}");
             }
         }

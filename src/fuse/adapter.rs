@@ -18,8 +18,9 @@ use log::debug;
 
 use super::MountOptions;
 use super::errno::errno;
+use super::replies::Replies;
 use super::workers::Workers;
-use crate::vfs::{Attributes, Inode, Kind, Vfs, VfsError};
+use crate::vfs::{Attributes, Inode, Keeper, Kind, Vfs, VfsError};
 
 /// The tree is a snapshot, so the kernel need not ask again. A rescan will have to tell it what changed.
 const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -37,6 +38,7 @@ const DAEMON_PID: &str = "user.mcwc.daemon_pid";
 pub(super) struct Adapter {
     vfs: Arc<Vfs>,
     workers: Workers,
+    replies: Arc<Replies>,
     options: MountOptions,
 }
 
@@ -44,7 +46,8 @@ impl Adapter {
     /// # Errors
     /// When no worker can be started.
     pub(super) fn new(vfs: Vfs, options: &MountOptions) -> io::Result<Self> {
-        Ok(Self { vfs: Arc::new(vfs), workers: Workers::new()?, options: options.clone() })
+        let replies = Arc::new(Replies::new(options.reply_bytes));
+        Ok(Self { vfs: Arc::new(vfs), workers: Workers::new()?, replies, options: options.clone() })
     }
 
     fn file_attributes(&self, attributes: &Attributes) -> FileAttr {
@@ -185,7 +188,7 @@ impl Filesystem for Adapter {
         _handle: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
@@ -194,13 +197,13 @@ impl Filesystem for Adapter {
             return reply.data(bytes);
         }
         let vfs = Arc::clone(&self.vfs);
-        self.workers.submit(move |buffer| {
-            let size = size as usize;
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
-            match vfs.read(inode, offset, &mut buffer[..size]) {
-                Ok(length) => reply.data(&buffer[..length]),
+        let replies = Arc::clone(&self.replies);
+        // The kernel keeps what it is given, but for readers that pass it by.
+        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
+        self.workers.submit(move || {
+            let mut bytes = replies.take(size as usize);
+            match vfs.read(inode, offset, keeper, &mut bytes) {
+                Ok(length) => reply.data(&bytes[..length]),
                 Err(error) => reply.error(errno(&error)),
             }
         });

@@ -6,6 +6,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::budget::{Budget, Share};
 use crate::metrics::METRICS;
 
+/// The least that the kernel asks for, but at the end of a file.
+const PAGE_BYTES: usize = 4096;
+
+/// More idle buffers than this are not looked through.
+const MOST_IDLE: usize = 64;
+
 /// Where buffers come from.
 #[derive(Debug)]
 pub(super) struct Replies {
@@ -34,13 +40,15 @@ impl Replies {
 
     /// A buffer of `length` bytes whose content means nothing. Waits where there is no memory for it.
     pub(super) fn take(&self, length: usize) -> Reply<'_> {
-        let share = self.in_use.take(length as u64);
+        // Sizes are rounded, so that most buffers fit most requests, and one that is taken is as large as it is counted.
+        let size = length.next_power_of_two().max(PAGE_BYTES);
+        let share = self.in_use.take(size as u64);
         METRICS.memory_waits.add(share.has_waited().into());
         let mut idle = self.idle();
-        let fits = idle.iter().rposition(|buffer| buffer.len() >= length);
+        let fits = idle.iter().rposition(|buffer| buffer.len() == size);
         let buffer = fits.map(|at| idle.swap_remove(at));
         drop(idle);
-        Reply { replies: self, buffer: buffer.unwrap_or_else(|| vec![0; length]), length, _share: share }
+        Reply { replies: self, buffer: buffer.unwrap_or_else(|| vec![0; size]), length, _share: share }
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
@@ -66,7 +74,8 @@ impl Drop for Reply<'_> {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
         let mut idle = self.replies.idle();
-        if idle.iter().map(Vec::len).sum::<usize>() + buffer.len() <= self.replies.most_idle_bytes {
+        let idle_bytes: usize = idle.iter().map(Vec::len).sum();
+        if idle.len() < MOST_IDLE && idle_bytes + buffer.len() <= self.replies.most_idle_bytes {
             idle.push(buffer);
         }
     }
@@ -80,25 +89,25 @@ mod tests {
 
     #[test]
     fn buffers_are_used_again_and_the_idle_ones_are_bounded() {
-        let replies = Replies::new(4000);
-        let all: Vec<_> = (0..3).map(|_| replies.take(1000)).collect();
+        let replies = Replies::new(4 << 20);
+        let all: Vec<_> = (0..3).map(|_| replies.take(1_000_000)).collect();
         drop(all);
         assert_eq!(replies.idle().len(), 1);
-        let mut small = replies.take(10);
+        assert_eq!(replies.take(10).len(), 10, "a small one takes no large buffer away");
+        let mut large = replies.take(1 << 20);
         assert!(replies.idle().is_empty());
-        small.fill(7);
-        assert_eq!(small.len(), 10);
+        large.fill(7);
     }
 
     #[test]
     fn more_readers_than_memory_take_turns() {
-        let replies = Replies::new(100);
+        let replies = Replies::new(40_000);
         thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
-                    for length in 1..200 {
+                    for length in (1..20_000).step_by(100) {
                         assert_eq!(replies.take(length).len(), length);
-                        assert!(replies.in_use.used() <= 75);
+                        assert!(replies.in_use.used() <= 30_000);
                     }
                 });
             }

@@ -128,11 +128,7 @@ impl Materializer {
     }
 
     /// Decoded strips, through the cache. The caller holds the memory for them.
-    fn strips_through_cache(
-        &self,
-        strips: Strips<'_>,
-        numbers: &[usize],
-    ) -> Result<Vec<Arc<[u8]>>, MaterializeError> {
+    fn strips_through_cache(&self, strips: Strips<'_>, numbers: &[usize]) -> Result<Vec<Arc<[u8]>>, MaterializeError> {
         let keys: Vec<UnitKey> = numbers.iter().map(|&strip| strips.key(strip)).collect();
         self.cache.get_or_make_all(&keys, |missing| {
             let missing: Vec<usize> = missing.iter().map(|&place| numbers[place]).collect();

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 
 use log::{error, warn};
 
-use super::checkpoint::{BoxError, Checkpoint};
+use super::checkpoint::{BoxError, Checkpoint, Keeper};
 use super::scan::{Listing, Scan};
 use super::source::{Source, SourceFile};
 use super::{Attributes, DirectoryEntry, Inode, Kind, Totals, VfsError};
@@ -61,7 +61,7 @@ pub(super) struct Directory {
 pub(super) struct Archived {
     pub(super) checkpoint: Arc<dyn Checkpoint>,
     /// Which of the checkpoint's files.
-    index: usize,
+    pub(super) index: usize,
     /// The `.mcwc` file, from the root of the source.
     archive_path: PathBuf,
     modified: SystemTime,
@@ -81,8 +81,14 @@ impl Archived {
     }
 
     /// Fills `out`, which must lie inside the file, from `offset_bytes` on; `path` is the file's, for the error.
-    pub(super) fn read_exact_at(&self, path: &Path, offset_bytes: u64, out: &mut [u8]) -> Result<(), VfsError> {
-        let result = self.checkpoint.read(self.index, offset_bytes, out);
+    pub(super) fn read_exact_at(
+        &self,
+        path: &Path,
+        offset_bytes: u64,
+        keeper: Keeper,
+        out: &mut [u8],
+    ) -> Result<(), VfsError> {
+        let result = self.checkpoint.read(self.index, offset_bytes, keeper, out);
         let source: BoxError = match result {
             Ok(found) if found == out.len() => return Ok(()),
             // The kernel would take it for the end of the file and show zeros.

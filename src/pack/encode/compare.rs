@@ -29,8 +29,10 @@ impl Encoder<'_> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let archive = Arc::new(Archive::open(&path)?);
-        let materializer =
-            Materializer::new(MaterializeOptions { cache_bytes: self.compare_cache(), ..MaterializeOptions::default() });
+        let materializer = Materializer::new(MaterializeOptions {
+            cache_bytes: self.compare_cache(),
+            ..MaterializeOptions::default()
+        });
         let quantized = self.quantized_tensors();
         let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
         let mut window = Vec::new();
