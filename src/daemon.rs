@@ -135,6 +135,7 @@ enum Event {
 pub fn serve(options: &ServeOptions, ready: impl FnOnce() -> io::Result<()>) -> Result<(), DaemonError> {
     paths::check(&options.source, &options.mountpoint)?;
     process::raise_descriptor_limit();
+    memory::share_heaps();
     let (events, arrived) = mpsc::channel();
     // Before there is a mount that a signal could leave behind.
     forward_signals(events.clone()).map_err(|source| DaemonError::System { what: "catching signals", source })?;

@@ -50,6 +50,23 @@ pub fn default_limit_bytes() -> u64 {
     (machine / 2).min(group.map_or(u64::MAX, |limit| limit / 4 * 3))
 }
 
+/// Has the allocator give decoded bytes back where they came from. By default each thread that decodes gets a heap of its
+/// own, which keeps what its neighbours could use, and the limit would be passed by a multiple.
+pub(super) fn share_heaps() {
+    #[cfg(target_env = "gnu")]
+    {
+        const HEAPS: libc::c_int = 2;
+        /// What is kept at the end of a heap, and the size from which on memory goes back to the system at once.
+        const KEPT_BYTES: libc::c_int = 4 << 20;
+        // SAFETY: the calls set numbers of the allocator and may be made at any time.
+        unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, HEAPS);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES);
+        }
+    }
+}
+
 /// `MemTotal:       24000000 kB`
 fn total_bytes(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;

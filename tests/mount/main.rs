@@ -2,7 +2,7 @@
 //!
 //! `contract` has a test for each line of the contract, named after it: `line_07_...`. Its mounts run inside the test's own
 //! process, over checkpoints in memory that can count, fail and wait. `daemon` runs the program. `archives` mounts what
-//! `mcwc-pack` wrote.
+//! `mcwc-pack` wrote, and `load` has many readers at once read that.
 //!
 //! Where there is no `/dev/fuse` each test says so in one line and passes; where there is one, none is skipped.
 
@@ -12,4 +12,6 @@ mod common;
 mod concurrency;
 mod contract;
 mod daemon;
+mod load;
+mod packed;
 mod support;
