@@ -44,6 +44,7 @@ pub mod metrics;
 
 pub mod budget;
 pub mod cache;
+pub mod decoded_files;
 pub mod numerics;
 pub mod tensor;
 
