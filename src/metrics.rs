@@ -74,6 +74,7 @@ pub static METRICS: Metrics = Metrics::new();
 declare! {
     // What the kernel asks.
     opens: Counter, Count, "mcwcfs_opens_total", "Files opened.";
+    passed_opens: Counter, Count, "mcwcfs_passthrough_opens_total", "Files opened that the kernel reads by itself.";
     reads: Counter, Count, "mcwcfs_read_requests_total", "Read requests of the kernel; what its page cache answers is not among them.";
     read_bytes: Counter, Bytes, "mcwcfs_read_bytes_total", "Bytes given to read requests.";
     read_errors: Counter, Count, "mcwcfs_read_errors_total", "Read requests answered with an error.";

@@ -1,15 +1,18 @@
 //! Whether a source and a mount point can go together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::DaemonError;
 use crate::fuse::{self, FuseError};
 use crate::vfs::VfsError;
 
 /// Refuses what would deadlock or confuse: a mount point in, around or equal to the source, and one already in use by us.
-pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(), DaemonError> {
-    if fuse::is_dead(mountpoint) {
-        return Err(FuseError::DeadMount { path: mountpoint.to_owned() }.into());
+/// Clears what a daemon that was killed left there. Returns both paths, absolute and without symbolic links.
+pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(PathBuf, PathBuf), DaemonError> {
+    while fuse::is_dead(mountpoint) {
+        if !fuse::clear_if_dead(mountpoint) {
+            return Err(FuseError::DeadMount { path: mountpoint.to_owned() }.into());
+        }
     }
     let source = source
         .canonicalize()
@@ -22,7 +25,7 @@ pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(), DaemonError>
     }
     match fuse::mount_at(&mountpoint) {
         Some(entry) if entry.is_ours() => Err(DaemonError::AlreadyMounted { mountpoint, what: entry.source }),
-        _ => Ok(()),
+        _ => Ok((source, mountpoint)),
     }
 }
 

@@ -29,10 +29,12 @@ pub(super) struct Workers {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
     arrived: Condvar,
+    /// While draining: a job ended.
+    ended: Condvar,
 }
 
 #[derive(Default)]
@@ -40,13 +42,15 @@ struct State {
     queue: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    running: usize,
+    is_draining: bool,
     is_closed: bool,
 }
 
 impl std::fmt::Debug for State {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { queue, threads, idle, is_closed } = self;
-        write!(formatter, "{} queued, {threads} threads, {idle} idle, closed: {is_closed}", queue.len())
+        let Self { queue, threads, idle, running, .. } = self;
+        write!(formatter, "{} queued, {threads} threads, {idle} idle, {running} running", queue.len())
     }
 }
 
@@ -56,7 +60,7 @@ impl Workers {
     /// # Errors
     /// When the system grants no thread.
     pub(super) fn new() -> io::Result<Self> {
-        let workers = Self { shared: Arc::new(Shared { state: Mutex::default(), arrived: Condvar::new() }) };
+        let workers = Self { shared: Arc::new(Shared::default()) };
         for _ in 0..PERMANENT {
             workers.shared.lock().threads += 1;
             workers.shared.add_thread()?;
@@ -80,6 +84,26 @@ impl Workers {
         if let Err(error) = self.shared.add_thread() {
             self.shared.lock().threads -= 1;
             warn!("no more worker threads: {error}");
+        }
+    }
+}
+
+impl Workers {
+    /// Waits until every job is done, at most `limit`; returns whether they are. From now on
+    /// [`Self::hold_while_draining`] does not return.
+    pub(super) fn drain(&self, limit: Duration) -> bool {
+        let mut state = self.shared.lock();
+        state.is_draining = true;
+        let waiting = |state: &mut State| state.running > 0 || !state.queue.is_empty();
+        let waited = self.shared.ended.wait_timeout_while(state, limit, waiting);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// Called by an event loop that has handed a request over: while draining it waits for ever, so that it takes no
+    /// other request from the device. A successor does.
+    pub(super) fn hold_while_draining(&self) {
+        while self.shared.lock().is_draining {
+            thread::park();
         }
     }
 }
@@ -113,6 +137,11 @@ impl Shared {
             if catch_unwind(AssertUnwindSafe(|| job())).is_err() {
                 error!("internal error in a worker: the reader got an I/O error; please report this");
             }
+            let mut state = self.lock();
+            state.running -= 1;
+            if state.is_draining {
+                self.ended.notify_all();
+            }
         }
     }
 
@@ -121,6 +150,7 @@ impl Shared {
         let mut state = self.lock();
         loop {
             if let Some(job) = state.queue.pop_front() {
+                state.running += 1;
                 return Some(job);
             }
             if state.is_closed {
@@ -186,6 +216,19 @@ mod tests {
         workers.submit(move || done.send(()).unwrap());
         is_done.recv().unwrap();
         assert!(workers.shared.lock().threads >= PERMANENT);
+    }
+
+    #[test]
+    fn draining_waits_for_jobs_and_no_longer_than_it_may() {
+        let workers = Workers::new().unwrap();
+        workers.hold_while_draining();
+        let (release, released) = mpsc::channel::<()>();
+        workers.submit(move || {
+            let _ = released.recv();
+        });
+        assert!(!workers.drain(Duration::from_millis(10)));
+        drop(release);
+        assert!(workers.drain(Duration::from_secs(60)));
     }
 
     #[test]

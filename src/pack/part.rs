@@ -16,6 +16,9 @@ use crate::format::limits::{RAW_STRIP_BYTES, STRIP_SYMBOLS};
 use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
 
+/// Symbols for which a strip gets one more lane.
+const SYMBOLS_PER_LANE: usize = 2048;
+
 /// Where runs and strips of a tensor begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunLayout {
@@ -44,6 +47,13 @@ impl RunLayout {
         };
         let runs_per_strip = (STRIP_SYMBOLS as usize / run_elements).max(1);
         Self { elements, run_elements, runs_per_strip }
+    }
+
+    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 2,048
+    /// symbols, which keeps that to an 80th of a bit per symbol.
+    pub fn lanes(&self) -> usize {
+        let symbols = self.elements.min(self.run_elements * self.runs_per_strip);
+        1 << (symbols / SYMBOLS_PER_LANE).max(1).ilog2().min(LANES.ilog2())
     }
 
     /// Number of runs.
@@ -306,6 +316,7 @@ impl EncodedPart {
             streams: Some(SymbolStreams {
                 run_elements: layout.run_elements as u32,
                 runs_per_strip: layout.runs_per_strip as u32,
+                lanes: layout.lanes() as u8,
                 tables: Vec::new(),
                 table_of_run: if tables.len() > 1 {
                     integers::encode(&table_of_run)
@@ -349,7 +360,7 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
         tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
     let placed = symbols.place(runs, &fitted);
     let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
-    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, |run, index| {
+    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, layout.lanes(), |run, index| {
         tables[run][placed.quantizers.get(index).copied().map_or(0, usize::from)]
     });
 

@@ -8,7 +8,7 @@ use super::quantized_symbols::Rounding;
 use crate::codec::architecture::BlockType;
 use crate::codec::integers;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
-use crate::format::part::{QuantizerInfo, StoredTrellis};
+use crate::format::part::{QuantizerInfo, TrellisTables};
 use crate::numerics::{f32_from_bf16, f32_from_f16};
 use crate::tensor::{Dtype, TensorInfo};
 
@@ -105,8 +105,10 @@ impl PartQuantizer {
         }
         let reach = largest(&mut sample);
         let mut rounding = options.rounding();
-        if rounding.trellis.is_some() && root_mean_square(values) > PAIRED_TABLES_REACH * f64::from(step) {
-            rounding.trellis = Some(StoredTrellis::SharedTables);
+        if let Some(trellis) = &mut rounding.trellis
+            && root_mean_square(values) > PAIRED_TABLES_REACH * f64::from(step)
+        {
+            trellis.tables = TrellisTables::Shared;
         }
         // Codes of the trellis are two steps apart.
         let code_steps = if rounding.trellis.is_some() { 2.0 } else { 1.0 };

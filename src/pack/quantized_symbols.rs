@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use super::entropy_model::{FittedTable, Histogram, StreamKind};
 use super::part::{Placed, RunLayout, Symbols};
-use super::trellis_search::search;
+use super::trellis_search::Search;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
-use crate::codec::trellis::{code_of, next_state, quantizer_of};
-use crate::format::part::StoredTrellis;
+use crate::codec::trellis::{Trellis, code_of, quantizer_of};
+use crate::format::part::{StoredTrellis, TrellisTables};
 use crate::format::strip::LANES;
 
 /// How values become codes.
@@ -105,7 +105,9 @@ impl Symbols for QuantizedSymbols<'_> {
 
     fn second_kind(&self) -> Option<StreamKind> {
         let raw_bits = self.raw_bits as u8;
-        (self.rounding.trellis == Some(StoredTrellis::TablePairs))
+        self.rounding
+            .trellis
+            .is_some_and(|trellis| trellis.tables == TrellisTables::Pairs)
             .then_some(StreamKind::Trellis { raw_bits, quantizer: 1 })
     }
 
@@ -114,9 +116,12 @@ impl Symbols for QuantizedSymbols<'_> {
         for run in runs {
             self.for_each_target(run, |target| targets.push(target));
         }
-        match self.rounding.trellis.is_some() {
-            true => self.place_trellis(&targets, tables),
-            false => self.place_scalar(&targets, tables),
+        match self.rounding.trellis {
+            Some(StoredTrellis { state_bits, .. }) => {
+                let trellis = Trellis::new(state_bits).expect("options name a trellis there is");
+                self.place_trellis(&targets, tables, trellis)
+            }
+            None => self.place_scalar(&targets, tables),
         }
     }
 }
@@ -166,20 +171,28 @@ impl QuantizedSymbols<'_> {
         placed
     }
 
-    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
+    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]], trellis: Trellis) -> Placed {
         let run_elements = self.layout.run_elements;
-        let multiples = search(targets, run_elements, tables, self.raw_bits, self.rounding.lambda);
+        let search = Search {
+            run_elements,
+            lanes: self.layout.lanes(),
+            raw_bits: self.raw_bits,
+            lambda: self.rounding.lambda,
+            trellis,
+        };
+        let multiples = search.multiples(targets, tables);
         let mut placed = Placed::default();
+        let lanes = self.layout.lanes();
         let mut states = [0; LANES];
         for ((targets, multiples), tables) in
             targets.chunks(run_elements).zip(multiples.chunks(run_elements)).zip(tables)
         {
             for (index, (&target, &multiple)) in targets.iter().zip(multiples).enumerate() {
-                let state = &mut states[index % LANES];
+                let state = &mut states[index % lanes];
                 let quantizer = quantizer_of(*state);
                 let table = tables[usize::from(quantizer)];
                 let code = code_of(multiple, quantizer);
-                *state = next_state(*state, multiple);
+                *state = trellis.next_state(*state, multiple);
                 let (symbol, raw) = split_code(code, self.raw_bits);
                 let mut offset = target - multiple as f32;
                 if offset.abs() > BEYOND_REACH {
@@ -250,10 +263,12 @@ mod tests {
     fn the_trellis_gains_an_eighth_of_a_bit_at_equal_error() {
         let bits_above_bound = |(bits, error): (f64, f64)| bits + 0.5 * error.log2();
         let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0 }, 0.3));
-        for trellis in [StoredTrellis::SharedTables, StoredTrellis::TablePairs] {
-            let rounding = Rounding { trellis: Some(trellis), lambda: 0.2 };
+        for (tables, state_bits, gain) in
+            [(TrellisTables::Shared, 3, 0.125), (TrellisTables::Pairs, 3, 0.125), (TrellisTables::Shared, 8, 0.16)]
+        {
+            let rounding = Rounding { trellis: Some(StoredTrellis { tables, state_bits }), lambda: 0.2 };
             let bits = bits_above_bound(rate_and_error(rounding, 0.18));
-            assert!(bits < scalar - 0.125, "{trellis:?}: {bits} and {scalar} bits above the Gaussian bound");
+            assert!(bits < scalar - gain, "{rounding:?}: {bits} and {scalar} bits above the Gaussian bound");
         }
     }
 }

@@ -155,7 +155,7 @@ impl TestMount {
         let root = source.canonicalize().unwrap();
         let archives: BTreeMap<PathBuf, Arc<InMemory>> =
             archives.into_iter().map(|(name, checkpoint)| (root.join(name), Arc::new(checkpoint))).collect();
-        let vfs = Vfs::open(&source, |path| {
+        let vfs = Vfs::open(&source, move |path| {
             archives.get(path).cloned().map(Shared).ok_or_else(|| "preamble: magic: expected MCWC".into())
         });
         let mounted = fuse::mount(vfs.unwrap(), &path, options).unwrap();
@@ -179,7 +179,7 @@ impl Drop for TestMount {
     fn drop(&mut self) {
         // Lazily: a failing test may still have files open.
         let unmounted = fuse::unmount(&self.path, true);
-        let ended = self.mounted.take().expect("taken here only").join();
+        let ended = self.mounted.take().expect("taken here only").wait();
         if !std::thread::panicking() {
             unmounted.unwrap();
             ended.unwrap();
