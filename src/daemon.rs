@@ -30,14 +30,15 @@ use log::{info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
+use crate::decoded_files::DecodedFilesError;
 use crate::fuse::{self, Device, FuseError, MountOptions, Mounted};
 use crate::materialize::MaterializeOptions;
-use crate::vfs::{Inode, VfsError};
+use crate::vfs::{DecodeAhead, Inode, VfsError};
 use handover::Facts;
 use service::{Prepared, Service};
 use supervisor::{News, Recipe};
 
-pub use memory::default_cache_bytes;
+pub use memory::{MemoryPlan, default_limit_bytes};
 pub use process::{status, umount, upgrade};
 pub use status::{ArchiveReport, Report};
 pub use worker::run as run_worker;
@@ -54,10 +55,12 @@ pub struct ServeOptions {
     pub mountpoint: PathBuf,
     /// How archives are decoded.
     pub materialize: MaterializeOptions,
-    /// How many threads decode one tensor together; as many as there are cores where nothing is said.
-    pub threads: Option<usize>,
     /// How the tree is presented.
     pub mount: MountOptions,
+    /// Where whole decoded files are kept, if anywhere.
+    pub decoded_cache: Option<DecodedCache>,
+    /// How far decoding goes ahead of readers.
+    pub decode_ahead: DecodeAhead,
     /// How far the kernel reads ahead, in KiB.
     pub readahead_kib: u32,
     /// How often the source is listed again to see what changed; without it, on SIGHUP only.
@@ -66,6 +69,15 @@ pub struct ServeOptions {
     pub metrics: Option<SocketAddr>,
     /// Whether a supervisor keeps the mount alive when the process that serves it dies.
     pub supervise: bool,
+}
+
+/// Where whole decoded files are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DecodedCache {
+    /// The directory, which any number of daemons may share.
+    pub directory: PathBuf,
+    /// What they may take; by default three quarters of what the file system has left.
+    pub bytes: Option<u64>,
 }
 
 /// Why a mount did not come to be, or ended badly.
@@ -100,6 +112,9 @@ pub enum DaemonError {
         /// The path, as given.
         mountpoint: PathBuf,
     },
+    /// The directory for decoded files cannot be used.
+    #[error("directory for decoded files: {0}")]
+    DecodedFiles(#[from] DecodedFilesError),
     /// The source cannot be listed.
     #[error(transparent)]
     Source(#[from] VfsError),

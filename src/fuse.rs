@@ -13,7 +13,9 @@ mod device;
 mod errno;
 mod kernel_mount;
 mod mount_table;
+mod passthrough;
 mod readahead;
+mod replies;
 mod workers;
 
 use std::ffi::OsStr;
@@ -60,6 +62,10 @@ pub struct MountOptions {
     pub event_loops: usize,
     /// Whether a read that another process took and did not answer gets an I/O error: it may be what killed that one.
     pub refuse_resent: bool,
+    /// Memory for replies being made; readers wait for one another where it does not suffice.
+    pub reply_bytes: u64,
+    /// Whether the kernel may read decoded files by itself, where it can and we have the privilege.
+    pub passthrough: bool,
 }
 
 impl Default for MountOptions {
@@ -78,6 +84,8 @@ impl Default for MountOptions {
             directory_mode: 0o555,
             event_loops: 2,
             refuse_resent: false,
+            reply_bytes: 64 << 20,
+            passthrough: false,
         }
     }
 }

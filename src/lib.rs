@@ -42,7 +42,9 @@
 
 pub mod metrics;
 
+pub mod budget;
 pub mod cache;
+pub mod decoded_files;
 pub mod numerics;
 pub mod tensor;
 

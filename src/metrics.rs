@@ -74,6 +74,7 @@ pub static METRICS: Metrics = Metrics::new();
 declare! {
     // What the kernel asks.
     opens: Counter, Count, "mcwcfs_opens_total", "Files opened.";
+    passed_opens: Counter, Count, "mcwcfs_passthrough_opens_total", "Files opened that the kernel reads by itself.";
     reads: Counter, Count, "mcwcfs_read_requests_total", "Read requests of the kernel; what its page cache answers is not among them.";
     read_bytes: Counter, Bytes, "mcwcfs_read_bytes_total", "Bytes given to read requests.";
     read_errors: Counter, Count, "mcwcfs_read_errors_total", "Read requests answered with an error.";
@@ -86,6 +87,12 @@ declare! {
     shown_bytes: Gauge, Bytes, "mcwcfs_shown_bytes", "Sum of the lengths of all files shown, decoded.";
     rescans: Counter, Count, "mcwcfs_rescans_total", "Times that the source was listed again, changed or not.";
     rescan_failures: Counter, Count, "mcwcfs_rescan_failures_total", "Times that the source could not be listed again.";
+
+    // Decoding.
+    decoded_bytes: Counter, Bytes, "mcwcfs_decoded_bytes_total", "Bytes decoded, counted again where they were decoded again.";
+    decoded_ahead_bytes: Counter, Bytes, "mcwcfs_decoded_ahead_bytes_total", "Bytes decoded before anybody had asked for them.";
+    decode_seconds: Histogram, Seconds, "mcwcfs_decode_seconds", "Time that one thread took to decode some strips of a tensor.";
+    memory_waits: Counter, Count, "mcwcfs_memory_waits_total", "Times that a decode or a reply had to wait for memory under the limit.";
 
     // The cache of decoded bytes.
     cache_bytes: Gauge, Bytes, "mcwcfs_cache_bytes", "Decoded bytes kept in memory.";

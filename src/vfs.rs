@@ -20,8 +20,10 @@
 mod activity;
 mod changes;
 mod checkpoint;
+mod decode_ahead;
 mod error;
 mod extended_attributes;
+mod file_keeper;
 mod inode;
 mod log_once;
 mod opened;
@@ -32,22 +34,30 @@ mod tree;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::{Deref, Range};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
 
 use log::info;
 
+use crate::decoded_files::DecodedFiles;
+
 pub use changes::Changes;
-pub use checkpoint::{BoxError, Checkpoint, DecodedArchive};
+pub use checkpoint::{BoxError, Checkpoint, DecodedArchive, Keeper};
+pub use decode_ahead::DecodeAhead;
+use decode_ahead::Follower;
 pub use error::VfsError;
+use file_keeper::FileKeeper;
 pub use inode::Inode;
 use log_once::LogOnce;
 use opened::{OpenArchive, Opened, OpenedArchive};
 use scan::Scan;
 use source::Source;
-use tree::{Content, Node, Tree};
+use tree::{Archived, Content, Node, Tree};
 
 /// What an [`Inode`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +137,10 @@ pub struct Vfs {
     retired: RwLock<HashMap<Inode, Arc<Node>>>,
     /// What the tree was made of; whoever rescans holds it.
     scanned: Mutex<Scanned>,
+    /// Decodes ahead of readers, where that was asked for.
+    follower: Option<Follower>,
+    /// Keeps decoded files, where that was asked for.
+    file_keeper: Option<FileKeeper>,
     log: LogOnce,
 }
 
@@ -188,7 +202,34 @@ impl Vfs {
             source.root().display()
         );
         let scanned = Mutex::new(Scanned { scan, opened });
-        Ok(Self { source, open_archive, tree: RwLock::new(tree), retired: RwLock::default(), scanned, log })
+        let (tree, retired) = (RwLock::new(tree), RwLock::default());
+        Ok(Self { source, open_archive, tree, retired, scanned, follower: None, file_keeper: None, log })
+    }
+
+    /// Starts to decode ahead of readers, on `threads` threads, into a cache of `cache_bytes`.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn decode_ahead(&mut self, mode: DecodeAhead, threads: usize, cache_bytes: u64) -> io::Result<()> {
+        self.follower = Follower::start(mode, threads, cache_bytes)?;
+        Ok(())
+    }
+
+    /// Keeps whole decoded files in `files`, and serves them from there.
+    ///
+    /// # Errors
+    /// When the system grants no thread.
+    pub fn keep_decoded_files(&mut self, files: Arc<DecodedFiles>) -> io::Result<()> {
+        self.file_keeper = Some(FileKeeper::start(files)?);
+        Ok(())
+    }
+
+    /// A file on disk with the bytes of `inode`, if there is one.
+    pub fn decoded_file(&self, inode: Inode) -> Option<Arc<File>> {
+        match &self.node(inode).ok()?.content {
+            Content::Archived(archived) => self.file_keeper.as_ref()?.find(archived.file()),
+            _ => None,
+        }
     }
 
     /// Lists the source again and shows what is there now; returns what that changed.
@@ -319,26 +360,53 @@ impl Vfs {
     /// where the file ends. Blocks while reading the source or decoding, and holds no lock meanwhile.
     ///
     /// A failure has one log line, with the path, the tensor and what was wrong, however often it is met.
-    pub fn read(&self, inode: Inode, offset_bytes: u64, out: &mut [u8]) -> Result<usize, VfsError> {
+    pub fn read(&self, inode: Inode, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, VfsError> {
         let node = self.node(inode)?;
         let left = node.attributes.length_bytes.saturating_sub(offset_bytes);
         let length = usize::try_from(left).unwrap_or(usize::MAX).min(out.len());
         if length == 0 {
             return Ok(0);
         }
-        let result = self.read_content(&node, offset_bytes, &mut out[..length]);
+        let result = self.read_content(&node, offset_bytes, keeper, &mut out[..length]);
         if let Err(error) = &result {
             self.log.error(&format!("read failed: {error}"));
         }
         result.map(|()| length)
     }
 
-    fn read_content(&self, node: &Node, offset_bytes: u64, out: &mut [u8]) -> Result<(), VfsError> {
+    fn read_content(&self, node: &Node, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<(), VfsError> {
         match &node.content {
             Content::Sidecar(file) => self.source.read_exact_at(file, offset_bytes, out),
-            Content::Archived(archived) => archived.read_exact_at(&node.path, offset_bytes, out),
+            Content::Archived(archived) => {
+                if self.read_decoded_file(archived, offset_bytes, out) {
+                    return Ok(());
+                }
+                let (checkpoint, file, length) = (archived.checkpoint(), archived.index, out.len() as u64);
+                if let Some(file_keeper) = &self.file_keeper {
+                    file_keeper.note_read(checkpoint, file, offset_bytes + length);
+                }
+                if let Some(follower) = &self.follower {
+                    follower.follow(node.attributes.inode, checkpoint, file, offset_bytes, length);
+                }
+                archived.read_exact_at(&node.path, offset_bytes, keeper, out)
+            }
             Content::Directory(_) => Err(VfsError::IsADirectory),
             Content::Link(_) => Err(VfsError::NotAFile),
+        }
+    }
+
+    /// Fills `out` from the decoded file on disk; returns whether there is one and that went well.
+    fn read_decoded_file(&self, archived: &Archived, offset_bytes: u64, out: &mut [u8]) -> bool {
+        let Some(file) = self.file_keeper.as_ref().and_then(|keeper| keeper.get(archived.file())) else { return false };
+        match file.read_exact_at(out, offset_bytes) {
+            Ok(()) => {
+                archived.count_read(offset_bytes, out.len() as u64);
+                true
+            }
+            Err(error) => {
+                self.log.warn(&format!("decoded file of {}: {error}: decoded again", archived.file().name));
+                false
+            }
         }
     }
 

@@ -170,8 +170,8 @@ fn descriptors() -> Finding {
 }
 
 fn memory() -> Finding {
-    let cache = HumanBytes(daemon::default_cache_bytes());
-    finding("memory", Verdict::Good, format!("decoded weights may take {cache} unless --cache-size says otherwise"))
+    let limit = HumanBytes(daemon::default_limit_bytes());
+    finding("memory", Verdict::Good, format!("decoding may take {limit} unless --memory-limit says otherwise"))
 }
 
 fn engines() -> Finding {

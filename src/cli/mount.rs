@@ -15,10 +15,11 @@ use log::LevelFilter;
 use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
-use crate::daemon::{self, DaemonError, ServeOptions};
+use crate::daemon::{self, DaemonError, DecodedCache, MemoryPlan, ServeOptions};
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
+use crate::vfs::DecodeAhead;
 
 const WRONG_USAGE: u8 = 1;
 const SYSTEM: u8 = 2;
@@ -54,13 +55,25 @@ pub struct MountArgs {
 /// What `-o` can say too.
 #[derive(Args, Clone, Debug, Default)]
 struct MountFlags {
-    /// Memory for decoded weights [default: a quarter of what this process may use]
+    /// Memory for everything that is decoded, kept or on its way to readers [default: half of the machine's, or three
+    /// quarters of what the control group allows]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_limit: Option<u64>,
+    /// The part of it for decoded weights that are kept [default: a half]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     cache_size: Option<u64>,
     /// What decodes [default: auto]
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
-    /// Threads that decode one tensor together [default: all cores]
+    /// Keep whole decoded files in DIR, at most SIZE of them [default: three quarters of what is free]: later opens, also
+    /// after a restart, read them at the speed of that disk, as root without coming here at all
+    #[arg(long, value_name = "DIR[:SIZE]", value_parser = parse_decoded_cache)]
+    decoded_cache: Option<DecodedCache>,
+    /// How far weights are decoded before they are asked for: off, file (the rest of a file that is being read), or model
+    /// (on into the archive's next file) [default: model]
+    #[arg(long, value_enum, hide_possible_values = true)]
+    decode_ahead: Option<DecodeAhead>,
+    /// Threads that decode at a time [default: all cores]
     #[arg(long, value_name = "COUNT", value_parser = parse_threads)]
     threads: Option<usize>,
     /// How far the kernel reads ahead, set as root only [default: 1MiB]
@@ -152,15 +165,18 @@ fn run_unguarded(args: MountArgs) -> ExitCode {
 
 fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> ServeOptions {
     let default = MountOptions::default();
+    let memory = MemoryPlan::new(flags.memory_limit, flags.cache_size);
     let rescan = flags.rescan.unwrap_or(RESCAN_SECONDS);
     ServeOptions {
         source,
         mountpoint,
         materialize: MaterializeOptions {
-            cache_bytes: flags.cache_size.unwrap_or_else(daemon::default_cache_bytes),
+            cache_bytes: memory.cache_bytes,
+            working_bytes: memory.working_bytes,
+            threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
         },
-        threads: flags.threads,
+        decode_ahead: flags.decode_ahead.unwrap_or_default(),
         readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
         rescan_interval: (rescan > 0).then(|| Duration::from_secs(rescan)),
         metrics: flags.metrics,
@@ -173,8 +189,11 @@ fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> Ser
             gid: flags.gid.unwrap_or(default.gid),
             file_mode: flags.file_mode.unwrap_or(default.file_mode),
             directory_mode: flags.dir_mode.unwrap_or(default.directory_mode),
+            reply_bytes: memory.reply_bytes,
+            passthrough: flags.decoded_cache.is_some(),
             ..default
         },
+        decoded_cache: flags.decoded_cache,
     }
 }
 
@@ -238,8 +257,11 @@ impl MountFlags {
     /// These flags, and where they say nothing, `other`.
     fn or(self, other: Self) -> Self {
         Self {
+            memory_limit: self.memory_limit.or(other.memory_limit),
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
+            decoded_cache: self.decoded_cache.or(other.decoded_cache),
+            decode_ahead: self.decode_ahead.or(other.decode_ahead),
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
             allow_other: self.allow_other || other.allow_other,
@@ -264,6 +286,16 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| format!("{text:?}: expected a port, or an IP address with one such as 127.0.0.1:9464"))
 }
 
+/// `DIR` or `DIR:SIZE`. The directory is made absolute: a daemon has another current directory.
+fn parse_decoded_cache(text: &str) -> Result<DecodedCache, String> {
+    let (directory, bytes) = match text.rsplit_once(':') {
+        Some((directory, size)) => (directory, Some(parse_size(size)?)),
+        None => (text, None),
+    };
+    let directory = std::path::absolute(directory).map_err(|error| format!("{directory:?}: {error}"))?;
+    Ok(DecodedCache { directory, bytes })
+}
+
 fn parse_mode(text: &str) -> Result<u16, String> {
     match u16::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
@@ -277,9 +309,10 @@ pub(super) fn exit_code(error: &DaemonError) -> u8 {
         DaemonError::Overlap { .. } => WRONG_USAGE,
         DaemonError::Worker { exit_code, .. } => *exit_code,
         DaemonError::Handover { .. } => INTERNAL,
-        DaemonError::System { .. } | DaemonError::Listen { .. } | DaemonError::Fuse(FuseError::Session { .. }) => {
-            SYSTEM
-        }
+        DaemonError::System { .. }
+        | DaemonError::DecodedFiles(_)
+        | DaemonError::Listen { .. }
+        | DaemonError::Fuse(FuseError::Session { .. }) => SYSTEM,
         DaemonError::AlreadyMounted { .. }
         | DaemonError::NotMounted { .. }
         | DaemonError::Source(_)

@@ -12,8 +12,9 @@ use log::{debug, info, warn};
 
 use super::handover::Facts;
 use super::status::Status;
-use super::{DaemonError, ServeOptions};
+use super::{DaemonError, DecodedCache, ServeOptions, memory};
 use crate::archive::Archive;
+use crate::decoded_files::DecodedFiles;
 use crate::fuse::{self, Device, Kernel, MountOptions, Mounted};
 use crate::materialize::Materializer;
 use crate::metrics::METRICS;
@@ -27,19 +28,21 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Lists the source and opens its archives. To be called once in a process, which has one set of decoder threads.
+    /// Lists the source and opens its archives.
     pub(super) fn new(options: &ServeOptions) -> Result<Self, DaemonError> {
-        if let Some(threads) = options.threads {
-            let built = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-            let wrap =
-                |error| DaemonError::System { what: "starting decoder threads", source: io::Error::other(error) };
-            built.map_err(wrap)?;
-        }
+        memory::share_heaps();
         let materializer = Arc::new(Materializer::new(options.materialize));
         let decoder = Arc::clone(&materializer);
-        let vfs = Vfs::open(&options.source, move |path| {
+        let mut vfs = Vfs::open(&options.source, move |path| {
             Ok(DecodedArchive::new(Arc::new(Archive::open(path)?), Arc::clone(&decoder)))
         })?;
+        vfs.decode_ahead(options.decode_ahead, options.materialize.threads, options.materialize.cache_bytes)
+            .map_err(|source| DaemonError::System { what: "starting a thread", source })?;
+        if let Some(DecodedCache { directory, bytes }) = &options.decoded_cache {
+            let files = Arc::new(DecodedFiles::open(directory, *bytes)?);
+            vfs.keep_decoded_files(files)
+                .map_err(|source| DaemonError::System { what: "starting a thread", source })?;
+        }
         Ok(Self { vfs: Arc::new(vfs), materializer })
     }
 
@@ -52,10 +55,16 @@ impl Prepared {
         facts: Facts,
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
+        // What a predecessor's readers have open, and in which way, is not known; mixing the ways would be their error.
+        let is_first = facts.restarts == 0 && facts.upgrades == 0;
         let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
         let attributes = Arc::clone(&status);
-        let mount = MountOptions { refuse_resent: is_suspicious, ..options.mount.clone() };
+        let mount = MountOptions {
+            refuse_resent: is_suspicious,
+            passthrough: options.mount.passthrough && is_first,
+            ..options.mount.clone()
+        };
         let root_attributes = Arc::new(move |name: &OsStr| attributes.root_attribute(name));
         let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, root_attributes)?;
         let start = || {

@@ -16,10 +16,12 @@ use fuser::{
 use log::{debug, warn};
 
 use super::errno::errno;
+use super::passthrough::{CACHED, PASSED, Passthrough};
+use super::replies::Replies;
 use super::workers::Workers;
 use super::{MountOptions, RootAttributes};
 use crate::metrics::METRICS;
-use crate::vfs::{Attributes, Inode, Kind, Vfs, VfsError};
+use crate::vfs::{Attributes, Inode, Keeper, Kind, Vfs, VfsError};
 
 /// The tree is a snapshot, so the kernel need not ask again. After a rescan it is told what changed.
 const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -37,6 +39,8 @@ const RESENT: u64 = 1 << 63;
 pub(super) struct Adapter {
     vfs: Arc<Vfs>,
     workers: Arc<Workers>,
+    replies: Arc<Replies>,
+    passthrough: Passthrough,
     options: MountOptions,
     root_attributes: Arc<RootAttributes>,
 }
@@ -48,7 +52,9 @@ impl Adapter {
         options: &MountOptions,
         root_attributes: Arc<RootAttributes>,
     ) -> Self {
-        Self { vfs, workers, options: options.clone(), root_attributes }
+        let replies = Arc::new(Replies::new(options.reply_bytes));
+        let passthrough = Passthrough::new(options.passthrough);
+        Self { vfs, workers, replies, passthrough, options: options.clone(), root_attributes }
     }
 
     fn file_attributes(&self, attributes: &Attributes) -> FileAttr {
@@ -130,7 +136,7 @@ impl Drop for PendingRead {
 }
 
 /// What is asked of the kernel when it greets. The same for every process that serves a mount: the kernel hears it once.
-pub(super) fn configure(config: &mut KernelConfig) {
+pub(super) fn configure(config: &mut KernelConfig, options: &MountOptions) {
     let wanted = [
         InitFlags::FUSE_DO_READDIRPLUS,
         InitFlags::FUSE_READDIRPLUS_AUTO,
@@ -143,6 +149,10 @@ pub(super) fn configure(config: &mut KernelConfig) {
         if config.add_capabilities(capability).is_err() {
             debug!("kernel without {capability:?}");
         }
+    }
+    if options.passthrough && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() {
+        // The files that are passed lie on a file system that is not itself stacked on another.
+        let _ = config.set_max_stack_depth(1);
     }
     // Neither can fail: both are above zero. `max_write` is left alone, because it caps reads too.
     let _ = config.set_max_background(MAX_BACKGROUND);
@@ -160,7 +170,7 @@ fn reply_value(reply: ReplyXattr, size: u32, value: &[u8]) {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        configure(config);
+        configure(config, &self.options);
         Ok(())
     }
 
@@ -204,8 +214,15 @@ impl Filesystem for Adapter {
             Ok(path) => {
                 debug!("open: {}", path.display());
                 METRICS.opens.add(1);
-                // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
-                reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+                let find = || self.vfs.decoded_file(Inode(inode.0));
+                match self.passthrough.open(Inode(inode.0), find, |file| reply.open_backing(file)) {
+                    Some(backing) => {
+                        METRICS.passed_opens.add(1);
+                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH, &backing);
+                    }
+                    // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
+                    None => reply.opened(CACHED, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+                }
             }
             Err(error) => reply.error(errno(&error)),
         }
@@ -218,7 +235,7 @@ impl Filesystem for Adapter {
         _handle: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
@@ -232,15 +249,15 @@ impl Filesystem for Adapter {
             return reply.data(&bytes);
         }
         let vfs = Arc::clone(&self.vfs);
-        self.workers.submit(move |buffer| {
-            let size = size as usize;
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
-            match vfs.read(inode, offset, &mut buffer[..size]) {
+        let replies = Arc::clone(&self.replies);
+        // The kernel keeps what it is given, but for readers that pass it by.
+        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
+        self.workers.submit(move || {
+            let mut bytes = replies.take(size as usize);
+            match vfs.read(inode, offset, keeper, &mut bytes) {
                 Ok(length) => {
                     pending.answered(Some(length));
-                    reply.data(&buffer[..length]);
+                    reply.data(&bytes[..length]);
                 }
                 Err(error) => {
                     pending.answered(None);
@@ -249,6 +266,20 @@ impl Filesystem for Adapter {
             }
         });
         self.workers.hold_while_draining();
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.passthrough.close(Inode(inode.0), handle);
+        reply.ok();
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -298,7 +329,7 @@ impl Filesystem for Adapter {
         if inode == Inode::ROOT {
             let (attributes, name) = (Arc::clone(&self.root_attributes), name.to_owned());
             // They are made on request, and that may take longer than an event loop should.
-            self.workers.submit(move |_| match attributes(&name) {
+            self.workers.submit(move || match attributes(&name) {
                 Some(value) => reply_value(reply, size, value.as_bytes()),
                 None => reply.error(errno(&VfsError::NoSuchAttribute)),
             });

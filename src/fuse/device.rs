@@ -125,7 +125,8 @@ fn greet(mut device: &File, options: &MountOptions) -> io::Result<(Vec<u8>, bool
     };
     greeting.truncate(length);
     let (sender, receiver) = std::sync::mpsc::channel();
-    let (session, answer) = start_session(Greeter(sender), &greeting, options)?;
+    let (session, answer) =
+        start_session(Greeter { can_resend: sender, options: options.clone() }, &greeting, options)?;
     drop(session);
     device.write_all(&answer)?;
     Ok((greeting, receiver.try_recv().unwrap_or(false)))
@@ -175,12 +176,15 @@ fn message_pair() -> io::Result<(File, OwnedFd)> {
 }
 
 /// Answers the greeting and nothing else; tells whether the kernel can resend.
-struct Greeter(std::sync::mpsc::Sender<bool>);
+struct Greeter {
+    can_resend: std::sync::mpsc::Sender<bool>,
+    options: MountOptions,
+}
 
 impl Filesystem for Greeter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        configure(config);
-        let _ = self.0.send(config.capabilities().contains(InitFlags::FUSE_HAS_RESEND)); // the receiver waits
+        configure(config, &self.options);
+        let _ = self.can_resend.send(config.capabilities().contains(InitFlags::FUSE_HAS_RESEND)); // the receiver waits
         Ok(())
     }
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use log::{error, warn};
 
-/// What a worker does. It is lent a buffer that the worker keeps between jobs.
-type Job = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
+/// What a worker does.
+type Job = Box<dyn FnOnce() + Send>;
 
 /// Threads that never go away, so that a job is done even where no thread can be added.
 const PERMANENT: usize = 4;
@@ -69,7 +69,7 @@ impl Workers {
     }
 
     /// Has `job` done by a worker, soon.
-    pub(super) fn submit(&self, job: impl FnOnce(&mut Vec<u8>) + Send + 'static) {
+    pub(super) fn submit(&self, job: impl FnOnce() + Send + 'static) {
         let mut state = self.shared.lock();
         state.queue.push_back(Box::new(job));
         if state.idle >= state.queue.len() {
@@ -132,12 +132,10 @@ impl Shared {
     }
 
     fn run(&self) {
-        let mut buffer = Vec::new();
         while let Some(job) = self.next_job() {
             // A panic is our mistake. It costs its reader an I/O error (the dropped reply sends it) and no one else.
-            if catch_unwind(AssertUnwindSafe(|| job(&mut buffer))).is_err() {
+            if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 error!("internal error in a worker: the reader got an I/O error; please report this");
-                buffer = Vec::new();
             }
             let mut state = self.lock();
             state.running -= 1;
@@ -185,12 +183,12 @@ mod tests {
         let released = Arc::new(Mutex::new(released));
         for _ in 0..100 {
             let released = Arc::clone(&released);
-            workers.submit(move |_| {
+            workers.submit(move || {
                 let _ = released.lock().unwrap().recv();
             });
         }
         let (done, is_done) = mpsc::channel();
-        workers.submit(move |_| done.send(()).unwrap());
+        workers.submit(move || done.send(()).unwrap());
         is_done.recv().unwrap();
         drop(release);
     }
@@ -201,7 +199,7 @@ mod tests {
         let all = Arc::new(Barrier::new(201));
         for _ in 0..200 {
             let all = Arc::clone(&all);
-            workers.submit(move |_| {
+            workers.submit(move || {
                 all.wait();
             });
         }
@@ -212,14 +210,10 @@ mod tests {
     fn a_panicking_job_takes_no_thread_away() {
         let workers = Workers::new().unwrap();
         for _ in 0..3 * PERMANENT {
-            workers.submit(|_| panic!("a bug"));
+            workers.submit(|| panic!("a bug"));
         }
         let (done, is_done) = mpsc::channel();
-        workers.submit(move |buffer| {
-            assert!(buffer.is_empty() || buffer.len() == 7);
-            buffer.resize(7, 0);
-            done.send(()).unwrap();
-        });
+        workers.submit(move || done.send(()).unwrap());
         is_done.recv().unwrap();
         assert!(workers.shared.lock().threads >= PERMANENT);
     }
@@ -229,7 +223,7 @@ mod tests {
         let workers = Workers::new().unwrap();
         workers.hold_while_draining();
         let (release, released) = mpsc::channel::<()>();
-        workers.submit(move |_| {
+        workers.submit(move || {
             let _ = released.recv();
         });
         assert!(!workers.drain(Duration::from_millis(10)));
@@ -243,14 +237,14 @@ mod tests {
         let alive = Arc::new(());
         let (started, has_started) = mpsc::channel();
         let (release, released) = mpsc::channel::<()>();
-        workers.submit(move |_| {
+        workers.submit(move || {
             started.send(()).unwrap();
             let _ = released.recv();
         });
         has_started.recv().unwrap();
         workers.shared.lock().queue.push_back({
             let alive = Arc::clone(&alive);
-            Box::new(move |_| drop(alive))
+            Box::new(move || drop(alive))
         });
         drop(workers);
         assert_eq!(Arc::strong_count(&alive), 1);

@@ -15,7 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::checkpoint::{BoxError, Checkpoint};
+use super::checkpoint::{BoxError, Checkpoint, Keeper};
 use super::log_once::LogOnce;
 use super::opened::{Opened, OpenedArchive};
 use super::scan::{Listing, Scan};
@@ -63,7 +63,7 @@ pub(super) struct Directory {
 pub(super) struct Archived {
     pub(super) archive: Arc<OpenedArchive>,
     /// Which of the checkpoint's files.
-    index: usize,
+    pub(super) index: usize,
 }
 
 /// What one name of a directory stands for, once decided.
@@ -75,20 +75,31 @@ enum Shown {
 }
 
 impl Archived {
-    pub(super) fn checkpoint(&self) -> &dyn Checkpoint {
-        &*self.archive.checkpoint
+    pub(super) fn checkpoint(&self) -> &Arc<dyn Checkpoint> {
+        &self.archive.checkpoint
     }
 
     pub(super) fn file(&self) -> &ArchivedFile {
         &self.checkpoint().files()[self.index]
     }
 
+    /// Notes that a reader got these bytes.
+    pub(super) fn count_read(&self, offset_bytes: u64, length_bytes: u64) {
+        self.archive.activity.count_read(self.index, offset_bytes, length_bytes);
+    }
+
     /// Fills `out`, which must lie inside the file, from `offset_bytes` on; `path` is the file's, for the error.
-    pub(super) fn read_exact_at(&self, path: &Path, offset_bytes: u64, out: &mut [u8]) -> Result<(), VfsError> {
-        let result = self.checkpoint().read(self.index, offset_bytes, out);
+    pub(super) fn read_exact_at(
+        &self,
+        path: &Path,
+        offset_bytes: u64,
+        keeper: Keeper,
+        out: &mut [u8],
+    ) -> Result<(), VfsError> {
+        let result = self.checkpoint().read(self.index, offset_bytes, keeper, out);
         let source: BoxError = match result {
             Ok(found) if found == out.len() => {
-                self.archive.activity.count_read(self.index, offset_bytes, out.len() as u64);
+                self.count_read(offset_bytes, out.len() as u64);
                 return Ok(());
             }
             // The kernel would take it for the end of the file and show zeros.
