@@ -60,6 +60,8 @@ pub struct MountOptions {
     pub directory_mode: u16,
     /// Threads that take requests from the kernel; they only dispatch.
     pub event_loops: usize,
+    /// Whether a read that another process took and did not answer gets an I/O error: it may be what killed that one.
+    pub refuse_resent: bool,
     /// Memory for replies being made; readers wait for one another where it does not suffice.
     pub reply_bytes: u64,
     /// Whether the kernel may read decoded files by itself, where it can and we have the privilege.
@@ -81,6 +83,7 @@ impl Default for MountOptions {
             file_mode: 0o444,
             directory_mode: 0o555,
             event_loops: 2,
+            refuse_resent: false,
             reply_bytes: 64 << 20,
             passthrough: false,
         }
@@ -156,7 +159,7 @@ impl Kernel {
     /// Makes the kernel forget what a rescan changed. The pages of files stay: a changed file has another inode.
     pub fn forget(&self, changes: &Changes) {
         for (directory, name) in &changes.names {
-            self.forget_name(*directory, name);
+            self.forget_name(*directory, name, 0);
         }
         for inode in &changes.directories {
             report(self.forget_inode(*inode, 0)); // what it listed is kept as pages
@@ -166,15 +169,28 @@ impl Kernel {
         }
     }
 
+    /// Has the kernel ask again for `changes.names` when somebody uses them next, and forget what the directories list:
+    /// gentler than [`Self::forget`], where what is known may well be true.
+    pub fn expire(&self, changes: &Changes) {
+        const EXPIRE_ONLY: u32 = 1;
+        for (directory, name) in &changes.names {
+            self.forget_name(*directory, name, EXPIRE_ONLY);
+        }
+        for inode in &changes.directories {
+            report(self.forget_inode(*inode, 0));
+        }
+    }
+
     /// Whether the kernel still knows `inode`: somebody may have it open. What it caches of its attributes is dropped.
     pub fn knows(&self, inode: Inode) -> bool {
         self.forget_inode(inode, NO_PAGES).unwrap_or(true)
     }
 
-    fn forget_name(&self, directory: Inode, name: &OsStr) {
+    fn forget_name(&self, directory: Inode, name: &OsStr, flags: u32) {
         const NOTIFY_INVALIDATE_ENTRY: i32 = 3;
         let length = u32::try_from(name.len()).expect("a name has 255 bytes at most");
-        let body = [&directory.0.to_ne_bytes()[..], &length.to_ne_bytes(), &[0; 4], name.as_bytes(), &[0]].concat();
+        let (length, flags) = (length.to_ne_bytes(), flags.to_ne_bytes());
+        let body = [&directory.0.to_ne_bytes()[..], &length, &flags, name.as_bytes(), &[0]].concat();
         report(device::notify(&self.device, NOTIFY_INVALIDATE_ENTRY, &body));
     }
 

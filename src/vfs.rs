@@ -265,6 +265,12 @@ impl Vfs {
         Ok(changes)
     }
 
+    /// Every name and every directory, as if all had changed: what the kernel must check where another process has answered
+    /// before, and nobody knows what it said.
+    pub fn everything(&self) -> Changes {
+        Changes::everything(&self.tree())
+    }
+
     /// Files that no name leads to any more and that somebody may still have open.
     pub fn retired(&self) -> Vec<Inode> {
         self.retired.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()

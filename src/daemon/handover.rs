@@ -32,6 +32,15 @@ pub(super) struct Facts {
     pub(super) restarts: u64,
     /// Workers that were replaced on request since the mount.
     pub(super) upgrades: u64,
+    /// Whether so many workers died that a request must be suspected of killing them.
+    pub(super) is_suspicious: bool,
+}
+
+impl Facts {
+    /// Whether another process has answered for this mount before.
+    pub(super) fn is_successor(&self) -> bool {
+        self.restarts + self.upgrades > 0
+    }
 }
 
 /// Everything a worker gets.
@@ -56,12 +65,13 @@ pub(super) fn prepare(
     listener: Option<&TcpListener>,
     facts: &Facts,
 ) {
-    let Facts { daemon, restarts, upgrades } = facts;
+    let Facts { daemon, restarts, upgrades, is_suspicious } = facts;
     let mut descriptors = vec![device.as_fd().as_raw_fd(), control.as_raw_fd()];
     descriptors.extend(listener.map(AsRawFd::as_raw_fd));
     let listener = listener.map_or("none".to_owned(), |listener| listener.as_raw_fd().to_string());
+    let (device_number, control_number, suspicious) = (descriptors[0], descriptors[1], u8::from(*is_suspicious));
     let mut text =
-        format!("{VERSION} {} {} {listener} {daemon} {restarts} {upgrades} ", descriptors[0], descriptors[1]);
+        format!("{VERSION} {device_number} {control_number} {listener} {daemon} {restarts} {upgrades} {suspicious} ");
     for byte in device.greeting() {
         write!(text, "{byte:02x}").expect("a String takes all that is written to it");
     }
@@ -129,11 +139,11 @@ fn parse(text: &OsString) -> Result<Fields, String> {
     if fields[0] != VERSION {
         return Err(format!("version {:?}, expected {VERSION}: the supervisor is of another version", fields[0]));
     }
-    let [_, device, control, listener, daemon, restarts, upgrades, greeting] = fields[..] else {
-        return Err(format!("{} fields, expected 8", fields.len()));
+    let [_, device, control, listener, daemon, restarts, upgrades, suspicious, greeting] = fields[..] else {
+        return Err(format!("{} fields, expected 9", fields.len()));
     };
     let bad = |field: &str| format!("{field:?}: expected a number");
-    let number = |field: &str| field.parse().map_err(|_| bad(field));
+    let number = |field: &str| field.parse::<u64>().map_err(|_| bad(field));
     let descriptor = |field: &str| field.parse().map_err(|_| bad(field));
     let digits = greeting.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap_or_default());
     let greeting: Result<_, _> = digits.map(|pair| u8::from_str_radix(pair, 16).map_err(|_| bad(pair))).collect();
@@ -145,6 +155,7 @@ fn parse(text: &OsString) -> Result<Fields, String> {
             daemon: daemon.parse().map_err(|_| bad(daemon))?,
             restarts: number(restarts)?,
             upgrades: number(upgrades)?,
+            is_suspicious: number(suspicious)? != 0,
         },
         greeting: greeting?,
     })
@@ -156,12 +167,14 @@ mod tests {
 
     #[test]
     fn facts_are_read_as_they_were_written_and_other_versions_are_refused() {
-        let facts = Facts { daemon: 12, restarts: 3, upgrades: 4 };
+        let facts = Facts { daemon: 12, restarts: 3, upgrades: 4, is_suspicious: true };
         let expected = Fields { device: 5, control: 6, listener: Some(7), facts, greeting: vec![0, 0xab, 0xff] };
-        assert_eq!(parse(&"1 5 6 7 12 3 4 00abff".into()), Ok(expected));
-        assert_eq!(parse(&"1 5 6 none 12 3 4 ".into()).unwrap().listener, None);
+        assert_eq!(parse(&"1 5 6 7 12 3 4 1 00abff".into()), Ok(expected));
+        assert_eq!(parse(&"1 5 6 none 12 3 4 0 ".into()).unwrap().listener, None);
         assert!(parse(&"2 5 6".into()).unwrap_err().contains("another version"));
-        for text in ["", "1", "1 5 6 x 12 3 4 00", "1 5 6 7 12 3 4 0g", "1 5 6 7 12 -3 4 00", "1 5 6 7 12 3 4 é"] {
+        for text in
+            ["", "1", "1 5 6 x 12 3 4 0 00", "1 5 6 7 12 3 4 0 0g", "1 5 6 7 12 -3 4 0 00", "1 5 6 7 12 3 4 0 é"]
+        {
             assert!(parse(&text.into()).is_err(), "{text}");
         }
     }

@@ -70,7 +70,7 @@ fn resolve(mountpoint: &Path) -> io::Result<PathBuf> {
 }
 
 /// The process that owns the mount, as it says itself.
-fn daemon_of(mountpoint: &Path) -> Option<u32> {
+pub(super) fn daemon_of(mountpoint: &Path) -> Option<u32> {
     let pid = root_attribute(mountpoint, status::DAEMON_PID).ok()?.parse().ok()?;
     // In another process namespace the number means another process, or none.
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 const WINDOW: Duration = Duration::from_secs(60);
 /// More deaths than this within the window are no accident.
 const MOST: usize = 30;
+/// As many as this point to a request that kills whoever answers it.
+const SUSPICIOUS: usize = 15;
 /// How much longer each death within the window makes the next wait.
-const STEP: Duration = Duration::from_millis(20);
+const STEP: Duration = Duration::from_millis(5);
 
 /// The deaths of workers.
 #[derive(Debug, Default)]
@@ -32,6 +34,11 @@ impl Restarts {
         Some(STEP * u32::try_from(before * before / 4).expect("it is small"))
     }
 
+    /// Whether so many died lately that a request must be suspected, and is better refused than repeated.
+    pub(super) fn are_suspicious(&self) -> bool {
+        self.recent.len() >= SUSPICIOUS
+    }
+
     /// Workers that were replaced because they died.
     pub(super) fn total(&self) -> u64 {
         self.total
@@ -48,7 +55,7 @@ mod tests {
         let waits: Vec<_> = (0..MOST).map(|_| restarts.count(start).unwrap()).collect();
         assert_eq!(waits[0], Duration::ZERO);
         assert!(waits[..10].iter().sum::<Duration>() < Duration::from_secs(3), "{waits:?}");
-        assert!(waits.is_sorted());
+        assert!(waits.is_sorted() && restarts.are_suspicious());
         assert_eq!(restarts.count(start), None);
         assert_eq!(restarts.total(), MOST as u64);
     }
@@ -58,6 +65,7 @@ mod tests {
         let (start, mut restarts) = (Instant::now(), Restarts::default());
         for minute in 0..100 {
             assert_eq!(restarts.count(start + minute * (WINDOW + STEP)), Some(Duration::ZERO));
+            assert!(!restarts.are_suspicious());
         }
         assert_eq!(restarts.total(), 100);
     }

@@ -1,5 +1,6 @@
 //! A mount being served: the tree, the conversation with the kernel, and the thread that looks for changes of the source.
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -56,22 +57,22 @@ impl Prepared {
         let Self { vfs, materializer } = self;
         // What a predecessor's readers have open, and in which way, is not known; mixing the ways would be their error.
         let is_first = facts.restarts == 0 && facts.upgrades == 0;
-        let mount_options =
-            MountOptions { passthrough: options.mount.passthrough && is_first, ..options.mount.clone() };
+        let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
         let attributes = Arc::clone(&status);
-        let mounted = fuse::serve(
-            Arc::clone(&vfs),
-            device,
-            &mount_options,
-            Arc::new(move |name| attributes.root_attribute(name)),
-        )?;
+        let mount = MountOptions {
+            refuse_resent: is_suspicious,
+            passthrough: options.mount.passthrough && is_first,
+            ..options.mount.clone()
+        };
+        let root_attributes = Arc::new(move |name: &OsStr| attributes.root_attribute(name));
+        let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, root_attributes)?;
         let start = || {
             if let Some(listener) = listener {
                 let status = Arc::clone(&status);
                 telemetry::serve_metrics(listener, move || status.json())?;
             }
-            look_for_changes(vfs, mounted.kernel(), options.rescan_interval)
+            look_for_changes(vfs, mounted.kernel(), options.rescan_interval, is_successor)
         };
         let rescans = start().map_err(|source| DaemonError::System { what: "starting a thread", source })?;
         Ok(Service { mounted, rescans, status })
@@ -100,9 +101,17 @@ impl Rescans {
 /// Listing works on every file system. The system's own notices of changes do not come from network file systems, where
 /// checkpoints often are, and they overflow. So that a large or slow source is not listed all the time, the thread waits
 /// a hundred times as long as the last listing took, if that is longer.
-fn look_for_changes(vfs: Arc<Vfs>, kernel: Kernel, interval: Option<Duration>) -> io::Result<Rescans> {
+fn look_for_changes(
+    vfs: Arc<Vfs>,
+    kernel: Kernel,
+    interval: Option<Duration>,
+    is_successor: bool,
+) -> io::Result<Rescans> {
     let (sender, requests) = mpsc::channel();
     let look = move || {
+        if is_successor {
+            kernel.expire(&vfs.everything()); // the source may have changed since the predecessor told of it
+        }
         let mut wait = interval;
         loop {
             let request = match wait {

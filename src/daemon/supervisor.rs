@@ -117,8 +117,14 @@ impl Supervisor {
         loop {
             if self.restart_at.is_some_and(|at| at <= Instant::now()) {
                 self.restart_at = None;
-                let start = self.start_worker(Role::Serving);
-                start.map_err(|source| DaemonError::System { what: "starting a worker", source })?;
+                match self.start_worker(Role::Serving) {
+                    Ok(_) => {}
+                    Err(source) if ready.is_some() => {
+                        return Err(DaemonError::System { what: "starting a worker", source });
+                    }
+                    // No memory, no processes, the program just being replaced: all of these pass.
+                    Err(error) => self.restart(&format!("no worker could be started: {error}"))?,
+                }
             }
             let event = match self.restart_at {
                 Some(at) => arrived.recv_timeout(at.saturating_duration_since(Instant::now())),
@@ -266,6 +272,7 @@ impl Supervisor {
             daemon: process::id(),
             restarts: self.restarts.total(),
             upgrades: self.upgrades + u64::from(role == Role::Successor),
+            is_suspicious: self.restarts.are_suspicious(),
         };
         let Recipe { program, arguments, source, listener } = &self.recipe;
         let mut command = process::Command::new(program);

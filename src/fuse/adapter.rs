@@ -13,7 +13,7 @@ use fuser::{
     ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use log::debug;
+use log::{debug, warn};
 
 use super::errno::errno;
 use super::passthrough::{CACHED, PASSED, Passthrough};
@@ -31,6 +31,9 @@ const GENERATION: Generation = Generation(0);
 const BLOCK_BYTES: u32 = 4096;
 /// Requests the kernel may have in flight that nobody waits for, such as readahead. The default of 12 throttles it.
 const MAX_BACKGROUND: u16 = 1024;
+
+/// Bit of a request's number by which the kernel marks what it hands out again.
+const RESENT: u64 = 1 << 63;
 
 /// A tree, and who reads for it.
 pub(super) struct Adapter {
@@ -227,7 +230,7 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         _handle: FileHandle,
         offset: u64,
@@ -237,6 +240,10 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         let (inode, pending) = (Inode(inode.0), PendingRead::new());
+        if self.options.refuse_resent && request.unique().0 & RESENT != 0 {
+            warn!("read refused: inode {inode}, byte {offset}: a process died while it had this request");
+            return reply.error(Errno::EIO);
+        }
         if let Some(bytes) = self.vfs.resident(inode, offset, size.into()) {
             pending.answered(Some(bytes.len()));
             return reply.data(&bytes);

@@ -134,7 +134,7 @@ impl Shared {
     fn run(&self) {
         while let Some(job) = self.next_job() {
             // A panic is our mistake. It costs its reader an I/O error (the dropped reply sends it) and no one else.
-            if catch_unwind(AssertUnwindSafe(|| job())).is_err() {
+            if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 error!("internal error in a worker: the reader got an I/O error; please report this");
             }
             let mut state = self.lock();

@@ -16,8 +16,8 @@ use crate::format::limits::{RAW_STRIP_BYTES, STRIP_SYMBOLS};
 use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
 
-/// Symbols for which a strip gets one more lane.
-const SYMBOLS_PER_LANE: usize = 2048;
+/// Symbols for which a strip gets one more lane: a full strip, of at least 49,152 symbols, has all 32, as vector kernels want.
+const SYMBOLS_PER_LANE: usize = 1536;
 
 /// Where runs and strips of a tensor begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,8 +49,8 @@ impl RunLayout {
         Self { elements, run_elements, runs_per_strip }
     }
 
-    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 2,048
-    /// symbols, which keeps that to an 80th of a bit per symbol.
+    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 1,536
+    /// symbols, which keeps that to a 60th of a bit per symbol.
     pub fn lanes(&self) -> usize {
         let symbols = self.elements.min(self.run_elements * self.runs_per_strip);
         1 << (symbols / SYMBOLS_PER_LANE).max(1).ilog2().min(LANES.ilog2())
@@ -85,6 +85,10 @@ pub trait Symbols: Sync {
     fn kind(&self) -> StreamKind;
     /// Raw bits per symbol.
     fn raw_bits(&self) -> u32;
+    /// Low raw bits that are zero in every element of a run, and not stored.
+    fn zero_bits(&self, _run: usize) -> u32 {
+        0
+    }
     /// Gives the symbol, the raw bits and the offset of the value from the code, in steps, of every element of a run.
     fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32));
     /// What an offset of 1 means in a run, in weight units.
@@ -143,22 +147,58 @@ pub struct Placed {
 /// Bit-exact elements, see `codec::lossless`.
 pub struct SplitSymbols<'a> {
     /// The tensor's bytes.
-    pub bytes: &'a [u8],
+    bytes: &'a [u8],
     /// Bytes of one element.
-    pub element_bytes: usize,
+    element_bytes: usize,
     /// Layout of the runs.
     pub layout: RunLayout,
     /// The type that is split.
-    pub carrier: Carrier,
+    carrier: Carrier,
     /// Bits of a carrier element.
-    pub carrier_bits: u32,
+    carrier_bits: u32,
     /// Mantissa bits of the carrier.
-    pub mantissa_bits: u32,
+    mantissa_bits: u32,
     /// Raw bits per symbol.
-    pub raw_bits: u32,
+    raw_bits: u32,
+    /// Low bits that are zero in every element of each run; empty where none are in any.
+    zero_bits: Vec<u8>,
 }
 
-impl SplitSymbols<'_> {
+impl<'a> SplitSymbols<'a> {
+    /// The elements of `bytes` split as told.
+    pub fn new(
+        bytes: &'a [u8],
+        element_bytes: usize,
+        layout: RunLayout,
+        carrier: (Carrier, u32),
+        mantissa_bits: u32,
+        raw_bits: u32,
+    ) -> Self {
+        let (carrier, carrier_bits) = carrier;
+        let zero_bits = Vec::new();
+        let mut symbols =
+            Self { bytes, element_bytes, layout, carrier, carrier_bits, mantissa_bits, raw_bits, zero_bits };
+        let zeros_of_run = |run| {
+            let bits = layout.run_range(run).fold(0, |bits, element| bits | symbols.carrier_element(element));
+            bits.trailing_zeros().min(raw_bits - 1) as u8
+        };
+        let zero_bits: Vec<u8> = (0..layout.runs()).into_par_iter().map(zeros_of_run).collect();
+        if zero_bits.iter().any(|&zeros| zeros > 0) {
+            symbols.zero_bits = zero_bits;
+        }
+        symbols
+    }
+
+    /// What the part's header says of the split.
+    pub fn coding(&self) -> Coding {
+        let zero_bits: Vec<i32> = self.zero_bits.iter().copied().map(i32::from).collect();
+        Coding::Split {
+            carrier: self.carrier,
+            raw_bits: self.raw_bits as u8,
+            zero_bits: (!zero_bits.is_empty()).then(|| integers::encode(&zero_bits)),
+        }
+    }
+
     fn carrier_element(&self, element: usize) -> u64 {
         let mut bytes = [0; 8];
         let start = element * self.element_bytes;
@@ -182,6 +222,10 @@ impl Symbols for SplitSymbols<'_> {
 
     fn raw_bits(&self) -> u32 {
         self.raw_bits
+    }
+
+    fn zero_bits(&self, run: usize) -> u32 {
+        self.zero_bits.get(run).copied().unwrap_or(0).into()
     }
 
     fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32)) {
@@ -255,7 +299,7 @@ pub fn measure(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Option<
         total += bits;
         measured += elements;
     }
-    Some((total / measured.max(1) as f64 + f64::from(symbols.raw_bits())) * layout.elements as f64)
+    Some((total / measured.max(1) as f64 + mean_raw_bits(symbols)) * layout.elements as f64)
 }
 
 /// A part ready to be written. Its tables are numbers of the encoder's pool until [`EncodedPart::header`] renames them.
@@ -358,7 +402,7 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
     let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
     let fitted: Vec<[&FittedTable; 2]> =
         tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
-    let placed = symbols.place(runs, &fitted);
+    let placed = symbols.place(runs.clone(), &fitted);
     let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
     let (states, words) = encode_lanes(&placed.positions, layout.run_elements, layout.lanes(), |run, index| {
         tables[run][placed.quantizers.get(index).copied().map_or(0, usize::from)]
@@ -366,7 +410,9 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
 
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    write_raw_bits(&placed.raw, layout.run_elements, symbols.raw_bits(), &mut bytes);
+    for (run, raw) in runs.zip(placed.raw.chunks(layout.run_elements)) {
+        write_raw_bits(raw, symbols.raw_bits(), symbols.zero_bits(run), &mut bytes);
+    }
     bytes.extend(placed.exceptions.iter().flat_map(|(index, _)| index.to_le_bytes()));
     for (_, value) in &placed.exceptions {
         bytes.extend(value);
@@ -439,18 +485,26 @@ pub fn count_placed(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Op
         placed += symbols;
     }
     let share = layout.elements as f64 / placed.max(1) as f64;
-    let bits = bits * share + f64::from(symbols.raw_bits()) * layout.elements as f64;
+    let bits = bits * share + mean_raw_bits(symbols) * layout.elements as f64;
     Some(PlacedCounts { classes: all, bits, squared_error: squared_error * share })
 }
 
-/// Byte planes, then bit planes, as `format::strip` lays them out.
-fn write_raw_bits(raw: &[u64], run_elements: usize, raw_bits: u32, bytes: &mut Vec<u8>) {
-    for plane in 0..raw_bits / 8 {
-        bytes.extend(raw.iter().map(|&raw| (raw >> (8 * plane)) as u8));
+/// Stored raw bits per symbol, over all runs.
+pub fn mean_raw_bits(symbols: &dyn Symbols) -> f64 {
+    let layout = symbols.layout();
+    let zeros = |run| symbols.zero_bits(run) as usize * layout.run_range(run).len();
+    let zeros: usize = (0..layout.runs()).map(zeros).sum();
+    f64::from(symbols.raw_bits()) - zeros as f64 / layout.elements.max(1) as f64
+}
+
+/// The raw bits of a run as `format::strip` lays them out, less the lowest `zeros`.
+fn write_raw_bits(raw: &[u64], raw_bits: u32, zeros: u32, bytes: &mut Vec<u8>) {
+    let (whole, end) = (zeros + (raw_bits - zeros) / 8 * 8, raw_bits);
+    for bit in (zeros..whole).step_by(8) {
+        bytes.extend(raw.iter().map(|&raw| (raw >> bit) as u8));
     }
-    let whole = raw_bits / 8 * 8;
-    for vector in raw.chunks(run_elements).flat_map(|run| run.chunks(LANES)) {
-        for bit in whole..raw_bits {
+    for vector in raw.chunks(LANES) {
+        for bit in whole..end {
             let lanes = (vector.iter().enumerate())
                 .fold(0_u32, |lanes, (lane, &raw)| lanes | ((raw >> bit & 1) as u32) << lane);
             bytes.extend(lanes.to_le_bytes());
@@ -466,4 +520,23 @@ pub struct SelfCheckError {
     pub tensor: String,
     /// What the decoder said.
     pub error: DecodeError,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_several_strips_has_all_lanes() {
+        for columns in 1..70_000 {
+            let layout = RunLayout::of_shape(&[70_000, columns]);
+            assert!(layout.strips() > 1 && layout.lanes() == LANES, "{columns} columns: {} lanes", layout.lanes());
+        }
+    }
+
+    #[test]
+    fn a_small_part_has_few_lanes() {
+        let lanes = |rows| RunLayout::of_shape(&[rows, 64]).lanes();
+        assert_eq!([1, 47, 48, 767, 768].map(lanes), [1, 1, 2, 16, 32]);
+    }
 }

@@ -17,7 +17,7 @@ use crate::codec::architecture::{PartPlan, RecordPlan};
 use crate::codec::entropy::CodingTable;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
-use crate::decode::reference::ReferenceEngine;
+use crate::decode::select::cpu_engines;
 use crate::decode::{DecodeError, Engine, PreparedPart};
 use crate::format::part::{Coding, StoredPlacement, StoredPrediction};
 use crate::format::record::StoredPermutation;
@@ -250,7 +250,8 @@ impl RecordEncoder<'_> {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
             Drafted::Split(split, tensor, bytes) => {
-                let encoded = EncodedPart::symbols(split.coding(), &split.symbols(tensor, bytes), self.pool);
+                let symbols = split.symbols(tensor, bytes);
+                let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {
@@ -390,10 +391,11 @@ pub fn decode_part(
     let prepared = PreparedPart::new(tensor, &header, tables, motion).map_err(failed)?;
     let mut decoded = vec![0; tensor.length_bytes as usize];
     let strip_bytes = prepared.full_strip_output_bytes() as usize;
+    let engine = cpu_engines()[0];
     decoded.par_chunks_mut(strip_bytes).enumerate().try_for_each(|(strip, out)| {
         let range = prepared.strip_range(strip);
         let stored = &part.body[range.start as usize..range.end as usize];
-        ReferenceEngine.decode_strip(&prepared, strip, stored, reference, out).map_err(failed)
+        engine.decode_strip(&prepared, strip, stored, reference, out).map_err(failed)
     })?;
     Ok(decoded)
 }

@@ -25,6 +25,18 @@ impl Changes {
         self.names.is_empty() && self.directories.is_empty() && self.attributes.is_empty()
     }
 
+    pub(super) fn everything(tree: &Tree) -> Self {
+        let mut changes = Self::default();
+        for node in tree.nodes() {
+            let inode = node.attributes.inode;
+            if let Content::Directory(directory) = &node.content {
+                changes.directories.push(inode);
+                changes.names.extend(directory.entries.iter().map(|entry| (inode, entry.name.clone())));
+            }
+        }
+        changes
+    }
+
     pub(super) fn between(old: &Tree, new: &Tree) -> Self {
         let mut changes = Self::default();
         for node in old.nodes() {

@@ -115,7 +115,6 @@ fn line_18_a_killed_daemon_leaves_cached_pages_readable_and_a_mount_that_the_nex
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(map[..] == Random::new(1).bytes(1 << 20));
-    assert!(mcwcfs::fuse::is_dead(&place.mountpoint()));
     let output = place.mount(&[]);
     assert!(output.status.success(), "{output:?}");
     assert!(fs::read(place.mountpoint().join("weights.bin")).unwrap() == Random::new(1).bytes(1 << 20));

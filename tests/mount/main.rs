@@ -24,3 +24,4 @@ mod place;
 mod soak;
 mod supervisor;
 mod support;
+mod systemd;

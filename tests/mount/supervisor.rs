@@ -10,7 +10,7 @@ use memmap2::MmapOptions;
 
 use crate::common::{Bert, Random};
 use crate::place::{GENEROUS, Place, assert_fails, is_running, kill};
-use crate::support::require_fuse;
+use crate::support::{names, require_fuse};
 
 const KILLS: usize = 10;
 const MODEL: &str = "bert/model.safetensors";
@@ -143,6 +143,43 @@ fn a_file_whose_archive_changed_while_there_was_no_worker_is_an_error_and_never_
     let error = file.read_exact_at(&mut out, 0).unwrap_err();
     assert!(matches!(error.raw_os_error(), Some(libc::ESTALE | libc::EIO)), "{error}");
     assert!(fs::read(place.mounted(MODEL)).unwrap() == changed);
+}
+
+#[test]
+fn what_changed_while_there_was_no_worker_is_seen() {
+    require_fuse!();
+    let place = Place::new();
+    assert!(place.mount(&["--rescan", "0"]).status.success());
+    // The kernel remembers for a day that this is not there, and what is.
+    assert!(!place.mounted("new").exists() && !place.mounted("bert/model.safetensors").exists());
+    assert_eq!(names(&place.mounted("bert")), ["config.json"]);
+    place.pack("bert", &Bert::default());
+    fs::create_dir(place.source().join("new")).unwrap();
+    kill(place.status().worker_pid as i32, libc::SIGKILL);
+    let started = Instant::now();
+    let listing = ["README.md", "config.json", "model.safetensors"];
+    while !place.mounted("new").exists() || !place.mounted(MODEL).exists() || names(&place.mounted("bert")) != listing {
+        assert!(started.elapsed() < GENEROUS, "not seen");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_mount_whose_workers_keep_dying_is_given_up_with_a_reason() {
+    require_fuse!();
+    let place = Place::new();
+    let (mut child, _log) = place.foreground(&[]);
+    let mut killed = Vec::new();
+    while is_running(child.id() as i32) {
+        if let Some(worker) = workers(child.id() as i32).into_iter().find(|worker| !killed.contains(worker)) {
+            kill(worker, libc::SIGKILL);
+            killed.push(worker);
+        }
+        thread::sleep(Duration::from_millis(1));
+        assert!(killed.len() < 100, "never given up");
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(32));
+    assert!(!place.is_mounted());
 }
 
 #[test]

@@ -136,19 +136,19 @@ compile_for!(
 
 #[inline(always)]
 fn join_16(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) {
-    let (low_bits, length) = (raw.count() - 1, elements.len());
+    let (low_bits, zeros, length) = (raw.count() - 1, raw.zeros(), elements.len());
     match *raw.planes() {
         [low] => {
             let low = &low[..length];
             for index in 0..length {
-                elements[index] = join_element_16(elements[index], low[index].into(), low_bits);
+                elements[index] = join_element_16(elements[index], u16::from(low[index]) << zeros, low_bits);
             }
         }
         [low, high] => {
             let (low, high) = (&low[..length], &high[..length]);
             for index in 0..length {
                 let raw = u16::from_le_bytes([low[index], high[index]]);
-                elements[index] = join_element_16(elements[index], raw, low_bits);
+                elements[index] = join_element_16(elements[index], raw << zeros, low_bits);
             }
         }
         _ => unreachable!("16 raw bits at most are checked when a part is prepared"),
@@ -164,31 +164,31 @@ fn join_element_16(magnitude: [u8; 2], raw: u16, low_bits: u32) -> [u8; 2] {
 
 #[inline(always)]
 fn join_32(symbols: &[[u8; 2]], raw: &RawBits<'_>, out: &mut [[u8; 4]]) {
-    let (low_bits, length) = (raw.count() - 1, out.len());
+    let (low_bits, zeros, length) = (raw.count() - 1, raw.zeros(), out.len());
     let symbols = &symbols[..length];
     match *raw.planes() {
         [a] => {
             let a = &a[..length];
             for index in 0..length {
-                out[index] = join_element_32(symbols[index], [a[index], 0, 0, 0], low_bits);
+                out[index] = join_element_32(symbols[index], [a[index], 0, 0, 0], zeros, low_bits);
             }
         }
         [a, b] => {
             let (a, b) = (&a[..length], &b[..length]);
             for index in 0..length {
-                out[index] = join_element_32(symbols[index], [a[index], b[index], 0, 0], low_bits);
+                out[index] = join_element_32(symbols[index], [a[index], b[index], 0, 0], zeros, low_bits);
             }
         }
         [a, b, c] => {
             let (a, b, c) = (&a[..length], &b[..length], &c[..length]);
             for index in 0..length {
-                out[index] = join_element_32(symbols[index], [a[index], b[index], c[index], 0], low_bits);
+                out[index] = join_element_32(symbols[index], [a[index], b[index], c[index], 0], zeros, low_bits);
             }
         }
         [a, b, c, d] => {
             let (a, b, c, d) = (&a[..length], &b[..length], &c[..length], &d[..length]);
             for index in 0..length {
-                out[index] = join_element_32(symbols[index], [a[index], b[index], c[index], d[index]], low_bits);
+                out[index] = join_element_32(symbols[index], [a[index], b[index], c[index], d[index]], zeros, low_bits);
             }
         }
         _ => unreachable!("32 raw bits at most are checked when a part is prepared"),
@@ -197,8 +197,8 @@ fn join_32(symbols: &[[u8; 2]], raw: &RawBits<'_>, out: &mut [[u8; 4]]) {
 
 /// As [`join_element`]: magnitude bits that do not fit are dropped.
 #[inline(always)]
-fn join_element_32(symbol: [u8; 2], raw: [u8; 4], low_bits: u32) -> [u8; 4] {
-    let (symbol, raw) = (u32::from(u16::from_le_bytes(symbol)), u32::from_le_bytes(raw));
+fn join_element_32(symbol: [u8; 2], raw: [u8; 4], zeros: u32, low_bits: u32) -> [u8; 4] {
+    let (symbol, raw) = (u32::from(u16::from_le_bytes(symbol)), u32::from_le_bytes(raw) << zeros);
     let magnitude = (symbol << low_bits | raw & ((1 << low_bits) - 1)) & (u32::MAX >> 1);
     ((raw >> low_bits) << 31 | magnitude).to_le_bytes()
 }
@@ -212,7 +212,7 @@ pub fn join_any(symbols: &[[u8; 2]], raw: &RawBits<'_>, width: u32, out: &mut [u
             *bits = plane[index];
         }
         let symbol = u16::from_le_bytes(symbol).into();
-        let element = join_element(symbol, u64::from_le_bytes(bits), width, raw.count());
+        let element = join_element(symbol, u64::from_le_bytes(bits) << raw.zeros(), width, raw.count());
         out.copy_from_slice(&element.to_le_bytes()[..element_bytes]);
     }
 }

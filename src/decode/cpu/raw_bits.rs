@@ -1,9 +1,7 @@
 //! The raw bits of one run as bytes: the strip's byte planes as they are, its bit planes gathered into one more.
 
-use std::ops::Range;
-
 use crate::format::limits::RAW_BITS;
-use crate::format::strip::{LANES, StripLayout};
+use crate::format::strip::LANES;
 
 /// Bytes that the raw bits of a symbol fill at most.
 const MOST_PLANES: usize = RAW_BITS.div_ceil(8) as usize;
@@ -87,47 +85,51 @@ fn spread_masks<const PLANES: usize>(words: &[[u8; 4]], bytes: &mut [[u8; LANES]
 /// The raw bits of a run: bits 8p to 8p + 7 of every symbol are the bytes of plane p.
 #[derive(Clone, Copy, Debug)]
 pub struct RawBits<'a> {
-    count: u32,
+    stored_bits: u32,
+    zeros: u32,
     planes: [&'a [u8]; MOST_PLANES],
 }
 
 impl<'a> RawBits<'a> {
-    /// The raw bits of run `run` of a strip, whose symbols are `symbols`. Bits of bit planes are kept in `gathered`.
+    /// The raw bits of a run of `symbols` symbols, whose planes are `stored`: `stored_bits` of each, and `zeros` below them
+    /// that are not stored. Bits of bit planes are kept in `gathered`.
     pub fn of_run(
         stored: &'a [u8],
-        layout: &StripLayout,
-        run: usize,
-        symbols: Range<usize>,
+        symbols: usize,
+        (stored_bits, zeros): (u32, u32),
         spread: Spread,
         gathered: &'a mut Vec<[u8; LANES]>,
     ) -> Self {
         let mut planes: [&[u8]; MOST_PLANES] = [&[]; MOST_PLANES];
-        for (number, plane) in planes.iter_mut().enumerate().take(layout.byte_planes()) {
-            *plane = &stored[layout.byte_plane_range(number)][symbols.clone()];
+        let (bytes, bits) = ((stored_bits / 8) as usize, (stored_bits % 8) as usize);
+        let (byte_planes, bit_planes) = stored.split_at(bytes * symbols);
+        for (plane, bytes) in planes.iter_mut().zip(byte_planes.chunks(symbols)) {
+            *plane = bytes;
         }
-        let bit_planes = layout.bit_planes();
-        if bit_planes > 0 {
-            let words = stored[layout.bit_planes_range()].as_chunks().0;
-            let vectors = symbols.len().div_ceil(LANES);
-            let words_of_full_run = layout.run_elements.div_ceil(LANES) * bit_planes;
-            gathered.resize(vectors, [0; LANES]);
-            let words = &words[run * words_of_full_run..][..vectors * bit_planes];
+        if bits > 0 {
+            gathered.resize(symbols.div_ceil(LANES), [0; LANES]);
             // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-            unsafe { spread(words, bit_planes, gathered) }
-            planes[layout.byte_planes()] = &gathered.as_flattened()[..symbols.len()];
+            unsafe { spread(bit_planes.as_chunks().0, bits, gathered) }
+            planes[bytes] = &gathered.as_flattened()[..symbols];
         }
-        Self { count: layout.raw_bits as u32, planes }
+        Self { stored_bits, zeros, planes }
     }
 
-    /// Raw bits per symbol.
+    /// Raw bits per symbol, those that are not stored included.
     #[inline(always)]
     pub fn count(&self) -> u32 {
-        self.count
+        self.stored_bits + self.zeros
     }
 
-    /// One byte per symbol for each eight raw bits, begun or whole.
+    /// How many low raw bits are zero and in no plane.
+    #[inline(always)]
+    pub fn zeros(&self) -> u32 {
+        self.zeros
+    }
+
+    /// One byte per symbol for each eight raw bits that are stored, begun or whole.
     #[inline(always)]
     pub fn planes(&self) -> &[&'a [u8]] {
-        &self.planes[..self.count.div_ceil(8) as usize]
+        &self.planes[..self.stored_bits.div_ceil(8) as usize]
     }
 }
