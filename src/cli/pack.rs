@@ -10,7 +10,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::{lies_inside, parse_threads};
 use crate::archive::UNFINISHED_PREFIX;
 use crate::pack::encode::{Encoder, PackError, Progress};
-use crate::pack::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization, Steps, Target};
+use crate::pack::keep::KeepRule;
+use crate::pack::options::{AlignmentChoice, Effort, PackOptions, PredictorChoice, Quantization, Steps, Target};
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
@@ -23,6 +24,13 @@ pub struct PackArgs {
     output: PathBuf,
     #[command(flatten)]
     target: TargetArgs,
+    /// What single tensors get instead: `PATTERN=lossless`, or `PATTERN=BITS` per element. PATTERN is a glob on tensor names
+    /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
+    #[arg(long, value_name = "PATTERN=lossless|BITS")]
+    keep: Vec<KeepRule>,
+    /// How much time packing may take.
+    #[arg(long, value_enum, default_value_t)]
+    effort: Effort,
     /// Layers from one keyframe to the next: more predict more, fewer decode more in parallel.
     #[arg(long, value_name = "K", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
     keyframe_interval: u32,
@@ -125,6 +133,8 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     };
     let options = PackOptions {
         target,
+        effort: args.effort,
+        keep: args.keep.clone(),
         keyframe_interval: args.keyframe_interval,
         alignment: args.alignment,
         predictor: args.predictor,

@@ -1,6 +1,8 @@
 //! Which bit-exact coding suits a tensor: the type that carries it and where its elements are split, by measured entropy.
 
-use super::part::{RunLayout, SplitSymbols, Symbols};
+use super::split_symbols::SplitSymbols;
+use super::symbols::{RunLayout, Symbols};
+use super::histogram::Histogram;
 use crate::codec::lossless::narrow;
 use crate::format::part::{Carrier, Coding};
 use crate::tensor::{Dtype, TensorInfo};
@@ -88,14 +90,11 @@ fn holds_every_element(carrier: Carrier, bytes: &[u8]) -> bool {
 
 /// Entropy of the sampled symbols in bits each, one distribution for all: good enough to compare splits.
 fn split_entropy(symbols: &SplitSymbols<'_>, every: usize) -> f64 {
-    let mut counts = std::collections::BTreeMap::new();
-    let mut total = 0_u64;
+    let mut sampled = Vec::new();
     for run in (0..symbols.layout.runs()).step_by(every.max(1)) {
-        symbols.for_each(run, &mut |symbol, _, _| {
-            *counts.entry(symbol).or_insert(0_u64) += 1;
-            total += 1;
-        });
+        symbols.nearest(run, &mut sampled);
     }
-    let total = total.max(1) as f64;
-    counts.values().map(|&count| -(count as f64 / total) * (count as f64 / total).log2()).sum()
+    let total = sampled.len().max(1) as f64;
+    let counted = Histogram::of(&sampled);
+    counted.occurring().map(|(_, count)| -(count as f64 / total) * (count as f64 / total).log2()).sum()
 }

@@ -3,250 +3,18 @@
 //! Works strip by strip, so that a large tensor needs no second copy of itself.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::entropy_model::{ClassHistograms, FittedTable, Histogram, StreamKind, TablePool};
+use super::counting::{choose_tables, sum_of_squares};
+use super::entropy_model::{FittedTable, TablePool};
+use super::symbols::{Placed, Symbols};
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
-use crate::codec::lossless::{narrow, split_element};
 use crate::decode::DecodeError;
-use crate::format::limits::{RAW_STRIP_BYTES, STRIP_SYMBOLS};
-use crate::format::part::{Carrier, Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
+use crate::format::limits::RAW_STRIP_BYTES;
+use crate::format::part::{Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
-
-/// Where runs and strips of a tensor begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RunLayout {
-    /// Elements of the tensor.
-    pub elements: usize,
-    /// Elements of one run.
-    pub run_elements: usize,
-    /// Runs of one strip.
-    pub runs_per_strip: usize,
-}
-
-impl RunLayout {
-    /// Runs for a tensor of this shape: rows of its first axis where they have a useful length, joined where they are short
-    /// and cut where they are long.
-    pub fn of_shape(shape: &[u64]) -> Self {
-        let elements = shape.iter().product::<u64>() as usize;
-        let row = match shape.len() {
-            0 | 1 => 1,
-            _ => shape[1..].iter().product::<u64>() as usize,
-        };
-        let run_elements = match row {
-            0..64 => row.max(1) * 256_usize.div_ceil(row.max(1)),
-            64..=16_384 => row,
-            // Cut evenly, so that no short rest is left in every row.
-            _ => row.div_ceil(row.div_ceil(16_384)),
-        };
-        let runs_per_strip = (STRIP_SYMBOLS as usize / run_elements).max(1);
-        Self { elements, run_elements, runs_per_strip }
-    }
-
-    /// Number of runs.
-    pub fn runs(&self) -> usize {
-        self.elements.div_ceil(self.run_elements)
-    }
-
-    /// Elements of a run.
-    pub fn run_range(&self, run: usize) -> Range<usize> {
-        run * self.run_elements..((run + 1) * self.run_elements).min(self.elements)
-    }
-
-    /// Number of strips.
-    pub fn strips(&self) -> usize {
-        self.runs().div_ceil(self.runs_per_strip)
-    }
-
-    /// Runs of a strip.
-    pub fn strip_runs(&self, strip: usize) -> Range<usize> {
-        strip * self.runs_per_strip..((strip + 1) * self.runs_per_strip).min(self.runs())
-    }
-}
-
-/// A tensor as a sequence of symbols with raw bits below them.
-pub trait Symbols: Sync {
-    /// Layout of the runs.
-    fn layout(&self) -> RunLayout;
-    /// Which tables fit.
-    fn kind(&self) -> StreamKind;
-    /// Raw bits per symbol.
-    fn raw_bits(&self) -> u32;
-    /// Gives the symbol, the raw bits and the offset of the value from the code, in steps, of every element of a run.
-    fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32));
-    /// What an offset of 1 means in a run, in weight units.
-    fn unit(&self, _run: usize) -> f32 {
-        1.0
-    }
-    /// The bytes of an element as an exception.
-    fn exception(&self, element: usize) -> Vec<u8>;
-
-    /// The kind of the second quantizer's tables, where the trellis has tables of its own for it.
-    fn second_kind(&self) -> Option<StreamKind> {
-        None
-    }
-
-    /// The class of a run with these symbols: a quarter octave of scale.
-    fn class(&self, run: &Histogram) -> i32;
-
-    /// Chooses the final symbols of consecutive runs, given the tables of each (for the trellis' two quantizers, else twice
-    /// the same): the nearest, unless the kind knows better.
-    fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
-        let mut placed = Placed::default();
-        for (run, [table, _]) in runs.zip(tables) {
-            self.for_each(run, &mut |symbol, raw, offset| {
-                let index = placed.positions.len();
-                match table.position(symbol) {
-                    Some(position) => placed.positions.push(position),
-                    None => {
-                        placed.positions.push(table.filler());
-                        let element = self.layout().run_range(run).start + index % self.layout().run_elements;
-                        placed.exceptions.push((index as u16, self.exception(element)));
-                    }
-                }
-                placed.symbols.push((symbol, offset));
-                placed.raw.push(raw);
-            });
-        }
-        placed
-    }
-}
-
-/// The final symbols of consecutive runs.
-#[derive(Clone, Debug, Default)]
-pub struct Placed {
-    /// Table positions.
-    pub positions: Vec<u8>,
-    /// Raw bits below each symbol.
-    pub raw: Vec<u64>,
-    /// Which of the trellis' two quantizers each symbol belongs to; empty without a trellis.
-    pub quantizers: Vec<u8>,
-    /// Symbols, and how far each value lies from its point before offsets, in steps.
-    pub symbols: Vec<(i32, f32)>,
-    /// Index in the strip and value of every exception, in order.
-    pub exceptions: Vec<(u16, Vec<u8>)>,
-}
-
-/// Bit-exact elements, see `codec::lossless`.
-pub struct SplitSymbols<'a> {
-    /// The tensor's bytes.
-    pub bytes: &'a [u8],
-    /// Bytes of one element.
-    pub element_bytes: usize,
-    /// Layout of the runs.
-    pub layout: RunLayout,
-    /// The type that is split.
-    pub carrier: Carrier,
-    /// Bits of a carrier element.
-    pub carrier_bits: u32,
-    /// Mantissa bits of the carrier.
-    pub mantissa_bits: u32,
-    /// Raw bits per symbol.
-    pub raw_bits: u32,
-}
-
-impl SplitSymbols<'_> {
-    fn carrier_element(&self, element: usize) -> u64 {
-        let mut bytes = [0; 8];
-        let start = element * self.element_bytes;
-        bytes[..self.element_bytes].copy_from_slice(&self.bytes[start..start + self.element_bytes]);
-        narrow(self.carrier, u64::from_le_bytes(bytes)).expect("the carrier was chosen because it holds every element")
-    }
-}
-
-impl Symbols for SplitSymbols<'_> {
-    fn layout(&self) -> RunLayout {
-        self.layout
-    }
-
-    fn kind(&self) -> StreamKind {
-        StreamKind::Split {
-            width: self.carrier_bits as u8,
-            raw_bits: self.raw_bits as u8,
-            bf16: self.carrier_bits == 16 && self.mantissa_bits == 7,
-        }
-    }
-
-    fn raw_bits(&self) -> u32 {
-        self.raw_bits
-    }
-
-    fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32)) {
-        for element in self.layout.run_range(run) {
-            let (symbol, raw) = split_element(self.carrier_element(element), self.carrier_bits, self.raw_bits);
-            take(symbol as i32, raw, 0.0);
-        }
-    }
-
-    fn exception(&self, element: usize) -> Vec<u8> {
-        self.carrier_element(element).to_le_bytes()[..self.carrier_bits as usize / 8].to_vec()
-    }
-
-    fn class(&self, run: &Histogram) -> i32 {
-        // Exponents are logarithms already; zeros say nothing about scale.
-        let codes_per_octave = (2.0_f64).powi(self.mantissa_bits as i32 + 1 - self.raw_bits as i32);
-        let (mut sum, mut count) = (0.0, 0);
-        for (code, occurrences) in run.occurring().filter(|&(code, _)| code > 0) {
-            sum += f64::from(code) * occurrences as f64;
-            count += occurrences;
-        }
-        if count == 0 { 0 } else { (4.0 * sum / count as f64 / codes_per_octave).round() as i32 }
-    }
-}
-
-fn run_histogram(symbols: &dyn Symbols, run: usize) -> Histogram {
-    let mut histogram = Histogram::default();
-    symbols.for_each(run, &mut |symbol, _, offset| histogram.add(symbol, offset));
-    histogram
-}
-
-/// Counts every `every`-th run of a tensor by class.
-pub fn count(symbols: &dyn Symbols, every: usize) -> ClassHistograms {
-    let runs: Vec<usize> = (0..symbols.layout().runs()).step_by(every.max(1)).collect();
-    // Merged in order, so that the sums of offsets do not depend on the number of threads.
-    let counted: Vec<ClassHistograms> = runs
-        .par_chunks(64)
-        .map(|runs| {
-            let mut counted = ClassHistograms::default();
-            for &run in runs {
-                let histogram = run_histogram(symbols, run);
-                counted.add(symbols.kind(), symbols.class(&histogram), &histogram);
-            }
-            counted
-        })
-        .collect();
-    let mut all = ClassHistograms::default();
-    for counted in &counted {
-        all.merge(counted);
-    }
-    all
-}
-
-/// Bits that the symbols of every `every`-th run take with the pool's best tables, scaled up to all runs. Raw bits included;
-/// `None` where the pool has no fitting table.
-pub fn measure(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Option<f64> {
-    let layout = symbols.layout();
-    let runs: Vec<usize> = (0..layout.runs()).step_by(every.max(1)).collect();
-    let bits: Vec<Option<(f64, usize)>> = runs
-        .par_iter()
-        .map(|&run| {
-            let histogram = run_histogram(symbols, run);
-            let (_, bits) = pool.choose(symbols.kind(), symbols.class(&histogram), &histogram)?;
-            Some((bits, layout.run_range(run).len()))
-        })
-        .collect();
-    let mut total = 0.0;
-    let mut measured = 0;
-    for bits in bits {
-        let (bits, elements) = bits?;
-        total += bits;
-        measured += elements;
-    }
-    Some((total / measured.max(1) as f64 + f64::from(symbols.raw_bits())) * layout.elements as f64)
-}
 
 /// A part ready to be written. Its tables are numbers of the encoder's pool until [`EncodedPart::header`] renames them.
 #[derive(Clone, Debug)]
@@ -257,6 +25,8 @@ pub struct EncodedPart {
     strip_crcs: Vec<u32>,
     /// All strips, one after another.
     pub body: Vec<u8>,
+    /// Squared error in squared weight units, but for the rounding to the element type.
+    pub squared_error: f64,
 }
 
 struct EncodedStrip {
@@ -265,13 +35,14 @@ struct EncodedStrip {
     exceptions: usize,
     /// Pool numbers: one table twice, or a pair.
     tables_of_run: Vec<[usize; 2]>,
+    squared_error: f64,
 }
 
 impl EncodedPart {
     /// Bytes as they are.
     pub fn raw(bytes: &[u8]) -> Self {
         let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c::crc32c).collect();
-        Self { coding: Coding::Raw, streams: None, tables: Vec::new(), strip_crcs, body: bytes.to_vec() }
+        Self { coding: Coding::Raw, streams: None, tables: Vec::new(), strip_crcs, body: bytes.to_vec(), squared_error: 0.0 }
     }
 
     /// Encodes symbols. `coding` says what they mean. `None` where the pool has no fitting table.
@@ -318,6 +89,7 @@ impl EncodedPart {
             tables,
             strip_crcs,
             body,
+            squared_error: strips.iter().map(|strip| strip.squared_error).sum(),
         })
     }
 
@@ -347,10 +119,10 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
     let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
     let fitted: Vec<[&FittedTable; 2]> =
         tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
-    let placed = symbols.place(runs, &fitted);
+    let placed = symbols.place(runs.clone(), &fitted);
     let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
     let (states, words) = encode_lanes(&placed.positions, layout.run_elements, |run, index| {
-        tables[run][placed.quantizers.get(index).copied().map_or(0, usize::from)]
+        tables[run][placed.quantizer(index)]
     });
 
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
@@ -360,76 +132,25 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
     for (_, value) in &placed.exceptions {
         bytes.extend(value);
     }
-    Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), tables_of_run })
+    let squared_error = squared_error(symbols, runs.start, &placed, &fitted);
+    Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), tables_of_run, squared_error })
 }
 
-/// The cheapest table of each run, or pair of tables, as numbers of the pool.
-fn choose_tables(symbols: &dyn Symbols, pool: &TablePool, runs: Range<usize>) -> Option<Vec<[usize; 2]>> {
-    runs.map(|run| {
-        let histogram = run_histogram(symbols, run);
-        let (first, _) = pool.choose(symbols.kind(), symbols.class(&histogram), &histogram)?;
-        Some([first, symbols.second_kind().map_or(first, |kind| pool.companion(first, kind))])
-    })
-    .collect()
-}
-
-/// What placing a part's symbols gave.
-#[derive(Clone, Debug)]
-pub struct PlacedCounts {
-    /// Symbols by the class that chose their table.
-    pub classes: ClassHistograms,
-    /// Bits of the whole part.
-    pub bits: f64,
-    /// Squared error of the whole part, in squared weight units.
-    pub squared_error: f64,
-}
-
-/// Counts the symbols of every `every`-th strip as they are placed with the tables of `pool`, by the class that chose the
-/// table; bits and error are scaled up to all strips. `None` where the pool has no fitting table.
-pub fn count_placed(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Option<PlacedCounts> {
-    let layout = symbols.layout();
-    let strips: Vec<usize> = (0..layout.strips()).step_by(every.max(1)).collect();
-    let counted: Vec<Option<(PlacedCounts, usize)>> = strips
-        .par_iter()
-        .map(|&strip| {
-            let runs = layout.strip_runs(strip);
-            let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
-            let fitted: Vec<[&FittedTable; 2]> =
-                tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
-            let placed = symbols.place(runs, &fitted);
-            let mut classes = ClassHistograms::default();
-            let mut bits = 40.0 * placed.exceptions.len() as f64;
-            let mut squared_error = 0.0;
-            let first_run = layout.strip_runs(strip).start;
-            let kinds = [symbols.kind(), symbols.second_kind().unwrap_or(symbols.kind())];
-            for (run, of_run) in placed.symbols.chunks(layout.run_elements).enumerate() {
-                let mut histograms = [Histogram::default(), Histogram::default()];
-                for (index, &(symbol, offset)) in of_run.iter().enumerate() {
-                    let quantizer =
-                        placed.quantizers.get(run * layout.run_elements + index).copied().map_or(0, usize::from);
-                    histograms[quantizer].add(symbol, offset);
-                    bits += f64::from(fitted[run][quantizer].bits(symbol)).min(20.0);
-                    squared_error += f64::from(offset * symbols.unit(first_run + run)).powi(2);
-                }
-                for (kind, histogram) in kinds.into_iter().zip(&histograms) {
-                    classes.add(kind, pool.class_of(tables_of_run[run][0]), histogram);
-                }
-            }
-            Some((PlacedCounts { classes, bits, squared_error }, placed.symbols.len()))
-        })
-        .collect();
-    let mut all = ClassHistograms::default();
-    let (mut bits, mut squared_error, mut placed) = (0.0, 0.0, 0);
-    for counted in counted {
-        let (strip, symbols) = counted?;
-        all.merge(&strip.classes);
-        bits += strip.bits;
-        squared_error += strip.squared_error;
-        placed += symbols;
+/// Squared error of placed symbols, the points' offsets counted.
+fn squared_error(symbols: &dyn Symbols, first_run: usize, placed: &Placed, tables: &[[&FittedTable; 2]]) -> f64 {
+    let run_elements = symbols.layout().run_elements;
+    let mut sum = 0.0;
+    let mut errors = Vec::with_capacity(run_elements);
+    for (run, (offsets, tables)) in placed.offsets.chunks(run_elements).zip(tables).enumerate() {
+        let start = run * run_elements;
+        errors.clear();
+        errors.extend(offsets.iter().enumerate().map(|(index, offset)| {
+            let index = start + index;
+            offset - tables[placed.quantizer(index)].point_offset(placed.positions[index])
+        }));
+        sum += f64::from(symbols.unit(first_run + run)).powi(2) * sum_of_squares(&errors);
     }
-    let share = layout.elements as f64 / placed.max(1) as f64;
-    let bits = bits * share + f64::from(symbols.raw_bits()) * layout.elements as f64;
-    Some(PlacedCounts { classes: all, bits, squared_error: squared_error * share })
+    sum
 }
 
 /// Byte planes, then bit planes, as `format::strip` lays them out.

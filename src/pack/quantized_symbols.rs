@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use super::entropy_model::{FittedTable, Histogram, StreamKind};
-use super::part::{Placed, RunLayout, Symbols};
-use super::trellis_search::search;
+use super::entropy_model::{FittedTable, StreamKind};
+use super::histogram::Histogram;
+use super::lane_search::search;
+use super::symbols::{Placed, RunLayout, Symbols};
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
-use crate::codec::trellis::{code_of, next_state, quantizer_of};
 use crate::format::part::StoredTrellis;
-use crate::format::strip::LANES;
+use crate::numerics::nearest_integer;
 
 /// How values become codes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +18,17 @@ pub struct Rounding {
     pub trellis: Option<StoredTrellis>,
     /// What a bit is worth in squared steps; 0 rounds to the nearest.
     pub lambda: f32,
+}
+
+impl Rounding {
+    /// Which tables fit codes with so many raw bits; of the trellis, the first quantizer's.
+    pub fn kind(self, raw_bits: u32) -> StreamKind {
+        let raw_bits = raw_bits as u8;
+        match self.trellis.is_some() {
+            true => StreamKind::Trellis { raw_bits, quantizer: 0 },
+            false => StreamKind::Quantized { raw_bits },
+        }
+    }
 }
 
 /// What a predicted part subtracts before it quantizes.
@@ -45,18 +56,76 @@ pub struct QuantizedSymbols<'a> {
 }
 
 impl QuantizedSymbols<'_> {
-    #[inline]
-    fn residual(&self, element: usize, predictor: Option<RunPredictor>) -> f32 {
-        match (&self.prediction, predictor) {
-            (Some(prediction), Some(predictor)) => {
-                self.values[element] - predictor.predict(prediction.reference[element])
+    /// Adds every value or residual of a run, in steps.
+    fn targets(&self, run: usize, targets: &mut Vec<f32>) {
+        let steps_per_unit = 1.0 / (self.step_of_run)(run);
+        let range = self.layout.run_range(run);
+        let values = &self.values[range.clone()];
+        match &self.prediction {
+            None => targets.extend(values.iter().map(|value| value * steps_per_unit)),
+            Some(prediction) => {
+                let predictor = (prediction.of_run)(run);
+                let residuals = (values.iter().zip(&prediction.reference[range]))
+                    .map(|(&value, &reference)| (value - predictor.predict(reference)) * steps_per_unit);
+                targets.extend(residuals);
             }
-            _ => self.values[element],
         }
     }
 
-    fn predictor_of_run(&self, run: usize) -> Option<RunPredictor> {
-        self.prediction.as_ref().map(|prediction| (prediction.of_run)(run))
+    /// Rate-distortion-optimised rounding: the nearest code, or its neighbour towards zero if that is so much shorter.
+    fn place_scalar(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
+        let mut placed = Placed::default();
+        for (targets, [table, _]) in targets.chunks(self.layout.run_elements).zip(tables) {
+            for &target in targets {
+                let cost = |code: i32| {
+                    let error = target - code as f32;
+                    error * error + self.rounding.lambda * table.bits(code >> self.raw_bits)
+                };
+                let nearest = nearest_integer(target);
+                let shorter = nearest - nearest.signum();
+                let code = if self.raw_bits == 0 && cost(shorter) < cost(nearest) { shorter } else { nearest };
+                let (symbol, raw) = split_code(code, self.raw_bits);
+                let index = placed.positions.len() as u16;
+                placed.positions.push(table.position(symbol).unwrap_or_else(|| {
+                    placed.exceptions.push((index, exception_value(target)));
+                    table.filler()
+                }));
+                if self.raw_bits > 0 {
+                    placed.raw.push(raw.into());
+                }
+                placed.symbols.push(symbol);
+                placed.offsets.push(target - code as f32);
+            }
+        }
+        placed
+    }
+
+    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
+        let run_elements = self.layout.run_elements;
+        let multiples = search(targets, run_elements, tables, self.raw_bits, self.rounding.lambda);
+        let mut placed = Placed {
+            quantizers: multiples.iter().map(|&multiple| (multiple & 1) as u8).collect(),
+            symbols: multiples.iter().map(|&multiple| multiple >> (1 + self.raw_bits)).collect(),
+            offsets: targets.iter().zip(&multiples).map(|(target, &multiple)| target - multiple as f32).collect(),
+            ..Placed::default()
+        };
+        if self.raw_bits > 0 {
+            let raw = |&multiple: &i32| split_code(multiple >> 1, self.raw_bits).1.into();
+            placed.raw = multiples.iter().map(raw).collect();
+        }
+        for (index, offset) in placed.offsets.iter_mut().enumerate().filter(|(_, offset)| offset.abs() > BEYOND_REACH) {
+            placed.exceptions.push((index as u16, exception_value(targets[index])));
+            *offset = 0.0;
+        }
+        placed.positions.reserve(multiples.len());
+        let of_runs = placed.symbols.chunks(run_elements).zip(placed.quantizers.chunks(run_elements));
+        for ((symbols, quantizers), tables) in of_runs.zip(tables) {
+            placed.positions.extend(symbols.iter().zip(quantizers).map(|(&symbol, &quantizer)| {
+                let position = tables[usize::from(quantizer)].position(symbol);
+                position.expect("the search stays inside the table")
+            }));
+        }
+        placed
     }
 }
 
@@ -66,41 +135,7 @@ impl Symbols for QuantizedSymbols<'_> {
     }
 
     fn kind(&self) -> StreamKind {
-        let raw_bits = self.raw_bits as u8;
-        match self.rounding.trellis.is_some() {
-            true => StreamKind::Trellis { raw_bits, quantizer: 0 },
-            false => StreamKind::Quantized { raw_bits },
-        }
-    }
-
-    fn raw_bits(&self) -> u32 {
-        self.raw_bits
-    }
-
-    fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32)) {
-        // Of the trellis, the first quantizer stands for both until the search has decided.
-        let spacing = if self.rounding.trellis.is_some() { 2.0 } else { 1.0 };
-        self.for_each_target(run, |target| {
-            let code = (target / spacing).round_ties_even() as i32;
-            let (symbol, raw) = split_code(code, self.raw_bits);
-            take(symbol, raw.into(), target - code as f32 * spacing);
-        });
-    }
-
-    fn unit(&self, run: usize) -> f32 {
-        (self.step_of_run)(run)
-    }
-
-    fn exception(&self, element: usize) -> Vec<u8> {
-        let run = element / self.layout.run_elements;
-        let residual = self.residual(element, self.predictor_of_run(run));
-        exception_value(residual / (self.step_of_run)(run))
-    }
-
-    fn class(&self, run: &Histogram) -> i32 {
-        let square: f64 = run.occurring().map(|(code, count)| f64::from(code).powi(2) * count as f64).sum();
-        let mean_square = square / run.symbols().max(1) as f64;
-        (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
+        self.rounding.kind(self.raw_bits)
     }
 
     fn second_kind(&self) -> Option<StreamKind> {
@@ -109,10 +144,32 @@ impl Symbols for QuantizedSymbols<'_> {
             .then_some(StreamKind::Trellis { raw_bits, quantizer: 1 })
     }
 
+    fn raw_bits(&self) -> u32 {
+        self.raw_bits
+    }
+
+    fn nearest(&self, run: usize, symbols: &mut Vec<i32>) {
+        let mut targets = Vec::with_capacity(self.layout.run_elements);
+        self.targets(run, &mut targets);
+        // Of the trellis, the first quantizer stands for both until the search has decided.
+        let codes_per_step = if self.rounding.trellis.is_some() { 0.5 } else { 1.0 };
+        symbols.extend(targets.iter().map(|&target| nearest_integer(target * codes_per_step) >> self.raw_bits));
+    }
+
+    fn class(&self, run: &Histogram) -> i32 {
+        let square: f64 = run.occurring().map(|(code, count)| f64::from(code).powi(2) * count as f64).sum();
+        let mean_square = square / run.symbols().max(1) as f64;
+        (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
+    }
+
+    fn unit(&self, run: usize) -> f32 {
+        (self.step_of_run)(run)
+    }
+
     fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
         let mut targets = Vec::with_capacity(runs.len() * self.layout.run_elements);
         for run in runs {
-            self.for_each_target(run, |target| targets.push(target));
+            self.targets(run, &mut targets);
         }
         match self.rounding.trellis.is_some() {
             true => self.place_trellis(&targets, tables),
@@ -131,71 +188,6 @@ fn exception_value(target: f32) -> Vec<u8> {
 /// A trellis symbol further than this from its target, in steps, becomes an exception: its table does not reach it.
 const BEYOND_REACH: f32 = 6.0;
 
-impl QuantizedSymbols<'_> {
-    /// Gives every value or residual of a run in steps.
-    fn for_each_target(&self, run: usize, mut take: impl FnMut(f32)) {
-        let step = (self.step_of_run)(run);
-        let predictor = self.predictor_of_run(run);
-        for element in self.layout.run_range(run) {
-            take(self.residual(element, predictor) / step);
-        }
-    }
-
-    /// Rate-distortion-optimised rounding: the nearest code, or its neighbour towards zero if that is so much shorter.
-    fn place_scalar(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
-        let mut placed = Placed::default();
-        for (targets, [table, _]) in targets.chunks(self.layout.run_elements).zip(tables) {
-            for &target in targets {
-                let cost = |code: i32| {
-                    let error = target - code as f32;
-                    error * error + self.rounding.lambda * table.bits(code >> self.raw_bits)
-                };
-                let nearest = target.round_ties_even() as i32;
-                let shorter = nearest - nearest.signum();
-                let code = if self.raw_bits == 0 && cost(shorter) < cost(nearest) { shorter } else { nearest };
-                let (symbol, raw) = split_code(code, self.raw_bits);
-                let index = placed.positions.len() as u16;
-                placed.positions.push(table.position(symbol).unwrap_or_else(|| {
-                    placed.exceptions.push((index, exception_value(target)));
-                    table.filler()
-                }));
-                placed.raw.push(raw.into());
-                placed.symbols.push((symbol, target - code as f32));
-            }
-        }
-        placed
-    }
-
-    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
-        let run_elements = self.layout.run_elements;
-        let multiples = search(targets, run_elements, tables, self.raw_bits, self.rounding.lambda);
-        let mut placed = Placed::default();
-        let mut states = [0; LANES];
-        for ((targets, multiples), tables) in
-            targets.chunks(run_elements).zip(multiples.chunks(run_elements)).zip(tables)
-        {
-            for (index, (&target, &multiple)) in targets.iter().zip(multiples).enumerate() {
-                let state = &mut states[index % LANES];
-                let quantizer = quantizer_of(*state);
-                let table = tables[usize::from(quantizer)];
-                let code = code_of(multiple, quantizer);
-                *state = next_state(*state, multiple);
-                let (symbol, raw) = split_code(code, self.raw_bits);
-                let mut offset = target - multiple as f32;
-                if offset.abs() > BEYOND_REACH {
-                    placed.exceptions.push((placed.positions.len() as u16, exception_value(target)));
-                    offset = 0.0;
-                }
-                placed.positions.push(table.position(symbol).expect("the search stays inside the table"));
-                placed.raw.push(raw.into());
-                placed.quantizers.push(quantizer);
-                placed.symbols.push((symbol, offset));
-            }
-        }
-        placed
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -203,7 +195,9 @@ mod tests {
     use super::*;
     use crate::codec::entropy::CodingTable;
     use crate::format::part::{Coding, QuantizerInfo};
-    use crate::pack::part::{EncodedPart, count};
+    use crate::decode::reference::ReferenceEngine;
+    use crate::pack::counting::{count, count_placed};
+    use crate::pack::part::EncodedPart;
     use crate::pack::record::decode_part;
     use crate::tensor::{Dtype, TensorInfo};
 
@@ -231,7 +225,7 @@ mod tests {
             rounding,
         };
         let first = count(&symbols, 1).fit();
-        let pool = crate::pack::part::count_placed(&symbols, &first, 1).expect("fitted").classes.fit();
+        let pool = count_placed(&symbols, &first, &|_| 1).expect("fitted").classes.fit();
         let info =
             QuantizerInfo { step, raw_bits: 0, trellis: rounding.trellis, scales: None, means: None, prediction: None };
         let part = EncodedPart::symbols(Coding::Quantized(info), &symbols, &pool).expect("fitted");
@@ -239,7 +233,7 @@ mod tests {
         let tensor =
             TensorInfo { name: "noise".into(), dtype: Dtype::F32, shape, offset_bytes: 0, length_bytes: 512 * 1024 };
         let tables: Vec<Arc<CodingTable>> = pool.coding_tables();
-        let decoded = decode_part(&tensor, &part, &tables, None, None).expect("just encoded");
+        let decoded = decode_part(&ReferenceEngine, &tensor, &part, &tables, None, None).expect("just encoded");
         let error: f64 = (values.iter().zip(decoded.as_chunks().0))
             .map(|(&value, &bytes)| f64::from(value - f32::from_le_bytes(bytes)).powi(2))
             .sum();

@@ -21,6 +21,8 @@ pub struct TensorReport {
     pub block_type: &'static str,
     /// `raw`, `split` (bit-exact) or `quantized`.
     pub treatment: &'static str,
+    /// What a `--keep` rule says of it: `lossless`, or bits per element.
+    pub keep: Option<String>,
     /// Bits per element: estimated in a plan, of the body as written in a report.
     pub bits_per_element: f64,
     /// Squared error over squared weights of the decoded tensor; 0 where it is bit-exact, absent in a plan.

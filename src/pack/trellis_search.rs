@@ -165,7 +165,7 @@ mod tests {
                 histogram.add(code, 0.0);
             }
         }
-        FittedTable::new(histogram.fit_range().expect("counted"))
+        FittedTable::new(histogram.fit_range(true).expect("counted"))
     }
 
     /// All sequences tried.

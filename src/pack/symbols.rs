@@ -1,0 +1,119 @@
+//! A tensor as a sequence of symbols: where its runs and strips begin, and what an encoder asks of it.
+
+use std::ops::Range;
+
+use super::entropy_model::{FittedTable, StreamKind};
+use super::histogram::Histogram;
+use crate::format::limits::STRIP_SYMBOLS;
+
+/// Where runs and strips of a tensor begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunLayout {
+    /// Elements of the tensor.
+    pub elements: usize,
+    /// Elements of one run.
+    pub run_elements: usize,
+    /// Runs of one strip.
+    pub runs_per_strip: usize,
+}
+
+impl RunLayout {
+    /// Runs for a tensor of this shape: rows of its first axis where they have a useful length, joined where they are short
+    /// and cut where they are long.
+    pub fn of_shape(shape: &[u64]) -> Self {
+        let elements = shape.iter().product::<u64>() as usize;
+        let row = match shape.len() {
+            0 | 1 => 1,
+            _ => shape[1..].iter().product::<u64>() as usize,
+        };
+        let run_elements = match row {
+            0..64 => row.max(1) * 256_usize.div_ceil(row.max(1)),
+            64..=16_384 => row,
+            // Cut evenly, so that no short rest is left in every row.
+            _ => row.div_ceil(row.div_ceil(16_384)),
+        };
+        let runs_per_strip = (STRIP_SYMBOLS as usize / run_elements).max(1);
+        Self { elements, run_elements, runs_per_strip }
+    }
+
+    /// The layout of this many elements in runs of the same length.
+    pub fn of_elements(&self, elements: usize) -> Self {
+        Self { elements, ..*self }
+    }
+
+    /// Number of runs.
+    pub fn runs(&self) -> usize {
+        self.elements.div_ceil(self.run_elements)
+    }
+
+    /// Elements of a run.
+    pub fn run_range(&self, run: usize) -> Range<usize> {
+        run * self.run_elements..((run + 1) * self.run_elements).min(self.elements)
+    }
+
+    /// Number of strips.
+    pub fn strips(&self) -> usize {
+        self.runs().div_ceil(self.runs_per_strip)
+    }
+
+    /// Runs of a strip.
+    pub fn strip_runs(&self, strip: usize) -> Range<usize> {
+        strip * self.runs_per_strip..((strip + 1) * self.runs_per_strip).min(self.runs())
+    }
+}
+
+/// A tensor as a sequence of symbols with raw bits below them.
+pub trait Symbols: Sync {
+    /// Layout of the runs.
+    fn layout(&self) -> RunLayout;
+
+    /// Which tables fit.
+    fn kind(&self) -> StreamKind;
+
+    /// The kind of the second quantizer's tables, where the trellis has tables of its own for it.
+    fn second_kind(&self) -> Option<StreamKind> {
+        None
+    }
+
+    /// Raw bits per symbol.
+    fn raw_bits(&self) -> u32;
+
+    /// Adds the symbol of every element of a run, each as near to its value as a symbol can be.
+    fn nearest(&self, run: usize, symbols: &mut Vec<i32>);
+
+    /// The class of a run with these nearest symbols: a quarter octave of scale.
+    fn class(&self, run: &Histogram) -> i32;
+
+    /// What an offset of 1 means in a run, in weight units.
+    fn unit(&self, _run: usize) -> f32 {
+        1.0
+    }
+
+    /// Chooses the final symbols of consecutive runs, given the tables of each (for the trellis' two quantizers, else twice
+    /// the same).
+    fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed;
+}
+
+/// The final symbols of consecutive runs.
+#[derive(Clone, Debug, Default)]
+pub struct Placed {
+    /// Table positions.
+    pub positions: Vec<u8>,
+    /// Raw bits below each symbol; empty where there are none.
+    pub raw: Vec<u64>,
+    /// Which of the trellis' two quantizers each symbol belongs to; empty without a trellis.
+    pub quantizers: Vec<u8>,
+    /// The symbols.
+    pub symbols: Vec<i32>,
+    /// How far each value lies from its point before the table's offsets, in steps; empty where symbols are exact.
+    pub offsets: Vec<f32>,
+    /// Index in the strip and value of every exception, in order.
+    pub exceptions: Vec<(u16, Vec<u8>)>,
+}
+
+impl Placed {
+    /// Which table of a run's two a symbol is coded with.
+    pub fn quantizer(&self, index: usize) -> usize {
+        self.quantizers.get(index).copied().map_or(0, usize::from)
+    }
+}
