@@ -11,7 +11,9 @@ use super::{lies_inside, parse_threads};
 use crate::archive::UNFINISHED_PREFIX;
 use crate::pack::encode::{Encoder, PackError, Progress};
 use crate::pack::keep::KeepRule;
-use crate::pack::options::{AlignmentChoice, Effort, PackOptions, PredictorChoice, Quantization, Steps, Target};
+use crate::pack::options::{
+    AlignmentChoice, Effort, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
+};
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
@@ -46,6 +48,10 @@ pub struct PackArgs {
     /// How values become codes.
     #[arg(long, value_enum, default_value_t)]
     quantization: Quantization,
+    /// States of the trellis, 8 to 256: more give less error at the same rate, and take longer to search but not to decode.
+    /// The effort chooses where it is not given.
+    #[arg(long, value_name = "STATES")]
+    trellis_states: Option<TrellisStates>,
     /// Round to the nearest code, whatever it costs.
     #[arg(long)]
     no_rate_aware_rounding: bool,
@@ -140,6 +146,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         predictor: args.predictor,
         steps: args.steps,
         quantization: args.quantization,
+        trellis_states: args.trellis_states,
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
     };

@@ -8,5 +8,5 @@ mod decoding_table;
 mod lanes;
 
 pub use coding_table::CodingTable;
-pub use decoding_table::{DecodingTable, PADDED, SlotTable, TRANSITIONS, Transitions};
+pub use decoding_table::{DecodingTable, PADDED, SlotTable};
 pub use lanes::{LaneError, LaneReader, STATE_LOW, decode_run, encode_lanes};

@@ -10,9 +10,10 @@ use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
+use crate::codec::trellis::Trellis;
 use crate::format::limits;
 use crate::format::part::{
-    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, StoredTrellis, SymbolStreams,
+    Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams, TrellisTables,
 };
 use crate::format::strip::StripLayout;
 use crate::tensor::{Dtype, TensorInfo};
@@ -71,6 +72,8 @@ pub struct Symbols {
     pub run_elements: usize,
     /// Runs of one strip.
     pub runs_per_strip: usize,
+    /// Lanes of a strip.
+    pub lanes: usize,
     /// Raw low bits per symbol.
     pub raw_bits: u32,
     tables: Vec<Arc<CodingTable>>,
@@ -104,7 +107,7 @@ impl Symbols {
 #[derive(Debug)]
 pub struct Quantizer {
     /// Present where codes are trellis-coded.
-    pub trellis: Option<StoredTrellis>,
+    pub trellis: Option<(TrellisTables, Trellis)>,
     step: f32,
     scales: Option<Integers>,
     means: Option<(f32, Integers)>,
@@ -211,7 +214,8 @@ impl PreparedPart {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
-                let per_number = if info.trellis == Some(StoredTrellis::TablePairs) { 2 } else { 1 };
+                let pairs = info.trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
+                let per_number = if pairs { 2 } else { 1 };
                 let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
                 part.kind = prepare_quantized(info, symbols, motion, runs)?;
                 (usize::from(info.raw_bits), 2)
@@ -254,6 +258,7 @@ impl PreparedPart {
             let layout = StripLayout {
                 symbols: strip_symbols.min(elements - first) as usize,
                 run_elements: streams.run_elements as usize,
+                lanes: streams.lanes.into(),
                 words: words.get(strip) as usize,
                 raw_bits,
                 exceptions: exceptions.get(strip) as usize,
@@ -342,6 +347,7 @@ impl PreparedPart {
         Some(StripLayout {
             symbols: self.strip_output_bytes(strip) / self.element_bytes,
             run_elements: symbols.run_elements,
+            lanes: symbols.lanes,
             words: self.strips[strip].words,
             raw_bits: symbols.raw_bits as usize,
             exceptions: self.strips[strip].exceptions,
@@ -401,6 +407,7 @@ fn prepare_symbols(
     Ok(Symbols {
         run_elements: streams.run_elements as usize,
         runs_per_strip: streams.runs_per_strip as usize,
+        lanes: streams.lanes.into(),
         raw_bits,
         tables,
         table_of_run,
@@ -461,11 +468,14 @@ fn prepare_quantized(
             Some(Prediction { reference_part: stored.reference_part, motion, coefficients })
         }
     };
-    Ok(PartKind::Quantized {
-        symbols,
-        quantizer: Quantizer { trellis: info.trellis, step: info.step, scales, means },
-        prediction,
-    })
+    let trellis = match &info.trellis {
+        Some(stored) => match Trellis::new(stored.state_bits) {
+            Some(trellis) => Some((stored.tables, trellis)),
+            None => return Err(inconsistent("trellis state bits", stored.state_bits, "3 to 8")),
+        },
+        None => None,
+    };
+    Ok(PartKind::Quantized { symbols, quantizer: Quantizer { trellis, step: info.step, scales, means }, prediction })
 }
 
 #[cfg(test)]
@@ -480,6 +490,7 @@ mod tests {
         let streams = SymbolStreams {
             run_elements: 8,
             runs_per_strip: 1,
+            lanes: 1,
             tables: vec![0],
             table_of_run: StoredIntegers::default(),
             strip_words: integers::encode(&[0]),

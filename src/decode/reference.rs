@@ -6,9 +6,9 @@ use super::{DecodeError, Engine, PreparedPart};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
-use crate::codec::trellis::{multiple, next_state, quantizer_of};
-use crate::format::part::{Carrier, StoredTrellis};
-use crate::format::strip::{LANES, STATE_BYTES, StripLayout};
+use crate::codec::trellis::{Trellis, multiple, quantizer_of};
+use crate::format::part::{Carrier, TrellisTables};
+use crate::format::strip::{LANES, StripLayout};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 use crate::tensor::Dtype;
 
@@ -64,8 +64,7 @@ impl StripView<'_> {
     }
 
     fn lane_reader(&self) -> LaneReader<'_> {
-        let states = self.stored[..STATE_BYTES].try_into().expect("the layout starts with the states");
-        LaneReader::new(states, &self.stored[self.layout.words_range()])
+        LaneReader::new(&self.stored[self.layout.states_range()], &self.stored[self.layout.words_range()])
     }
 
     /// Entropy-decodes the table position of every symbol.
@@ -163,7 +162,12 @@ impl StripView<'_> {
 
     /// Reconstruction points of trellis-coded codes, in steps: entropy decoding and trellis go hand in hand, because the
     /// state may choose the table.
-    fn trellis_points(&self, symbols: &Symbols, trellis: StoredTrellis) -> Result<Vec<f32>, DecodeError> {
+    fn trellis_points(
+        &self,
+        symbols: &Symbols,
+        tables: TrellisTables,
+        trellis: Trellis,
+    ) -> Result<Vec<f32>, DecodeError> {
         let mut reader = self.lane_reader();
         let raw = self.raw();
         let mut states = [0; LANES];
@@ -171,16 +175,17 @@ impl StripView<'_> {
         for (run, raw) in raw.chunks(self.layout.run_elements).enumerate() {
             let run = self.first_run(symbols) + run;
             for (index, &raw) in raw.iter().enumerate() {
-                let state = &mut states[index % LANES];
+                let lane = reader.lane_of(index);
+                let state = &mut states[lane];
                 let in_use = quantizer_of(*state);
-                let table = match trellis {
-                    StoredTrellis::SharedTables => symbols.table_of_run(run),
-                    StoredTrellis::TablePairs => symbols.table_pair_of_run(run)[usize::from(in_use)],
+                let table = match tables {
+                    TrellisTables::Shared => symbols.table_of_run(run),
+                    TrellisTables::Pairs => symbols.table_pair_of_run(run)[usize::from(in_use)],
                 };
-                let position = reader.decode_symbol(index % LANES, table);
+                let position = reader.decode_symbol(lane, table);
                 let code = join_code(table.code(position), raw as u32, symbols.raw_bits);
                 let multiple = multiple(code, in_use);
-                *state = next_state(*state, multiple);
+                *state = trellis.next_state(*state, multiple);
                 points.push(multiple as f32 + table.point_offset(position)); // exact: 18 bits and 8 more
             }
         }
@@ -198,7 +203,7 @@ impl StripView<'_> {
     ) -> Result<(), DecodeError> {
         let mut points = match quantizer.trellis {
             None => self.scalar_points(symbols)?,
-            Some(trellis) => self.trellis_points(symbols, trellis)?,
+            Some((tables, trellis)) => self.trellis_points(symbols, tables, trellis)?,
         };
         for (position, value) in self.exceptions()? {
             points[position] = i16::from_le_bytes([value[0], value[1]]).into();

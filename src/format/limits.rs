@@ -36,5 +36,7 @@ pub const STRIP_SYMBOLS: u64 = 1 << 16;
 pub const RAW_STRIP_BYTES: u64 = 1 << 17;
 /// Raw low bits per symbol.
 pub const RAW_BITS: u64 = 56;
+/// Base-2 logarithm of the states of a trellis.
+pub const TRELLIS_STATE_BITS: std::ops::RangeInclusive<u8> = 3..=8;
 /// Blocks that one permutation moves.
 pub const BLOCKS: u64 = 1 << 20;

@@ -3,6 +3,7 @@
 use super::bytes::{Reader, Writer};
 use super::error::FormatError;
 use super::limits;
+use super::strip::LANES;
 
 /// An array of small integers as stored; `codec::integers` understands it, the number of items follows from the context.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,11 +62,20 @@ pub struct StoredPrediction {
 
 /// Trellis-coded quantization: which of two interleaved quantizers a symbol belongs to depends on the symbols before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StoredTrellis {
-    /// Both quantizers share each run's entropy table.
-    SharedTables,
+pub struct StoredTrellis {
+    /// How the quantizers use entropy tables.
+    pub tables: TrellisTables,
+    /// Base-2 logarithm of the number of states, 3 to 8.
+    pub state_bits: u8,
+}
+
+/// How the two quantizers of a trellis use entropy tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrellisTables {
+    /// Both share each run's table.
+    Shared,
     /// A run's table number stands for a pair: the first quantizer's table and the second's.
-    TablePairs,
+    Pairs,
 }
 
 /// Quantizer side information (Eq. 61).
@@ -119,6 +129,8 @@ pub struct SymbolStreams {
     pub run_elements: u32,
     /// Runs of one strip; the last may have fewer.
     pub runs_per_strip: u32,
+    /// Lanes of a strip: a power of two, 32 at most.
+    pub lanes: u8,
     /// Numbers of the entropy tables used.
     pub tables: Vec<u16>,
     /// Which of `tables` each run uses; empty where there is one table.
@@ -255,11 +267,7 @@ impl QuantizerInfo {
         }
         let trellis = match flags & HAS_TRELLIS {
             0 => None,
-            _ => match reader.u8("trellis")? {
-                0 => Some(StoredTrellis::SharedTables),
-                1 => Some(StoredTrellis::TablePairs),
-                other => return Err(FormatError::UnknownFeature { feature: format!("trellis {other}") }),
-            },
+            _ => Some(StoredTrellis::parse(reader)?),
         };
         let scales = if flags & HAS_SCALES != 0 { Some(StoredIntegers::parse(reader, "scales")?) } else { None };
         let means = if flags & HAS_MEANS != 0 {
@@ -280,7 +288,8 @@ impl QuantizerInfo {
             | flag(self.prediction.is_some(), HAS_PREDICTION)
             | flag(self.trellis.is_some(), HAS_TRELLIS));
         if let Some(trellis) = self.trellis {
-            writer.u8(trellis as u8);
+            writer.u8(trellis.tables as u8);
+            writer.u8(trellis.state_bits);
         }
         if let Some(scales) = &self.scales {
             writer.blob(&scales.0);
@@ -292,6 +301,21 @@ impl QuantizerInfo {
         if let Some(prediction) = &self.prediction {
             prediction.write(writer);
         }
+    }
+}
+
+impl StoredTrellis {
+    fn parse(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let tables = match reader.u8("trellis")? {
+            0 => TrellisTables::Shared,
+            1 => TrellisTables::Pairs,
+            other => return Err(FormatError::UnknownFeature { feature: format!("trellis {other}") }),
+        };
+        let state_bits = reader.u8("trellis state bits")?;
+        if !limits::TRELLIS_STATE_BITS.contains(&state_bits) {
+            return Err(FormatError::UnknownFeature { feature: format!("trellis state bits {state_bits}") });
+        }
+        Ok(Self { tables, state_bits })
     }
 }
 
@@ -374,9 +398,15 @@ impl SymbolStreams {
             let expected = format!("1 to {}", limits::STRIP_SYMBOLS);
             return Err(reader.invalid("runs per strip", offset, format!("{symbols} symbols a strip"), expected));
         }
+        let offset = reader.position();
+        let lanes = reader.u8("lanes")?;
+        if !lanes.is_power_of_two() || usize::from(lanes) > LANES {
+            return Err(reader.invalid("lanes", offset, lanes, "1, 2, 4, 8, 16 or 32"));
+        }
         let streams = Self {
             run_elements: run_elements as u32,
             runs_per_strip: runs_per_strip as u32,
+            lanes,
             tables,
             table_of_run,
             strip_words: StoredIntegers::parse(reader, "strip words")?,
@@ -395,6 +425,7 @@ impl SymbolStreams {
         }
         writer.varint(self.run_elements.into());
         writer.varint(self.runs_per_strip.into());
+        writer.u8(self.lanes);
         writer.blob(&self.strip_words.0);
         writer.blob(&self.strip_exceptions.0);
     }
@@ -427,8 +458,10 @@ mod tests {
     }
 
     fn codings() -> impl Strategy<Value = Coding> {
+        let tables = prop::sample::select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
         let trellis =
-            prop::sample::select(vec![None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+            (tables, limits::TRELLIS_STATE_BITS).prop_map(|(tables, state_bits)| StoredTrellis { tables, state_bits });
+        let trellis = prop::option::of(trellis);
         let means = prop::option::of((-1.0_f32..1.0, integers()));
         let quantizer =
             (1e-6_f32..9.0, 0..=8_u8, trellis, prop::option::of(integers()), means, prop::option::of(predictions()))
@@ -447,12 +480,13 @@ mod tests {
             tables in prop::collection::vec(0..4096_u16, 0..4),
             arrays in [integers(), integers(), integers()],
             run_elements in 1..256_u32,
+            lane_bits in 0..6_u8,
             strip_crcs: Vec<u32>,
         ) {
             let [table_of_run, strip_words, strip_exceptions] = arrays;
             let table_of_run = if tables.len() > 1 { table_of_run } else { StoredIntegers::default() };
             let streams =
-                SymbolStreams { run_elements, runs_per_strip: 256, tables, table_of_run, strip_words, strip_exceptions };
+                SymbolStreams { run_elements, runs_per_strip: 256, lanes: 1_u8 << lane_bits, tables, table_of_run, strip_words, strip_exceptions };
             let streams = (coding != Coding::Raw).then_some(streams);
             let header = PartHeader { coding, streams, strip_crcs, cost: PartHeaderBytes::default() };
             let mut writer = Writer::new();

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-/// Lanes of a strip: symbol i of a run belongs to lane i mod 32.
+/// The most lanes that a strip has: symbol i of a run belongs to lane i mod the number of lanes, 32 unless strips are small.
+/// Raw bits come in groups of so many symbols whatever the number of lanes.
 pub const LANES: usize = 32;
-/// Bytes of the lane states that start a strip.
-pub const STATE_BYTES: usize = 4 * LANES;
+/// Bytes of the state of one lane.
+const STATE_BYTES: usize = 4;
 
 /// Where the pieces of one strip lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub struct StripLayout {
     pub symbols: usize,
     /// Symbols of one run; the strip's last run may be shorter.
     pub run_elements: usize,
+    /// Lanes: a power of two, [`LANES`] at most.
+    pub lanes: usize,
     /// 16-bit words of the lanes.
     pub words: usize,
     /// Raw low bits per symbol.
@@ -41,9 +44,15 @@ impl StripLayout {
         runs * self.run_elements.div_ceil(LANES) + rest.div_ceil(LANES)
     }
 
+    /// Bytes of the lane states.
+    pub fn states_range(&self) -> Range<usize> {
+        0..STATE_BYTES * self.lanes
+    }
+
     /// Bytes of the lane words.
     pub fn words_range(&self) -> Range<usize> {
-        STATE_BYTES..STATE_BYTES + 2 * self.words
+        let start = self.states_range().end;
+        start..start + 2 * self.words
     }
 
     /// Bytes of byte plane `plane`: one per symbol.
@@ -79,6 +88,7 @@ mod tests {
         let layout = StripLayout {
             symbols: 100,
             run_elements: 40,
+            lanes: 32,
             words: 7,
             raw_bits: 11,
             exceptions: 2,
@@ -89,5 +99,6 @@ mod tests {
         assert_eq!(layout.byte_plane_range(0), 142..242);
         assert_eq!(layout.bit_planes_range(), 242..242 + 4 * 3 * 5);
         assert_eq!(layout.bytes(), 302 + 2 * 6);
+        assert_eq!(StripLayout { lanes: 4, ..layout }.words_range(), 16..30);
     }
 }

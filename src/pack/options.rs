@@ -1,9 +1,13 @@
 //! What a user can choose when packing.
 
+use std::fmt;
+use std::str::FromStr;
+
 use super::align::Alignment;
 use super::keep::KeepRule;
 use super::quantized_symbols::Rounding;
-use crate::format::part::StoredTrellis;
+use crate::format::limits::TRELLIS_STATE_BITS;
+use crate::format::part::{StoredTrellis, TrellisTables};
 
 /// How close the decoded weights must be to the original.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -61,6 +65,15 @@ impl Effort {
         match self {
             Self::Fast | Self::Default => 0.005,
             Self::Max => 0.001,
+        }
+    }
+
+    /// States of the trellis.
+    pub fn trellis_states(self) -> TrellisStates {
+        match self {
+            Self::Fast => TrellisStates(8),
+            Self::Default => TrellisStates(32),
+            Self::Max => TrellisStates(256),
         }
     }
 
@@ -129,13 +142,39 @@ pub enum Steps {
 /// How values become codes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Quantization {
-    /// Trellis-coded, 8 states; at the lowest rates an entropy table for each of the two quantizers.
+    /// Trellis-coded; at the lowest rates an entropy table for each of the two quantizers.
     #[default]
     Trellis,
     /// Trellis-coded, both quantizers with the same entropy table at every rate.
     TrellisShared,
     /// One quantizer, as in the paper.
     Scalar,
+}
+
+/// Number of states of the trellis: more take longer to search, not to decode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrellisStates(u16);
+
+impl TrellisStates {
+    fn state_bits(self) -> u8 {
+        self.0.ilog2() as u8
+    }
+}
+
+impl FromStr for TrellisStates {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_one = |states: &u16| states.is_power_of_two() && TRELLIS_STATE_BITS.contains(&(states.ilog2() as u8));
+        let states = text.parse().ok().filter(is_one).map(Self);
+        states.ok_or_else(|| format!("{text:?} is not 8, 16, 32, 64, 128 or 256"))
+    }
+}
+
+impl fmt::Display for TrellisStates {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
 }
 
 /// Options of one packing run.
@@ -157,6 +196,8 @@ pub struct PackOptions {
     pub steps: Steps,
     /// How values become codes.
     pub quantization: Quantization,
+    /// States of the trellis; as many as the effort allows where not given.
+    pub trellis_states: Option<TrellisStates>,
     /// Whether rounding weighs the bits that a code takes.
     pub rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
@@ -174,6 +215,7 @@ impl Default for PackOptions {
             predictor: PredictorChoice::default(),
             steps: Steps::default(),
             quantization: Quantization::default(),
+            trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.4,
         }
@@ -191,13 +233,19 @@ impl PackOptions {
         if self.effort.predicts() { self.predictor } else { PredictorChoice::None }
     }
 
+    /// States of the trellis.
+    pub fn trellis_states(&self) -> TrellisStates {
+        self.trellis_states.unwrap_or_else(|| self.effort.trellis_states())
+    }
+
     /// How values become codes at the lowest rates.
     pub fn rounding(&self) -> Rounding {
-        let trellis = match self.quantization {
-            Quantization::Trellis => Some(StoredTrellis::TablePairs),
-            Quantization::TrellisShared => Some(StoredTrellis::SharedTables),
+        let tables = match self.quantization {
+            Quantization::Trellis => Some(TrellisTables::Pairs),
+            Quantization::TrellisShared => Some(TrellisTables::Shared),
             Quantization::Scalar => None,
         };
+        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits: self.trellis_states().state_bits() });
         let lambda = match self.rate_aware_rounding {
             true => LAMBDA[usize::from(trellis.is_some())],
             false => 0.0,
@@ -215,6 +263,7 @@ impl PackOptions {
         };
         let options = format!(
             "{target}, effort {:?}, keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, \
+             trellis-states {}, \
              rate-aware-rounding {}, embedding-refinement {}",
             self.effort,
             self.keyframe_interval,
@@ -222,6 +271,7 @@ impl PackOptions {
             self.predictor,
             self.steps,
             self.quantization,
+            self.trellis_states(),
             self.rate_aware_rounding,
             self.embedding_refinement
         );

@@ -77,6 +77,7 @@ impl EncodedPart {
             streams: Some(SymbolStreams {
                 run_elements: layout.run_elements as u32,
                 runs_per_strip: layout.runs_per_strip as u32,
+                lanes: layout.lanes as u8,
                 tables: Vec::new(),
                 table_of_run: if tables.len() > 1 {
                     integers::encode(&table_of_run)
@@ -121,7 +122,7 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
         tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
     let placed = symbols.place(runs.clone(), &fitted);
     let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
-    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, |run, index| {
+    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, layout.lanes, |run, index| {
         tables[run][placed.quantizer(index)]
     });
 

@@ -9,7 +9,7 @@ use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
 use crate::codec::integers;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
-use crate::format::part::{QuantizerInfo, StoredTrellis};
+use crate::format::part::{QuantizerInfo, TrellisTables};
 use crate::numerics::{f32_from_bf16, f32_from_f16};
 use crate::tensor::{Dtype, TensorInfo};
 
@@ -92,8 +92,10 @@ impl PartQuantizer {
             return None;
         }
         let mut rounding = options.rounding();
-        if rounding.trellis.is_some() && root_mean_square > PAIRED_TABLES_REACH * f64::from(step) {
-            rounding.trellis = Some(StoredTrellis::SharedTables);
+        if let Some(trellis) = &mut rounding.trellis
+            && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
+        {
+            trellis.tables = TrellisTables::Shared;
         }
         let mut quantizer =
             Self::new(QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square }, values, layout, options);

@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use super::entropy_model::{FittedTable, StreamKind};
 use super::histogram::Histogram;
-use super::lane_search::search;
 use super::symbols::{Placed, RunLayout, Symbols};
+use super::trellis_search::Search;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
-use crate::format::part::StoredTrellis;
+use crate::codec::trellis::Trellis;
+use crate::format::part::{StoredTrellis, TrellisTables};
 use crate::numerics::nearest_integer;
 
 /// How values become codes.
@@ -100,9 +101,16 @@ impl QuantizedSymbols<'_> {
         placed
     }
 
-    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
+    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]], trellis: Trellis) -> Placed {
         let run_elements = self.layout.run_elements;
-        let multiples = search(targets, run_elements, tables, self.raw_bits, self.rounding.lambda);
+        let search = Search {
+            run_elements,
+            lanes: self.layout.lanes,
+            raw_bits: self.raw_bits,
+            lambda: self.rounding.lambda,
+            trellis,
+        };
+        let multiples = search.multiples(targets, tables);
         let mut placed = Placed {
             quantizers: multiples.iter().map(|&multiple| (multiple & 1) as u8).collect(),
             symbols: multiples.iter().map(|&multiple| multiple >> (1 + self.raw_bits)).collect(),
@@ -140,7 +148,9 @@ impl Symbols for QuantizedSymbols<'_> {
 
     fn second_kind(&self) -> Option<StreamKind> {
         let raw_bits = self.raw_bits as u8;
-        (self.rounding.trellis == Some(StoredTrellis::TablePairs))
+        self.rounding
+            .trellis
+            .is_some_and(|trellis| trellis.tables == TrellisTables::Pairs)
             .then_some(StreamKind::Trellis { raw_bits, quantizer: 1 })
     }
 
@@ -171,9 +181,12 @@ impl Symbols for QuantizedSymbols<'_> {
         for run in runs {
             self.targets(run, &mut targets);
         }
-        match self.rounding.trellis.is_some() {
-            true => self.place_trellis(&targets, tables),
-            false => self.place_scalar(&targets, tables),
+        match self.rounding.trellis {
+            Some(StoredTrellis { state_bits, .. }) => {
+                let trellis = Trellis::new(state_bits).expect("options name a trellis there is");
+                self.place_trellis(&targets, tables, trellis)
+            }
+            None => self.place_scalar(&targets, tables),
         }
     }
 }
@@ -244,10 +257,12 @@ mod tests {
     fn the_trellis_gains_an_eighth_of_a_bit_at_equal_error() {
         let bits_above_bound = |(bits, error): (f64, f64)| bits + 0.5 * error.log2();
         let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0 }, 0.3));
-        for trellis in [StoredTrellis::SharedTables, StoredTrellis::TablePairs] {
-            let rounding = Rounding { trellis: Some(trellis), lambda: 0.2 };
+        for (tables, state_bits, gain) in
+            [(TrellisTables::Shared, 3, 0.125), (TrellisTables::Pairs, 3, 0.125), (TrellisTables::Shared, 8, 0.16)]
+        {
+            let rounding = Rounding { trellis: Some(StoredTrellis { tables, state_bits }), lambda: 0.2 };
             let bits = bits_above_bound(rate_and_error(rounding, 0.18));
-            assert!(bits < scalar - 0.125, "{trellis:?}: {bits} and {scalar} bits above the Gaussian bound");
+            assert!(bits < scalar - gain, "{rounding:?}: {bits} and {scalar} bits above the Gaussian bound");
         }
     }
 }

@@ -5,6 +5,10 @@ use std::ops::Range;
 use super::entropy_model::{FittedTable, StreamKind};
 use super::histogram::Histogram;
 use crate::format::limits::STRIP_SYMBOLS;
+use crate::format::strip::LANES;
+
+/// Symbols for which a strip gets one more lane.
+const SYMBOLS_PER_LANE: usize = 2048;
 
 /// Where runs and strips of a tensor begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +19,9 @@ pub struct RunLayout {
     pub run_elements: usize,
     /// Runs of one strip.
     pub runs_per_strip: usize,
+    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 2,048
+    /// symbols, which keeps that to an 80th of a bit per symbol.
+    pub lanes: usize,
 }
 
 impl RunLayout {
@@ -33,10 +40,12 @@ impl RunLayout {
             _ => row.div_ceil(row.div_ceil(16_384)),
         };
         let runs_per_strip = (STRIP_SYMBOLS as usize / run_elements).max(1);
-        Self { elements, run_elements, runs_per_strip }
+        let strip_symbols = elements.min(run_elements * runs_per_strip);
+        let lanes = 1 << (strip_symbols / SYMBOLS_PER_LANE).max(1).ilog2().min(LANES.ilog2());
+        Self { elements, run_elements, runs_per_strip, lanes }
     }
 
-    /// The layout of this many elements in runs of the same length.
+    /// The layout of this many elements in runs and strips of the same lengths.
     pub fn of_elements(&self, elements: usize) -> Self {
         Self { elements, ..*self }
     }

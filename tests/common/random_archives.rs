@@ -8,11 +8,11 @@ use mcwcfs::archive::{Archive, content_id};
 use mcwcfs::codec::integers;
 use mcwcfs::codec::permutation::{self, GroupedPermutation, Permutation, PermutationCoding, Symmetry};
 use mcwcfs::codec::quantizer::join_code;
-use mcwcfs::codec::trellis::{multiple, next_state, quantizer_of};
+use mcwcfs::codec::trellis::{Trellis, multiple, quantizer_of};
 use mcwcfs::format::index::{FileEntry, Index};
 use mcwcfs::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
-    StoredPredictor, StoredTrellis, SymbolStreams,
+    StoredPredictor, StoredTrellis, SymbolStreams, TrellisTables,
 };
 use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
 use mcwcfs::format::strip::{LANES, StripLayout};
@@ -157,7 +157,9 @@ impl ArchiveWriter {
     }
 
     fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
-        let trellis = *self.random.pick(&[None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+        let tables = *self.random.pick(&[None, Some(TrellisTables::Shared), Some(TrellisTables::Pairs)]);
+        let state_bits = 3 + self.random.below(6) as u8;
+        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits });
         let raw_bits = if self.random.chance() { 0 } else { self.random.below(9) as u8 };
         let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), 2, trellis);
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
@@ -193,11 +195,13 @@ impl ArchiveWriter {
         trellis: Option<StoredTrellis>,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let random = &mut self.random;
-        let pairs = trellis == Some(StoredTrellis::TablePairs);
+        let pairs = trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
+        let trellis = trellis.map(|trellis| Trellis::new(trellis.state_bits).expect("in range"));
         let numbers = (1 + random.below(3)) * if pairs { 2 } else { 1 };
         let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
         let run_elements = 1 + random.below(150);
         let runs_per_strip = 1 + random.below(9);
+        let lanes = 1 << random.below(6);
         let runs = elements.div_ceil(run_elements);
         let choices = numbers / if pairs { 2 } else { 1 };
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.below(choices) as i32).collect();
@@ -210,22 +214,23 @@ impl ArchiveWriter {
             let mut states = [0; LANES];
             for (symbol, &raw) in raw.iter().enumerate() {
                 let choice = table_of_run[strip * runs_per_strip + symbol / run_elements] as usize;
-                let lane = symbol % run_elements % LANES;
+                let lane = symbol % run_elements % lanes;
                 let in_use = quantizer_of(states[lane]);
                 let number = if pairs { tables[2 * choice + usize::from(in_use)] } else { tables[choice] };
                 let table = &self.tables[usize::from(number)];
                 let position = random.below(table.codes.len());
-                if trellis.is_some() {
+                if let Some(trellis) = trellis {
                     let code = join_code(table.codes[position], raw as u32, raw_bits as u32);
-                    states[lane] = next_state(states[lane], multiple(code, in_use));
+                    states[lane] = trellis.next_state(states[lane], multiple(code, in_use));
                 }
                 coded.push((lane, table, position));
             }
-            let (mut bytes, strip_words) = encode_lanes(&coded);
+            let (mut bytes, strip_words) = encode_lanes(&coded, lanes);
             let positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
             let layout = StripLayout {
                 symbols,
                 run_elements,
+                lanes,
                 words: strip_words,
                 raw_bits,
                 exceptions: positions.len(),
@@ -243,6 +248,7 @@ impl ArchiveWriter {
         let streams = SymbolStreams {
             run_elements: run_elements as u32,
             runs_per_strip: runs_per_strip as u32,
+            lanes: lanes as u8,
             table_of_run: if numbers > 1 { integers::encode(&table_of_run) } else { StoredIntegers::default() },
             tables,
             strip_words: integers::encode(&words),
@@ -350,8 +356,8 @@ impl Random {
 }
 
 /// States and words of symbols given as lane, table and position, and how many words: the coder of section 6 run backwards.
-fn encode_lanes(symbols: &[(usize, &Table, usize)]) -> (Vec<u8>, usize) {
-    let mut states = [1_u32 << 16; LANES];
+fn encode_lanes(symbols: &[(usize, &Table, usize)], lanes: usize) -> (Vec<u8>, usize) {
+    let mut states = vec![1_u32 << 16; lanes];
     let mut words: Vec<u16> = Vec::new();
     for &(lane, table, position) in symbols.iter().rev() {
         let frequency = u32::from(table.frequencies[position]);

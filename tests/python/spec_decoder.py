@@ -88,6 +88,8 @@ class Part:
         flags, per_run = reader.u8("quantizer flags", below=16), []
         if flags & 8:
             self.trellis = reader.u8("trellis", below=2)
+            self.state_bits = reader.u8("trellis state bits", below=9)
+            require(self.state_bits >= 3, f"trellis state bits: {self.state_bits}")
         if flags & 1:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
@@ -135,6 +137,8 @@ class Part:
         self.run_elements = reader.varint("run elements", 2**16)
         self.runs_per_strip = reader.varint("runs per strip", 2**16)
         require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        self.lanes = reader.u8("lanes")
+        require(self.lanes in (1, 2, 4, 8, 16, 32), f"lanes: {self.lanes}")
         self.runs = -(-self.tensor.elements // self.run_elements)
         self.strips = -(-self.runs // self.runs_per_strip)
         require(self.tables or not self.runs, "part tables: none")
@@ -153,7 +157,7 @@ class Part:
             words, exceptions = int(self.words[strip]), int(self.exceptions[strip])
             require(exceptions <= symbols, f"strip exceptions: {exceptions}")
             planes = symbols * (self.raw_bits // 8), 4 * (self.raw_bits % 8) * groups
-            sizes = [128, 2 * words, *planes, 2 * exceptions, self.exception_bytes * exceptions]
+            sizes = [4 * self.lanes, 2 * words, *planes, 2 * exceptions, self.exception_bytes * exceptions]
             self.layout.append((self.length, sizes, lengths))
             self.length += sum(sizes)
 
@@ -208,18 +212,18 @@ def raw_numbers(byte_planes, bit_planes, raw_bits, lengths):
     return raw
 
 
-NEXT_STATE = [[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]]
+TRELLIS = {3: (5, 2), 4: (9, 2), 5: (18, 4), 6: (33, 10), 7: (78, 43), 8: (166, 121)}
 
 
 def decode_symbols(part, number, take):
     """Entropy decoding; calls `take(table, position, raw number, state of the trellis)`, which gives the symbol's value
     and, where there is a trellis, the parity of its code."""
     x, words, raw, exceptions, lengths = strip_pieces(part, number)
-    trellis, used, values = [0] * 32, 0, []
+    trellis, used, values = [0] * part.lanes, 0, []
     for run, length in enumerate(lengths):
         choice = part.tables[part.table_of_run[number * part.runs_per_strip + run]]
         for i in range(length):
-            j = i % 32
+            j = i % part.lanes
             table = choice[trellis[j] % 2] if part.trellis == 1 else choice
             q = x[j] % 4096
             k = table.owner[q]
@@ -229,8 +233,10 @@ def decode_symbols(part, number, take):
                 x[j], used = x[j] * 65536 + words[used], used + 1
             value, second_bit = take(table, k, raw[len(values)], trellis[j])
             values.append(value)
-            trellis[j] = NEXT_STATE[trellis[j]][second_bit]
-    require(used == len(words) and x == [65536] * 32, f"strip {number}: the lanes do not end")
+            if part.trellis is not None:
+                a, b = TRELLIS[part.state_bits]
+                trellis[j] = trellis[j] // 2 ^ a * (trellis[j] % 2) ^ b * second_bit
+    require(used == len(words) and x == [65536] * part.lanes, f"strip {number}: the lanes do not end")
     return values, exceptions
 
 
@@ -342,6 +348,7 @@ def count(part):
         MET["moved"] += part.reference is not None and part.axis is not None
         MET["row affine"] += part.reference is not None and part.offsets is not None
         MET["trellis"] += part.trellis is not None
+        MET["256 states"] += part.trellis is not None and part.state_bits == 8
         MET["table pairs"] += part.trellis == 1
         MET["means"] += part.means is not None
         MET["scales"] += len(set(part.steps.tolist())) > 1

@@ -5,7 +5,7 @@
 //! two comparisons.
 
 use super::coding_table::CodingTable;
-use crate::codec::trellis::{NEXT_STATE, STATES, multiple};
+use crate::codec::trellis::multiple;
 use crate::format::table::{BUCKET, TOTAL};
 
 /// Positions of a padded table.
@@ -26,33 +26,14 @@ pub struct DecodingTable {
     pub start: [u16; PADDED],
     /// Slots of each position.
     pub frequency: [u16; PADDED],
-    /// Where a position leads a trellis: 8 if its code is odd, else 0. Added to a state, it is an index into
-    /// [`TRANSITIONS`].
-    pub transitions: [u16; PADDED],
+    /// All ones where the code of a position is odd, which is what leads a trellis, else 0.
+    pub odd: [u16; PADDED],
     /// The code of each position.
     pub codes: [i16; PADDED],
     /// Reconstruction point of each position in steps, where codes are scalar.
     pub points: [f32; PADDED],
     /// Reconstruction points in steps by quantizer, where codes are trellis-coded without raw bits.
     pub trellis_points: [[f32; PADDED]; 2],
-}
-
-/// The next state by state and by what [`DecodingTable::transitions`] adds to it: one register, the same twice.
-pub static TRANSITIONS: Transitions = Transitions(transitions());
-
-/// One register of next states.
-#[derive(Debug)]
-#[repr(align(64))]
-pub struct Transitions(pub [u16; 32]);
-
-const fn transitions() -> [u16; 32] {
-    let mut table = [0; 32];
-    let mut index = 0;
-    while index < 32 {
-        table[index] = NEXT_STATE[index % STATES][index / STATES % 2] as u16;
-        index += 1;
-    }
-    table
 }
 
 impl DecodingTable {
@@ -67,7 +48,7 @@ impl DecodingTable {
             next: [0; PADDED],
             start: [0; PADDED],
             frequency: [0; PADDED],
-            transitions: [0; PADDED],
+            odd: [0; PADDED],
             codes: [0; PADDED],
             points: [0.0; PADDED],
             trellis_points: [[0.0; PADDED]; 2],
@@ -80,7 +61,7 @@ impl DecodingTable {
             laid_out.frequency[index] = slots as u16;
             laid_out.codes[index] = code;
             laid_out.points[index] = table.points()[index];
-            laid_out.transitions[index] = STATES as u16 * (code as u16 % 2);
+            laid_out.odd[index] = (code as u16 & 1).wrapping_neg();
             for quantizer in 0..2 {
                 let multiple = multiple(code.into(), quantizer);
                 laid_out.trellis_points[usize::from(quantizer)][index] = multiple as f32 + table.point_offset(position);
@@ -126,7 +107,6 @@ impl SlotTable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::trellis::{next_state, quantizer_of};
     use crate::format::table::{Table, first_overfull_bucket};
     use proptest::prelude::*;
 
@@ -160,12 +140,11 @@ mod tests {
         }
 
         #[test]
-        fn transitions_are_the_trellis(table in tables(), state in 0_u8..8) {
+        fn odd_codes_are_marked(table in tables()) {
             let laid_out = DecodingTable::new(&table);
             for position in 0..table.positions() as u8 {
-                let index = u16::from(state) | laid_out.transitions[usize::from(position)];
-                let multiple = multiple(table.code(position).into(), quantizer_of(state));
-                prop_assert_eq!(TRANSITIONS.0[usize::from(index)], u16::from(next_state(state, multiple)));
+                let expected = if table.code(position) % 2 == 0 { 0 } else { 0xffff };
+                prop_assert_eq!(laid_out.odd[usize::from(position)], expected);
             }
         }
     }

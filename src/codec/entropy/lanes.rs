@@ -1,4 +1,4 @@
-//! 32 lanes over one sequence of words, both directions.
+//! Up to 32 lanes over one sequence of words, both directions.
 //!
 //! Encoding is constriction's, with one word buffer shared by all lanes. Decoding is spelled out, because this loop is what
 //! every engine must repeat; tests hold it against constriction's own decoder.
@@ -35,7 +35,7 @@ pub enum LaneError {
     /// A lane did not return to where encoding started.
     #[error("lane {lane} ended in state {state}, expected {STATE_LOW}")]
     EndState {
-        /// Which of the 32.
+        /// Which one.
         lane: usize,
         /// Its last state.
         state: u32,
@@ -55,25 +55,26 @@ impl WriteWords<u16> for SharedWords<'_> {
 }
 
 /// Encodes the symbols of one strip. `positions` are table positions, run after run of `run_elements`; `table_of` gives the
-/// table of a symbol, by its run and its index in the strip. Returns the lane states and the words, both in reading order.
+/// table of a symbol, by its run and its index in the strip. Returns the states of the lanes and the words, both in reading order.
 ///
 /// Panics if a position is not in its table: the encoder has put it there.
 pub fn encode_lanes<'t>(
     positions: &[u8],
     run_elements: usize,
+    lanes: usize,
     table_of: impl Fn(usize, usize) -> &'t CodingTable,
-) -> ([u32; LANES], Vec<u16>) {
+) -> (Vec<u32>, Vec<u16>) {
     let words = RefCell::new(Vec::with_capacity(positions.len() / 2));
-    let mut lanes: [_; LANES] =
-        std::array::from_fn(|_| AnsCoder::<u16, u32, SharedWords<'_>>::from_raw_parts(SharedWords(&words), STATE_LOW));
+    let coder = |_| AnsCoder::<u16, u32, SharedWords<'_>>::from_raw_parts(SharedWords(&words), STATE_LOW);
+    let mut coders: Vec<_> = (0..lanes).map(coder).collect();
     // A stack: what is encoded last is decoded first.
     for (run, symbols) in positions.chunks(run_elements).enumerate().rev() {
         for (index, &position) in symbols.iter().enumerate().rev() {
             let table = table_of(run, run * run_elements + index);
-            lanes[index % LANES].encode_symbol(position, table).expect("every position is in its table");
+            coders[index % lanes].encode_symbol(position, table).expect("every position is in its table");
         }
     }
-    let states = lanes.map(|lane| lane.into_raw_parts().1);
+    let states = coders.into_iter().map(|lane| lane.into_raw_parts().1).collect();
     let mut words = words.into_inner();
     words.reverse();
     (states, words)
@@ -83,17 +84,26 @@ pub fn encode_lanes<'t>(
 #[derive(Clone, Debug)]
 pub struct LaneReader<'a> {
     states: [u32; LANES],
+    lanes: usize,
     words: &'a [[u8; 2]],
     next_word: usize,
 }
 
 impl<'a> LaneReader<'a> {
-    /// Starts from the states and words of a strip.
-    pub fn new(states: &[u8; 4 * LANES], words: &'a [u8]) -> Self {
-        let states = std::array::from_fn(|lane| {
-            u32::from_le_bytes([states[4 * lane], states[4 * lane + 1], states[4 * lane + 2], states[4 * lane + 3]])
-        });
-        Self { states, words: words.as_chunks().0, next_word: 0 }
+    /// Starts from the states of a strip's lanes, four bytes each, and its words.
+    pub fn new(states: &[u8], words: &'a [u8]) -> Self {
+        let stored = states.as_chunks().0;
+        let mut states = [STATE_LOW; LANES];
+        for (state, &bytes) in states.iter_mut().zip(stored) {
+            *state = u32::from_le_bytes(bytes);
+        }
+        Self { states, lanes: stored.len(), words: words.as_chunks().0, next_word: 0 }
+    }
+
+    /// The lane of a symbol by its index in its run.
+    #[inline]
+    pub fn lane_of(&self, index: usize) -> usize {
+        index % self.lanes
     }
 
     /// Decodes the next symbol of a lane: its table position. Corrupt data give some position of the table.
@@ -133,7 +143,7 @@ impl<'a> LaneReader<'a> {
 /// zero, and [`LaneReader::finish`] tells.
 pub fn decode_run(reader: &mut LaneReader<'_>, table: &CodingTable, positions: &mut [u8]) {
     for (index, position) in positions.iter_mut().enumerate() {
-        *position = reader.decode_symbol(index % LANES, table);
+        *position = reader.decode_symbol(reader.lane_of(index), table);
     }
 }
 
@@ -164,26 +174,22 @@ mod tests {
         }
     }
 
-    fn state_bytes(states: [u32; LANES]) -> [u8; 4 * LANES] {
-        let mut bytes = [0; 4 * LANES];
-        for (chunk, state) in bytes.chunks_mut(4).zip(states) {
-            chunk.copy_from_slice(&state.to_le_bytes());
-        }
-        bytes
+    fn state_bytes(states: &[u32]) -> Vec<u8> {
+        states.iter().flat_map(|state| state.to_le_bytes()).collect()
     }
 
     #[test]
     fn the_example_of_the_specification_holds() {
         let table = Table { codes: vec![0, -1, 1], frequencies: vec![2048, 1024, 1024], point_offsets: vec![] };
         let table = CodingTable::new(table);
-        let (states, words) = encode_lanes(&[0, 1, 2], 3, |_, _| &table);
+        let (states, words) = encode_lanes(&[0, 1, 2], 3, LANES, |_, _| &table);
         assert_eq!(states[..4], [0x0002_0000, 0x0004_0800, 0x0004_0c00, 0x0001_0000]);
         assert!(words.is_empty());
 
         let mut states = [STATE_LOW; LANES];
         states[5] = 70_000;
         let words = 4660_u16.to_le_bytes();
-        let mut reader = LaneReader::new(&state_bytes(states), &words);
+        let mut reader = LaneReader::new(&state_bytes(&states), &words);
         assert_eq!(reader.decode_symbol(5, &table), 0);
         assert_eq!(reader.finish(), Err(LaneError::EndState { lane: 5, state: 35_184 * 65_536 + 4660 }));
     }
@@ -193,6 +199,7 @@ mod tests {
         fn decoding_gives_the_encoded_symbols_and_constriction_agrees(
             draws in prop::collection::vec(any::<u8>(), 1..3000),
             run_elements in 1_usize..200,
+            lane_bits in 0..6,
         ) {
             let tables = tables();
             let table_of_run = |run: usize| &tables[run % tables.len()];
@@ -201,10 +208,10 @@ mod tests {
                 .enumerate()
                 .map(|(index, &draw)| draw % table_of_run(index / run_elements).positions() as u8)
                 .collect();
-            let (states, words) = encode_lanes(&positions, run_elements, |run, _| table_of_run(run));
+            let (states, words) = encode_lanes(&positions, run_elements, 1_usize << lane_bits, |run, _| table_of_run(run));
 
             let word_bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-            let mut reader = LaneReader::new(&state_bytes(states), &word_bytes);
+            let mut reader = LaneReader::new(&state_bytes(&states), &word_bytes);
             let mut decoded = vec![0; positions.len()];
             for (run, symbols) in decoded.chunks_mut(run_elements).enumerate() {
                 decode_run(&mut reader, table_of_run(run), symbols);
@@ -213,23 +220,23 @@ mod tests {
             prop_assert_eq!(reader.finish(), Ok(()));
 
             let shared = RefCell::new(words.into_iter());
-            let mut lanes = states
-                .map(|state| AnsCoder::<u16, u32, SharedReader<'_>>::from_raw_parts(SharedReader(&shared), state));
+            let coder = |state| AnsCoder::<u16, u32, SharedReader<'_>>::from_raw_parts(SharedReader(&shared), state);
+            let mut lanes: Vec<_> = states.into_iter().map(coder).collect();
+            let count = lanes.len();
             for (index, &position) in positions.iter().enumerate() {
                 let (run, within) = (index / run_elements, index % run_elements);
-                let symbol = lanes[within % LANES].decode_symbol(table_of_run(run)).unwrap_infallible();
+                let symbol = lanes[within % count].decode_symbol(table_of_run(run)).unwrap_infallible();
                 prop_assert_eq!(symbol, position);
             }
         }
 
         #[test]
         fn corrupt_lanes_end_in_an_error_or_in_symbols_never_in_a_panic(
+            lane_bits in 0..6,
             states: [[u8; 32]; 4],
             words in prop::collection::vec(any::<u8>(), 0..100),
         ) {
-            let mut state_bytes = [0; 4 * LANES];
-            state_bytes.copy_from_slice(&states.concat());
-            let mut reader = LaneReader::new(&state_bytes, &words);
+            let mut reader = LaneReader::new(&states.concat()[..4_usize << lane_bits], &words);
             let mut positions = [0; 500];
             for table in &tables() {
                 decode_run(&mut reader, table, &mut positions);

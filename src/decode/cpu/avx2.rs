@@ -9,7 +9,6 @@ use core::arch::x86_64::*;
 use super::kernels::{Output, RunJob};
 use super::portable;
 use crate::codec::entropy::PADDED;
-use crate::codec::trellis::{NEXT_STATE, STATES};
 use crate::format::strip::LANES;
 
 /// States in a register.
@@ -41,17 +40,6 @@ const fn spread() -> [[u32; GROUP]; 256] {
     }
     table
 }
-
-/// The next state by `2 state + parity`, once for each half of a register.
-static NEXT: [u8; 32] = {
-    let mut table = [0; 32];
-    let mut index = 0;
-    while index < 32 {
-        table[index] = NEXT_STATE[index / 2 % STATES][index % 2];
-        index += 1;
-    }
-    table
-};
 
 /// A table of 64 bytes as four registers, each with sixteen entries in both halves.
 #[derive(Clone, Copy)]
@@ -110,8 +98,8 @@ pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>])
             whole_vectors::<TABLE_USE, O>(job, whole);
         }
         if whole < job.out.len() {
-            let RunJob { words, tables, values, .. } = *job;
-            let rest = RunJob { lanes: &mut *job.lanes, words, tables, values, out: &mut job.out[whole..] };
+            let RunJob { words, tables, values, trellis, .. } = *job;
+            let rest = RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, out: &mut job.out[whole..] };
             // SAFETY: it is for any CPU.
             unsafe { portable::run::<TABLE_USE, O>(&mut [rest]) };
         }
@@ -131,8 +119,9 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
     };
     let low_tables = byte_tables(&job.values.low);
     let high_tables = byte_tables(&job.values.high);
-    // Where positions lead the trellis: 1 if their code is odd.
-    let leads = job.tables.map(|table| ByteTable::new::<3>(&table.decoding().transitions));
+    let odd = job.tables.map(|table| ByteTable::new::<0>(&table.decoding().odd));
+    let [from_second, from_odd] =
+        [job.trellis.from_second, job.trellis.from_odd].map(|bits| _mm256_set1_epi8(bits as i8));
     let one = _mm256_set1_epi8(1);
     let twelve_bits = _mm256_set1_epi32(0xfff);
 
@@ -144,8 +133,6 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
     let trellis_bytes = job.lanes.trellis.map(|state| state as u8);
     // SAFETY: 32 bytes are a register, here and below.
     let mut trellis = unsafe { _mm256_loadu_si256(trellis_bytes.as_ptr().cast()) };
-    // SAFETY: see above.
-    let next_states = unsafe { _mm256_loadu_si256(NEXT.as_ptr().cast()) };
     let mut used = job.lanes.used;
     let out = job.out.as_mut_ptr().cast::<u8>();
 
@@ -223,12 +210,14 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
             store(1, low[1]);
         }
         if TABLE_USE != ONE_TABLE {
-            let leads = match TABLE_USE {
-                TRELLIS_TABLES => ByteTable::look_up_either::<TABLE_USE>(&leads[0], &leads[1], second, position),
-                _ => leads[0].look_up(position),
+            let odd = match TABLE_USE {
+                TRELLIS_TABLES => ByteTable::look_up_either::<TABLE_USE>(&odd[0], &odd[1], second, position),
+                _ => odd[0].look_up(position),
             };
-            let index = _mm256_add_epi8(_mm256_add_epi8(trellis, trellis), leads);
-            trellis = _mm256_shuffle_epi8(next_states, index);
+            // As `Trellis::next_state` has it, a byte per state.
+            let halved = _mm256_and_si256(_mm256_srli_epi16::<1>(trellis), _mm256_set1_epi8(0x7f));
+            let leaps = _mm256_xor_si256(_mm256_and_si256(second, from_second), _mm256_and_si256(odd, from_odd));
+            trellis = _mm256_xor_si256(halved, leaps);
         }
     }
 

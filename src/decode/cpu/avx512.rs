@@ -7,7 +7,7 @@
 use core::arch::x86_64::*;
 
 use super::kernels::{RunJob, RunValues, Words};
-use crate::codec::entropy::{CodingTable, DecodingTable, PADDED, TRANSITIONS};
+use crate::codec::entropy::{CodingTable, DecodingTable, PADDED};
 use crate::format::strip::LANES;
 
 /// Strips in lockstep. More hide no more latency and spill registers.
@@ -113,6 +113,8 @@ struct Strip<'a> {
     low: __m512i,
     high: __m512i,
     trellis: __m512i,
+    from_second: __m512i,
+    from_odd: __m512i,
     used: usize,
     words: Words<'a>,
     tables: [&'a DecodingTable; 2],
@@ -129,6 +131,8 @@ impl<'a> Strip<'a> {
                 low: _mm512_loadu_si512(job.lanes.low.as_ptr().cast()),
                 high: _mm512_loadu_si512(job.lanes.high.as_ptr().cast()),
                 trellis: _mm512_loadu_si512(job.lanes.trellis.as_ptr().cast()),
+                from_second: _mm512_set1_epi16(job.trellis.from_second as i16),
+                from_odd: _mm512_set1_epi16(job.trellis.from_odd as i16),
                 used: job.lanes.used,
                 words: job.words,
                 tables: job.tables.map(CodingTable::decoding),
@@ -238,9 +242,13 @@ impl<'a> Strip<'a> {
             }
 
             if TABLE_USE != ONE_TABLE {
-                let transitions = look_up(&a.transitions, &b.transitions, position);
-                let next_states = _mm512_load_si512(TRANSITIONS.0.as_ptr().cast());
-                let next = _mm512_permutexvar_epi16(_mm512_or_si512(self.trellis, transitions), next_states);
+                // As `Trellis::next_state` has it: state >> 1 ^ odd & from_odd, and from_second under its mask.
+                let odd = look_up(&a.odd, &b.odd, position);
+                const XOR_OF_AND: i32 = 0b0111_1000; // first ^ second & third
+                let next =
+                    _mm512_ternarylogic_epi32::<XOR_OF_AND>(_mm512_srli_epi16::<1>(self.trellis), odd, self.from_odd);
+                let leaps = _mm512_maskz_mov_epi16(second_quantizer, self.from_second);
+                let next = _mm512_xor_si512(next, leaps);
                 self.trellis = if MASKED { _mm512_mask_mov_epi16(self.trellis, lanes, next) } else { next };
             }
         }

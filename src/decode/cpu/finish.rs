@@ -10,7 +10,7 @@ use super::raw_bits::{ByTable, RawBits, Spread};
 use crate::codec::lossless::join_element;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{dequantize, join_code};
-use crate::codec::trellis::{multiple, quantizer_of};
+use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::format::strip::LANES;
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 
@@ -23,8 +23,9 @@ type Join<O> = unsafe fn(raw: &RawBits<'_>, elements: &mut [O]);
 type Widen = unsafe fn(elements: &[[u8; 2]], out: &mut [[u8; 4]]);
 /// Dequantizes codes with raw bits below them: codes, raw bits, step, mean, binary32 values.
 type Dequantize = unsafe fn(&[[u8; 2]], &RawBits<'_>, f32, Option<f32>, &mut [[u8; 4]]);
-/// The same for trellis-coded codes; third, the states of the lanes.
-type DequantizeTrellis = unsafe fn(&[[u8; 2]], &RawBits<'_>, &mut [u16; LANES], f32, Option<f32>, &mut [[u8; 4]]);
+/// The same for trellis-coded codes; third, the trellis and the states of the lanes.
+type DequantizeTrellis =
+    unsafe fn(&[[u8; 2]], &RawBits<'_>, (Trellis, &mut [u16; LANES]), f32, Option<f32>, &mut [[u8; 4]]);
 /// Adds the prediction to dequantized values and rounds to the element type.
 type Round = unsafe fn(residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out: &mut [u8]);
 
@@ -69,7 +70,7 @@ macro_rules! compile_for {
             compile_for!(@function dequantize_trellis::<$spread>(
                 codes: &[[u8; 2]],
                 raw: &RawBits<'_>,
-                states: &mut [u16; LANES],
+                states: (Trellis, &mut [u16; LANES]),
                 step: f32,
                 mean: Option<f32>,
                 residuals: &mut [[u8; 4]]
@@ -201,7 +202,7 @@ fn dequantize_codes<S: Spread>(
 fn dequantize_trellis<S: Spread>(
     codes: &[[u8; 2]],
     raw: &RawBits<'_>,
-    states: &mut [u16; LANES],
+    (trellis, states): (Trellis, &mut [u16; LANES]),
     step: f32,
     mean: Option<f32>,
     residuals: &mut [[u8; 4]],
@@ -211,17 +212,11 @@ fn dequantize_trellis<S: Spread>(
         let lanes = states.iter_mut().zip(&mut residuals[start..]).zip(&codes[start..]);
         for (((state, residual), &code), &raw) in lanes.zip(raw) {
             let code = join_code(i16::from_le_bytes(code), raw.into(), raw_bits);
-            let multiple = multiple(code, quantizer_of(*state as u8));
-            *state = next_state_by_bits(*state, (multiple >> 1 & 1) as u16);
+            let multiple = multiple(code, quantizer_of(*state));
+            *state = trellis.next_state(*state, multiple);
             *residual = dequantize(multiple as f32, step, mean).to_le_bytes();
         }
     });
-}
-
-/// [`NEXT_STATE`](crate::codec::trellis::NEXT_STATE) bit by bit, which vectorizes where a table does not.
-#[inline(always)]
-fn next_state_by_bits(state: u16, second_bit: u16) -> u16 {
-    (state & 2) << 1 | (state & 1) << 1 | (second_bit ^ state >> 1 ^ state >> 2) & 1
 }
 
 #[inline(always)]
@@ -266,19 +261,6 @@ fn add_and_round<const BYTES: usize>(
             for ((out, &residual), &reference) in out.zip(reference.as_chunks::<BYTES>().0) {
                 *out = round(f32::from_le_bytes(residual) + (gain * widen(reference) + offset));
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::codec::trellis::NEXT_STATE;
-
-    #[test]
-    fn the_bits_of_the_next_state_are_the_table_s() {
-        for (state, next) in (0..).zip(NEXT_STATE) {
-            assert_eq!([0, 1].map(|bit| next_state_by_bits(state, bit)), next.map(u16::from));
         }
     }
 }

@@ -8,8 +8,9 @@
 use super::{avx2, avx512};
 use super::{finish, portable};
 use crate::codec::entropy::{CodingTable, LaneError, PADDED, STATE_LOW};
-use crate::format::part::StoredTrellis;
-use crate::format::strip::{LANES, STATE_BYTES};
+use crate::codec::trellis::Trellis;
+use crate::format::part::TrellisTables;
+use crate::format::strip::LANES;
 
 /// Bytes that must follow the words of a strip, so that a vector of them can be loaded anywhere.
 pub const WORDS_PADDING: usize = 64;
@@ -48,7 +49,7 @@ impl<'a> Words<'a> {
     }
 }
 
-/// The lanes of one strip between two runs.
+/// The lanes of one strip between two runs. Of a strip with fewer lanes than there can be, the others stay at home.
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
 pub struct Lanes {
@@ -56,21 +57,23 @@ pub struct Lanes {
     pub low: [u16; LANES],
     /// Upper halves of the states.
     pub high: [u16; LANES],
-    /// Trellis states, 0 to 7.
+    /// Trellis states.
     pub trellis: [u16; LANES],
+    /// Number of lanes.
+    pub count: usize,
     /// Words read so far.
     pub used: usize,
 }
 
 impl Lanes {
     /// Starts from the states that a strip starts with.
-    pub fn new(states: &[u8; STATE_BYTES]) -> Self {
-        Self {
-            low: std::array::from_fn(|lane| u16::from_le_bytes([states[4 * lane], states[4 * lane + 1]])),
-            high: std::array::from_fn(|lane| u16::from_le_bytes([states[4 * lane + 2], states[4 * lane + 3]])),
-            trellis: [0; LANES],
-            used: 0,
+    pub fn new(states: &[u8]) -> Self {
+        let states = states.as_chunks().0;
+        let mut lanes = Self { low: [0; LANES], high: [1; LANES], trellis: [0; LANES], count: states.len(), used: 0 };
+        for (lane, &state) in states.iter().enumerate() {
+            lanes.set_state(lane, u32::from_le_bytes(state));
         }
+        lanes
     }
 
     /// The state of a lane.
@@ -141,6 +144,8 @@ pub struct RunJob<'a, O> {
     pub tables: [&'a CodingTable; 2],
     /// What positions turn into.
     pub values: &'a RunValues,
+    /// How lanes go from quantizer to quantizer, where they do.
+    pub trellis: Trellis,
     /// One per symbol; all jobs of one call have equally many.
     pub out: &'a mut [O],
 }
@@ -158,11 +163,11 @@ pub enum TableUse {
 
 impl TableUse {
     /// As a part's quantizer says.
-    pub fn of(trellis: Option<StoredTrellis>) -> Self {
+    pub fn of(trellis: Option<TrellisTables>) -> Self {
         match trellis {
             None => Self::One,
-            Some(StoredTrellis::SharedTables) => Self::TrellisValues,
-            Some(StoredTrellis::TablePairs) => Self::TrellisTables,
+            Some(TrellisTables::Shared) => Self::TrellisValues,
+            Some(TrellisTables::Pairs) => Self::TrellisTables,
         }
     }
 }

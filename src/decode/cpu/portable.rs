@@ -1,7 +1,6 @@
 //! Entropy decoding on any CPU: one lookup per symbol, no branch that depends on data.
 
 use super::kernels::{Output, RunJob};
-use crate::codec::entropy::TRANSITIONS;
 use crate::format::strip::LANES;
 
 /// The kernel of every [`TableUse`](super::kernels::TableUse), given as its number.
@@ -10,18 +9,22 @@ use crate::format::strip::LANES;
 /// None needed: it is a safe function behind the type that kernels have.
 pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
     for job in jobs {
-        run_of_one_strip::<TABLE_USE, O>(job);
+        match job.lanes.count {
+            LANES => run_of_one_strip::<TABLE_USE, O>(job, LANES), // a constant: the loop over lanes is laid out for it
+            fewer => run_of_one_strip::<TABLE_USE, O>(job, fewer),
+        }
     }
 }
 
-fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>) {
+#[inline(always)]
+fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, lanes: usize) {
     let slots = job.tables.map(|table| &table.slots().0);
-    let transitions = job.tables.map(|table| &table.decoding().transitions);
+    let odd = job.tables.map(|table| &table.decoding().odd);
     let mut states: [u32; LANES] = std::array::from_fn(|lane| job.lanes.state(lane));
     let mut used = job.lanes.used;
-    for vector in job.out.chunks_mut(LANES) {
-        let lanes = states.iter_mut().zip(&mut job.lanes.trellis);
-        for (out, (state, trellis)) in vector.iter_mut().zip(lanes) {
+    for vector in job.out.chunks_mut(lanes) {
+        let states = states.iter_mut().zip(&mut job.lanes.trellis);
+        for (out, (state, trellis)) in vector.iter_mut().zip(states) {
             let quantizer = if TABLE_USE == 0 { 0 } else { usize::from(*trellis % 2) };
             let table = if TABLE_USE == 2 { quantizer } else { 0 };
             let entry = slots[table][(*state % 4096) as usize];
@@ -35,8 +38,7 @@ fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>) 
             used += usize::from(refill);
             *out = O::of(job.values, quantizer, position);
             if TABLE_USE > 0 {
-                let index = *trellis | transitions[table][position % 64];
-                *trellis = TRANSITIONS.0[usize::from(index) % 32];
+                *trellis = job.trellis.next_state(*trellis, i32::from(odd[table][position % 64] & 2));
             }
         }
     }

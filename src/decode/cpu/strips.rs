@@ -5,18 +5,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::finish::{RunPrediction, join_any};
-use super::kernels::{Kernels, Lanes, Output, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
+use super::kernels::{Kernels, Lanes, Output, PORTABLE, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
 use super::raw_bits::{ByTable, RawBits};
 use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
 use crate::codec::lossless::widen;
 use crate::codec::quantizer::{dequantize, join_code};
-use crate::codec::trellis::{multiple, next_state, quantizer_of};
+use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
-use crate::format::part::{Carrier, StoredTrellis};
-use crate::format::strip::{LANES, STATE_BYTES, StripLayout};
+use crate::format::part::{Carrier, TrellisTables};
+use crate::format::strip::{LANES, StripLayout};
 use crate::tensor::Dtype;
 
 /// Tables whose values are kept for a whole call; a part that lists more has them made run by run.
@@ -36,13 +36,15 @@ enum Path<'a> {
     /// Values are binary32 residuals.
     Residual { prediction: &'a Prediction },
     /// Values are codes, or positions under a trellis, with raw bits below them.
-    Raw { trellis: Option<StoredTrellis>, prediction: Option<&'a Prediction> },
+    Raw { trellis: Option<(TrellisTables, Trellis)>, prediction: Option<&'a Prediction> },
 }
 
 /// A part being decoded.
 #[derive(Debug)]
 pub struct PartDecoder<'a> {
     kernels: &'static Kernels,
+    /// Those for entropy decoding: strips with few lanes are small, and any will do.
+    entropy_kernels: &'static Kernels,
     part: &'a PreparedPart,
     symbols: &'a Symbols,
     /// Of quantized parts.
@@ -50,6 +52,8 @@ pub struct PartDecoder<'a> {
     reference: Option<&'a [u8]>,
     path: Path<'a>,
     table_use: TableUse,
+    /// Of parts without one, any.
+    trellis: Trellis,
     meaning: Meaning,
     element_bytes: usize,
     clock: Option<&'a StageClock>,
@@ -93,14 +97,16 @@ impl<'a> PartDecoder<'a> {
             PartKind::Quantized { symbols, quantizer, prediction } => {
                 let prediction = prediction.as_ref();
                 let trellis = quantizer.trellis;
+                let table_use = TableUse::of(trellis.map(|(tables, _)| tables));
                 let (path, table_use, meaning) = match (symbols.raw_bits, prediction) {
-                    (0, None) => (Path::Final, TableUse::of(trellis), Meaning::weight(dtype)),
-                    (0, Some(prediction)) => (Path::Residual { prediction }, TableUse::of(trellis), Meaning::F32),
+                    (0, None) => (Path::Final, table_use, Meaning::weight(dtype)),
+                    (0, Some(prediction)) => (Path::Residual { prediction }, table_use, Meaning::F32),
                     // Raw bits lead the trellis, so its kernels cannot follow it.
                     _ => {
-                        // Points beside their codes are found by position.
+                        // Points beside their codes are found by position; kernels step all lanes of a trellis.
                         let on_codes = |table: &Arc<CodingTable>| table.table().point_offsets.is_empty();
-                        let is_plain = trellis.is_none() || symbols.tables().iter().all(on_codes);
+                        let is_plain =
+                            trellis.is_none() || symbols.lanes == LANES && symbols.tables().iter().all(on_codes);
                         let meaning = if is_plain { Meaning::Code } else { Meaning::Position };
                         (Path::Raw { trellis, prediction }, TableUse::One, meaning)
                     }
@@ -111,12 +117,16 @@ impl<'a> PartDecoder<'a> {
         let element_bytes = dtype.bits().map_or(1, |bits| bits as usize / 8);
         let mut decoder = Self {
             kernels,
+            entropy_kernels: if symbols.lanes == LANES { kernels } else { &PORTABLE },
             part,
             symbols,
             quantizer,
             reference,
             path,
             table_use,
+            trellis: quantizer
+                .and_then(|quantizer| quantizer.trellis)
+                .map_or(Trellis::EIGHT_STATES, |(_, trellis)| trellis),
             meaning,
             element_bytes,
             clock,
@@ -196,7 +206,7 @@ impl<'a> PartDecoder<'a> {
                 Path::Final => self.run_into_output::<N, [u8; 4]>(&mut strips, run, elements.clone()),
                 Path::Residual { .. } => self.run_into_scratch::<N, [u8; 4]>(&mut strips, run, elements.clone()),
                 // The trellis and its two tables go hand in hand.
-                Path::Raw { trellis: Some(StoredTrellis::TablePairs), .. } => {}
+                Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
                 Path::Split16 { .. } | Path::SplitAny { .. } | Path::Raw { .. } => {
                     self.run_into_scratch::<N, [u8; 2]>(&mut strips, run, elements.clone());
                 }
@@ -225,8 +235,8 @@ impl<'a> PartDecoder<'a> {
 
     fn start<'s>(&self, job: &'s mut StripJob<'_>, padded_words: Option<&'s [u8]>) -> Strip<'s> {
         let layout = self.part.layout(job.strip).expect("the part has symbols");
-        let words = padded_words.unwrap_or(&job.stored[STATE_BYTES..]);
-        let states = job.stored.first_chunk().expect("the layout starts with the states");
+        let words = padded_words.unwrap_or(&job.stored[layout.words_range().start..]);
+        let states = &job.stored[layout.states_range()];
         Strip {
             number: job.strip,
             layout,
@@ -259,7 +269,7 @@ impl<'a> PartDecoder<'a> {
             self.job(run, lanes, *words, values, O::slice(&mut out[bytes.clone()]))
         });
         // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { O::kernel(self.kernels, self.table_use)(&mut jobs) }
+        unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
     }
 
     fn run_into_scratch<const N: usize, O: Output>(
@@ -276,7 +286,7 @@ impl<'a> PartDecoder<'a> {
             self.job(run, lanes, *words, values, O::slice(scratch))
         });
         // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { O::kernel(self.kernels, self.table_use)(&mut jobs) }
+        unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
     }
 
     fn make_values<const N: usize>(&self, strips: &mut [Strip<'_>; N], run: usize) {
@@ -299,7 +309,7 @@ impl<'a> PartDecoder<'a> {
     ) -> RunJob<'j, O> {
         let number = self.symbols.table_number_of_run(run);
         let values = self.kept_values.get(number).unwrap_or(own_values);
-        RunJob { lanes, words, tables: self.tables(number), values, out }
+        RunJob { lanes, words, tables: self.tables(number), values, trellis: self.trellis, out }
     }
 
     /// What is left to do with a run whose values are there.
@@ -345,9 +355,9 @@ impl<'a> PartDecoder<'a> {
                         (finish.dequantize)(strip.scratch.as_chunks().0, &raw, step, mean, &mut residuals);
                     },
                     // SAFETY: see above.
-                    Some(StoredTrellis::SharedTables) if self.meaning == Meaning::Code => unsafe {
+                    Some((TrellisTables::Shared, trellis)) if self.meaning == Meaning::Code => unsafe {
                         let codes = strip.scratch.as_chunks().0;
-                        let states = &mut strip.lanes.trellis;
+                        let states = (trellis, &mut strip.lanes.trellis);
                         (finish.dequantize_trellis)(codes, &raw, states, step, mean, &mut residuals);
                     },
                     Some(trellis) => {
@@ -420,26 +430,32 @@ impl<'a> PartDecoder<'a> {
     }
 
     /// Reconstruction points of a run of trellis-coded codes with raw bits below them, in steps.
-    fn trellis_points(&self, strip: &mut Strip<'_>, trellis: StoredTrellis, raw: &RawBits<'_>, run: usize) -> Vec<f32> {
+    fn trellis_points(
+        &self,
+        strip: &mut Strip<'_>,
+        (tables_in_use, trellis): (TrellisTables, Trellis),
+        raw: &RawBits<'_>,
+        run: usize,
+    ) -> Vec<f32> {
         let number = self.symbols.table_number_of_run(run);
         let tables = self.symbols.tables();
-        let pair = match trellis {
-            StoredTrellis::SharedTables => [&tables[number]; 2],
-            StoredTrellis::TablePairs => [&tables[2 * number], &tables[2 * number + 1]],
+        let pair = match tables_in_use {
+            TrellisTables::Shared => [&tables[number]; 2],
+            TrellisTables::Pairs => [&tables[2 * number], &tables[2 * number + 1]],
         };
         let mut points = Vec::with_capacity(strip.scratch.len() / 2);
         raw.for_each_vector::<ByTable, u16>(|start, raw| {
             for (index, &raw) in (start..).zip(raw) {
-                let lane = index % LANES;
-                let state = strip.lanes.trellis[lane] as u8;
+                let lane = index % strip.lanes.count;
+                let state = strip.lanes.trellis[lane];
                 let in_use = quantizer_of(state);
                 let table = pair[usize::from(in_use)];
-                let position = match trellis {
-                    StoredTrellis::SharedTables => strip.scratch[2 * index],
-                    StoredTrellis::TablePairs => strip.lanes.decode_symbol(lane, strip.words, table),
+                let position = match tables_in_use {
+                    TrellisTables::Shared => strip.scratch[2 * index],
+                    TrellisTables::Pairs => strip.lanes.decode_symbol(lane, strip.words, table),
                 };
                 let multiple = multiple(join_code(table.code(position), raw.into(), self.symbols.raw_bits), in_use);
-                strip.lanes.trellis[lane] = next_state(state, multiple).into();
+                strip.lanes.trellis[lane] = trellis.next_state(state, multiple);
                 points.push(multiple as f32 + table.point_offset(position));
             }
         });

@@ -9,13 +9,14 @@ use crate::codec::entropy::{CodingTable, STATE_LOW};
 use crate::codec::integers;
 use crate::codec::motion::Motion;
 use crate::codec::quantizer::join_code;
-use crate::codec::trellis::{multiple, next_state, quantizer_of};
+use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::select::cpu_engines;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
-    StoredTrellis, SymbolStreams,
+    StoredTrellis, SymbolStreams, TrellisTables,
 };
 use crate::format::strip::LANES;
 use crate::format::table::{Table, first_overfull_bucket};
@@ -72,12 +73,12 @@ fn table(random: &mut fastrand::Rng, codes_from: i16) -> CodingTable {
 }
 
 /// The lanes' encoder, spelled out because trellis-coded symbols choose a table each.
-fn encode(symbols: &[(u8, &CodingTable)], run_elements: usize) -> Vec<u8> {
-    let mut states = [STATE_LOW; LANES];
+fn encode(symbols: &[(u8, &CodingTable)], run_elements: usize, lanes: usize) -> Vec<u8> {
+    let mut states = vec![STATE_LOW; lanes];
     let mut words = Vec::new();
     for run_symbols in symbols.chunks(run_elements).rev() {
         for (index, &(position, table)) in run_symbols.iter().enumerate().rev() {
-            let state = &mut states[index % LANES];
+            let state = &mut states[index % lanes];
             let (start, slots) = table.interval(position);
             if *state >= slots << 20 {
                 words.push(*state as u16);
@@ -115,6 +116,7 @@ struct Recipe {
     /// Runs of this many elements, where they are not rows.
     run_elements: Option<usize>,
     runs_per_strip: usize,
+    lanes: usize,
     exceptions: bool,
     seed: u64,
 }
@@ -138,7 +140,9 @@ fn recipes() -> impl Strategy<Value = Recipe> {
     let whole_bytes = Just((Dtype::BF16, Kind::Split(Carrier::Own, 8)));
     let carried = (select(vec![Carrier::Bf16, Carrier::F16]), 1_u8..=16)
         .prop_map(|(carrier, raw)| (Dtype::F32, Kind::Split(carrier, raw)));
-    let trellis = select(vec![None, Some(StoredTrellis::SharedTables), Some(StoredTrellis::TablePairs)]);
+    let tables = select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
+    let trellis = (tables, TRELLIS_STATE_BITS).prop_map(|(tables, state_bits)| StoredTrellis { tables, state_bits });
+    let trellis = prop::option::of(trellis);
     let prediction = (select(vec![None, Some(false), Some(true)]), select(vec![None, Some(0_u8), Some(1)]));
     let quantized = (
         select(vec![Dtype::BF16, Dtype::F16, Dtype::F32]),
@@ -153,10 +157,11 @@ fn recipes() -> impl Strategy<Value = Recipe> {
     let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized];
     let columns = prop_oneof![1_usize..300, select(vec![32_usize, 64, 256, 2000])];
     let run_elements = prop_oneof![3 => Just(None), 1 => (1_usize..700).prop_map(Some)];
-    (kinds, 1_usize..40, columns, run_elements, 1_usize..12, any::<bool>(), any::<u64>()).prop_map(
-        |((dtype, coding), rows, columns, run_elements, runs_per_strip, exceptions, seed)| {
+    (kinds, 1_usize..40, columns, run_elements, (1_usize..12, 0..12), any::<bool>(), any::<u64>()).prop_map(
+        |((dtype, coding), rows, columns, run_elements, (runs_per_strip, lane_bits), exceptions, seed)| {
+            let lanes = if lane_bits > 5 { LANES } else { 1_usize << lane_bits };
             let runs_per_strip = runs_per_strip.min(65_536 / run_elements.unwrap_or(columns));
-            Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, exceptions, seed }
+            Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, lanes, exceptions, seed }
         },
     )
 }
@@ -172,7 +177,7 @@ impl Recipe {
             Kind::Split(carrier, raw_bits) => (raw_bits, if carrier == Carrier::Own { element_bytes } else { 2 }, None),
             Kind::Quantized { raw_bits, trellis, .. } => (raw_bits, 2, trellis),
         };
-        let per_number = if trellis == Some(StoredTrellis::TablePairs) { 2 } else { 1 };
+        let per_number = if trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs) { 2 } else { 1 };
         let numbers = random.usize(1..4);
         let codes_from = if matches!(self.coding, Kind::Split(..)) { 0 } else { -30 };
         let tables: Vec<_> = (0..numbers * per_number).map(|_| Arc::new(table(random, codes_from))).collect();
@@ -186,18 +191,19 @@ impl Recipe {
             let coded: Vec<(u8, &CodingTable)> = (0..symbols)
                 .map(|index| {
                     let number = table_of_run[(first + index) / run_elements] as usize * per_number;
-                    let state = &mut states[index % run_elements % LANES];
+                    let state = &mut states[index % run_elements % self.lanes];
                     let table = &tables[number + usize::from(quantizer_of(*state)) % per_number];
                     let position = table.position_of_slot(random.u32(..4096));
-                    if trellis.is_some() {
+                    if let Some(stored) = trellis {
+                        let trellis = Trellis::new(stored.state_bits).expect("in range");
                         let code = join_code(table.code(position), raw[index] as u32, raw_bits.into());
-                        *state = next_state(*state, multiple(code, quantizer_of(*state)));
+                        *state = trellis.next_state(*state, multiple(code, quantizer_of(*state)));
                     }
                     (position, &**table)
                 })
                 .collect();
-            let mut strip = encode(&coded, run_elements);
-            words.push((strip.len() - 4 * LANES) as i32 / 2);
+            let mut strip = encode(&coded, run_elements, self.lanes);
+            words.push((strip.len() - 4 * self.lanes) as i32 / 2);
             strip.extend(raw_bit_planes(&raw, run_elements, raw_bits.into()));
             let excepted: Vec<usize> = (0..symbols).filter(|_| self.exceptions && random.u8(..) < 5).collect();
             exceptions.push(excepted.len() as i32);
@@ -253,6 +259,7 @@ impl Recipe {
                 streams: Some(SymbolStreams {
                     run_elements: run_elements as u32,
                     runs_per_strip: self.runs_per_strip as u32,
+                    lanes: self.lanes as u8,
                     tables: (0..tables.len() as u16).collect(),
                     table_of_run: integers::encode(&table_of_run),
                     strip_words: integers::encode(&words),
@@ -342,6 +349,7 @@ fn a_wrong_checksum_is_an_error_of_every_engine() {
         columns: 64,
         run_elements: None,
         runs_per_strip: 4,
+        lanes: LANES,
         exceptions: false,
         seed: 1,
     };
