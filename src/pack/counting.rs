@@ -7,11 +7,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::entropy_model::{ClassHistograms, FittedTable, TablePool};
-use super::histogram::Histogram;
+use super::histogram::{EXCEPTION_BITS, Histogram};
 use super::symbols::Symbols;
-
-/// Bits charged for position and value of an exception.
-const EXCEPTION_BITS: f64 = 40.0;
 
 fn run_histogram(symbols: &dyn Symbols, run: usize, scratch: &mut Vec<i32>) -> Histogram {
     scratch.clear();
@@ -134,7 +131,8 @@ fn count_placed_strip(
     let placed = symbols.place(runs.clone(), &fitted);
     let mut counts = PlacedCounts::default();
     let run_weight = |index: usize| weight(runs.start + index / layout.run_elements) as f64;
-    counts.other_bits += placed.exceptions.iter().map(|&(index, _)| EXCEPTION_BITS * run_weight(index.into())).sum::<f64>();
+    counts.other_bits +=
+        placed.exceptions.iter().map(|&(index, _)| EXCEPTION_BITS * run_weight(index.into())).sum::<f64>();
     let kinds = [symbols.kind(), symbols.second_kind().unwrap_or(symbols.kind())];
     let mut start = 0;
     for (run, tables) in runs.clone().zip(&tables_of_run) {

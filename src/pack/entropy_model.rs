@@ -7,12 +7,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::histogram::Histogram;
+use super::histogram::{EXCEPTION_BITS, Histogram};
 use crate::codec::entropy::CodingTable;
 use crate::format::table::{TOTAL, Table};
 
-/// Bits charged for a symbol that its table does not hold: position and value of an exception.
-const EXCEPTION_BITS: f32 = 40.0;
 /// Classes with fewer symbols than this share a neighbour's table: a table must earn its own bytes.
 const CLASS_SYMBOLS: u64 = 4096;
 /// Tables tried around a run's own class.
@@ -161,7 +159,7 @@ impl FittedTable {
         let high = table.codes.iter().copied().map(i32::from).max().unwrap_or(0);
         let filler = (0..table.codes.len()).max_by_key(|&position| table.frequencies[position]).unwrap_or(0);
         let cost = |frequency: u16| (TOTAL as f32 / f32::from(frequency)).log2();
-        let exception_bits = EXCEPTION_BITS + cost(table.frequencies[filler]);
+        let exception_bits = EXCEPTION_BITS as f32 + cost(table.frequencies[filler]);
         let mut bits = vec![exception_bits; (high - low + 1) as usize];
         let mut position = vec![None; bits.len()];
         for (index, (&code, &frequency)) in table.codes.iter().zip(&table.frequencies).enumerate() {
@@ -253,4 +251,3 @@ impl TablePool {
             .min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))
     }
 }
-

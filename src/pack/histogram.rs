@@ -3,6 +3,9 @@
 use crate::format::limits::TABLE_POSITIONS;
 use crate::format::table::{BUCKET, BUCKET_BOUNDARIES, POINT_UNIT, TOTAL, Table, first_overfull_bucket};
 
+/// Bits charged for a symbol that its table does not hold: position and value of an exception.
+pub const EXCEPTION_BITS: f64 = 40.0;
+
 /// Counts of symbols, and where the values that got each symbol lie on average.
 #[derive(Clone, Debug, Default)]
 pub struct Histogram {

@@ -1,8 +1,8 @@
 //! Which bit-exact coding suits a tensor: the type that carries it and where its elements are split, by measured entropy.
 
+use super::histogram::Histogram;
 use super::split_symbols::SplitSymbols;
 use super::symbols::{RunLayout, Symbols};
-use super::histogram::Histogram;
 use crate::codec::lossless::narrow;
 use crate::format::part::{Carrier, Coding};
 use crate::tensor::{Dtype, TensorInfo};

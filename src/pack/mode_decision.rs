@@ -254,7 +254,14 @@ mod tests {
     fn decide(values: &[f32], reference: &[f32]) -> (f64, Option<MeasuredPrediction>) {
         let layout = RunLayout::of_shape(&[64, 128]);
         let step_of_run = |_| 0.01;
-        let part = PartCandidate { values, layout, step_of_run: &step_of_run, raw_bits: 0, rounding: NEAREST, measured_elements: usize::MAX };
+        let part = PartCandidate {
+            values,
+            layout,
+            step_of_run: &step_of_run,
+            raw_bits: 0,
+            rounding: NEAREST,
+            measured_elements: usize::MAX,
+        };
         let symbols = QuantizedSymbols {
             values,
             prediction: None,

@@ -42,7 +42,14 @@ impl EncodedPart {
     /// Bytes as they are.
     pub fn raw(bytes: &[u8]) -> Self {
         let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c::crc32c).collect();
-        Self { coding: Coding::Raw, streams: None, tables: Vec::new(), strip_crcs, body: bytes.to_vec(), squared_error: 0.0 }
+        Self {
+            coding: Coding::Raw,
+            streams: None,
+            tables: Vec::new(),
+            strip_crcs,
+            body: bytes.to_vec(),
+            squared_error: 0.0,
+        }
     }
 
     /// Encodes symbols. `coding` says what they mean. `None` where the pool has no fitting table.

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::counting::sum_of_squares;
+use super::histogram::{EXCEPTION_BITS, Histogram};
 use super::options::{PackOptions, Steps};
 use super::quantized_symbols::Rounding;
 use super::symbols::RunLayout;
@@ -10,7 +11,7 @@ use crate::codec::architecture::BlockType;
 use crate::codec::integers;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
 use crate::format::part::{QuantizerInfo, TrellisTables};
-use crate::numerics::{f32_from_bf16, f32_from_f16};
+use crate::numerics::{f32_from_bf16, f32_from_f16, nearest_integer};
 use crate::tensor::{Dtype, TensorInfo};
 
 /// Smaller tensors are carried bit-exact: they cost little and steer much. Lower than that a small model's projections would
@@ -22,7 +23,13 @@ pub const LARGEST_CODE: f32 = 32_000.0;
 /// less at 1.3 bits, no less from 2 bits on, where the search makes do with one table.
 const PAIRED_TABLES_REACH: f64 = 1.6;
 /// Codes from the centre to the last coded position of a table.
-const TABLE_REACH: f32 = 30.0;
+const TABLE_REACH: i32 = 30;
+/// Most raw bits below a symbol.
+const MOST_RAW_BITS: u32 = 8;
+/// What raw bits cost besides themselves: no reconstruction points, and less choice for the search.
+const RAW_BITS_COST: f64 = 0.02;
+/// A symbol that takes more has not enough raw bits below it.
+const MOST_SYMBOL_BITS: f64 = 7.0;
 
 /// Whether a tensor may be quantized: a matrix of weights of a float type, not a norm, bias, router or small tensor.
 pub fn may_be_quantized(tensor: &TensorInfo) -> bool {
@@ -99,14 +106,23 @@ impl PartQuantizer {
         }
         let mut quantizer =
             Self::new(QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square }, values, layout, options);
-        let mut magnitudes: Vec<f32> =
-            (0..values.len()).map(|element| quantizer.magnitude(values[element], layout, element)).collect();
-        let rank = magnitudes.len() - 1 - magnitudes.len() / 20_000;
-        let reach = *magnitudes.select_nth_unstable_by(rank, f32::total_cmp).1;
         // Codes of the trellis are two steps apart.
         let code_steps = if rounding.trellis.is_some() { 2.0 } else { 1.0 };
-        quantizer.choice.raw_bits = (reach / code_steps / TABLE_REACH).log2().ceil().max(0.0) as u32;
-        (quantizer.choice.raw_bits <= 8).then_some(quantizer)
+        let most = largest_magnitude(values) / quantizer.least_step();
+        if most >= LARGEST_CODE {
+            return None;
+        }
+        let codes: Vec<i32> = (values.iter().enumerate())
+            .map(|(element, value)| {
+                nearest_integer(value / (quantizer.step_of_run(element / layout.run_elements) * code_steps))
+            })
+            .collect();
+        let counted = Histogram::of(&codes);
+        let bits = |raw_bits: u32| estimated_bits(&counted, raw_bits);
+        quantizer.choice.raw_bits = (0..=MOST_RAW_BITS).min_by(|&a, &b| bits(a).total_cmp(&bits(b)))?;
+        // Of a tensor that even so has many values beyond its tables' reach, the mantissas are as short bit-exact.
+        let reach = bits(quantizer.choice.raw_bits);
+        (reach < f64::from(quantizer.choice.raw_bits) + MOST_SYMBOL_BITS).then_some(quantizer)
     }
 
     /// The quantizer of a part whose choice is made.
@@ -134,10 +150,6 @@ impl PartQuantizer {
         most < LARGEST_CODE
     }
 
-    fn magnitude(&self, value: f32, layout: RunLayout, element: usize) -> f32 {
-        (value / self.step_of_run(element / layout.run_elements)).abs()
-    }
-
     /// Step of a run.
     pub fn step_of_run(&self, run: usize) -> f32 {
         let step = self.choice.step;
@@ -161,6 +173,23 @@ impl PartQuantizer {
             prediction: None,
         }
     }
+}
+
+/// Bits of a symbol with so many raw bits below it, all runs taken together: enough to compare numbers of raw bits.
+fn estimated_bits(codes: &Histogram, raw_bits: u32) -> f64 {
+    let mut inside = [0_u64; 2 * TABLE_REACH as usize + 1];
+    let mut outside = 0;
+    for (code, count) in codes.occurring() {
+        match inside.get_mut(((code >> raw_bits) + TABLE_REACH) as usize) {
+            Some(slot) => *slot += count,
+            None => outside += count,
+        }
+    }
+    let total = codes.symbols() as f64;
+    let entropy = |count: &u64| -(*count as f64 / total) * (*count as f64 / total).log2();
+    let symbols: f64 = inside.iter().filter(|&&count| count > 0).map(entropy).sum();
+    let rounding = if raw_bits > 0 { RAW_BITS_COST } else { 0.0 };
+    symbols + f64::from(raw_bits) + rounding + EXCEPTION_BITS * outside as f64 / total
 }
 
 /// The largest magnitude, 0 for no values; infinite where a value is not finite.

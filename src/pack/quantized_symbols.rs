@@ -207,8 +207,8 @@ mod tests {
 
     use super::*;
     use crate::codec::entropy::CodingTable;
-    use crate::format::part::{Coding, QuantizerInfo};
     use crate::decode::reference::ReferenceEngine;
+    use crate::format::part::{Coding, QuantizerInfo};
     use crate::pack::counting::{count, count_placed};
     use crate::pack::part::EncodedPart;
     use crate::pack::record::decode_part;

@@ -46,7 +46,10 @@ struct SurveyedPart<'a> {
 
 enum State {
     Raw,
-    Split { split: Split, counted: ClassHistograms },
+    Split {
+        split: Split,
+        counted: ClassHistograms,
+    },
     Quantized {
         sample: Sample,
         fineness: Fineness,
@@ -107,9 +110,12 @@ impl<'a> Survey<'a> {
     pub fn add(&mut self, treatment: Treatment, tensor: &'a TensorInfo, bytes: &'a [u8], share: f64) {
         let layout = RunLayout::of_shape(&tensor.shape);
         let state = match treatment {
-            Treatment::Quantized(fineness) => {
-                State::Quantized { sample: Sample::take(tensor, bytes, layout, share), fineness, own: None, exact_bits: None }
-            }
+            Treatment::Quantized(fineness) => State::Quantized {
+                sample: Sample::take(tensor, bytes, layout, share),
+                fineness,
+                own: None,
+                exact_bits: None,
+            },
             Treatment::Split(split) => State::split(split, tensor, bytes),
             Treatment::Raw => State::Raw,
         };
@@ -138,9 +144,10 @@ impl<'a> Survey<'a> {
 
     /// Whether any part has a rate of its own.
     pub fn has_rates(&self) -> bool {
-        self.parts.iter().flatten().any(|part| {
-            matches!(part.state, State::Quantized { fineness: Fineness::Rate(_), .. })
-        })
+        self.parts
+            .iter()
+            .flatten()
+            .any(|part| matches!(part.state, State::Quantized { fineness: Fineness::Rate(_), .. }))
     }
 
     /// Tries a step. `before` is the last probe, whose tables are a good first guess. Parts that are no longer as bit-exact
@@ -171,9 +178,8 @@ impl<'a> Survey<'a> {
             }
         }
         let pool = classes.fit();
-        let probed: Vec<ProbedPart> = (parts.par_iter_mut().zip(&tried))
-            .map(|(part, tried)| part.probed(tried.as_ref(), &pool))
-            .collect();
+        let probed: Vec<ProbedPart> =
+            (parts.par_iter_mut().zip(&tried)).map(|(part, tried)| part.probed(tried.as_ref(), &pool)).collect();
         drop(parts);
         let mut probed = probed.into_iter();
         let parts = self.parts.iter().map(|record| probed.by_ref().take(record.len()).collect()).collect();
@@ -184,7 +190,9 @@ impl<'a> Survey<'a> {
 /// Tables to place the symbols with: those known, or where one of a kind is missing, all fitted to the nearest symbols.
 fn first_tables(parts: &[&mut SurveyedPart<'_>], quantizers: &[Option<PartQuantizer>], known: &TablePool) -> TablePool {
     let missing = |quantizer: &Option<PartQuantizer>| {
-        quantizer.as_ref().is_some_and(|quantizer| !known.has(quantizer.choice.rounding.kind(quantizer.choice.raw_bits)))
+        quantizer
+            .as_ref()
+            .is_some_and(|quantizer| !known.has(quantizer.choice.rounding.kind(quantizer.choice.raw_bits)))
     };
     if !quantizers.iter().any(missing) {
         return known.clone();
@@ -206,11 +214,7 @@ impl State {
     fn split(split: Split, tensor: &TensorInfo, bytes: &[u8]) -> Self {
         let symbols = split.symbols(tensor, bytes);
         let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
-        let counted = if every == 1 {
-            count(&symbols, 1)
-        } else {
-            count_weighted(&symbols, every, &|_| every as u64)
-        };
+        let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
         Self::Split { split, counted }
     }
 
@@ -271,7 +275,6 @@ impl SurveyedPart<'_> {
         }
         Some(Tried { quantizer, counts })
     }
-
 
     fn probed(&mut self, tried: Option<&Tried>, pool: &TablePool) -> ProbedPart {
         let elements = self.layout.elements as u64;

@@ -174,7 +174,7 @@ mod tests {
     fn table(reach: i32) -> FittedTable {
         let mut histogram = Histogram::default();
         for code in -reach..=reach {
-            histogram.merge(&Histogram::of(&[code]), 1 + 200 / (1 + code.unsigned_abs() as u64));
+            histogram.merge(&Histogram::of(&[code]), u64::from(1 + 200 / (1 + code.unsigned_abs())));
         }
         FittedTable::new(histogram.fit_range(true).expect("counted"))
     }

@@ -60,7 +60,8 @@ impl Encoder<'_> {
                     is_equal &= window == chunk;
                     if is_quantized {
                         let (decoded, values) = (values_of(&tensor.dtype, &window), values_of(&tensor.dtype, chunk));
-                        let errors: Vec<f32> = decoded.iter().zip(&values).map(|(decoded, value)| decoded - value).collect();
+                        let errors: Vec<f32> =
+                            decoded.iter().zip(&values).map(|(decoded, value)| decoded - value).collect();
                         squared_error += sum_of_squares(&errors);
                         energy += sum_of_squares(&values);
                     }

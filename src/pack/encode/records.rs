@@ -8,7 +8,7 @@ use super::super::entropy_model::TablePool;
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
-use super::super::survey::{ProbedPart, Probe};
+use super::super::survey::{Probe, ProbedPart};
 use super::super::treatment::{Decision, Drafted};
 use super::Encoder;
 use super::steering::Steering;
