@@ -67,8 +67,7 @@ impl Encoder<'_> {
                     }
                 }
                 if is_equal {
-                    // Also where a quantizer refused it: its values may be infinite, and their error is still none.
-                    (squared_error, energy) = (0.0, 0.0);
+                    squared_error = 0.0;
                 } else if !is_quantized || squared_error.is_nan() {
                     return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                 }

@@ -50,18 +50,20 @@ impl Encoder<'_> {
             Target::BitsPerParameter(wanted) => self.find_step_for_rate(survey, wanted, rms, following as f64),
             Target::RelativeSquaredError(wanted) => {
                 let wanted = wanted * (1.0 - 0.4 * self.options.effort.tolerance()); // the bound is one not to cross
-                let budget = wanted * survey.quantized_energy();
-                let mut search = StepSearch::new(budget.log2(), 2.0);
+                let mut search = StepSearch::new(0.0, 2.0);
                 let mut step = rms * (6.0 * wanted).sqrt();
                 let mut probe = survey.probe(step, None);
                 for _ in 1..PROBES {
                     let error: f64 = probe.parts.iter().flatten().map(|part| part.squared_error).sum();
-                    if (error / budget - 1.0).abs() < PROBE_TOLERANCE || error == 0.0 {
+                    let excess = error / (wanted * survey.quantized_energy());
+                    if (excess - 1.0).abs() < PROBE_TOLERANCE || excess.is_nan() || excess == 0.0 {
                         break;
                     }
-                    step = search.next(step, error.log2());
+                    step = search.next(step, excess.log2());
                     probe = survey.probe(step, Some(&probe));
                 }
+                // Parts that turned out to be shorter bit-exact no longer count.
+                let budget = wanted * survey.quantized_energy();
                 Ok(StepPlan { probe, slope: 1.0, budget })
             }
         }
