@@ -20,6 +20,7 @@ pub mod record;
 pub mod report;
 pub mod source;
 pub mod split_symbols;
+pub mod statistics;
 pub mod survey;
 pub mod symbols;
 pub mod treatment;

@@ -12,7 +12,7 @@ use crate::archive::UNFINISHED_PREFIX;
 use crate::pack::encode::{Encoder, PackError, Progress};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, Effort, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
+    AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
@@ -48,6 +48,9 @@ pub struct PackArgs {
     /// How values become codes.
     #[arg(long, value_enum, default_value_t)]
     quantization: Quantization,
+    /// What codes are coded with.
+    #[arg(long, value_enum, default_value_t)]
+    entropy_model: EntropyModel,
     /// States of the trellis, 8 to 256: more give less error at the same rate, and take longer to search but not to decode.
     /// The effort chooses where it is not given.
     #[arg(long, value_name = "STATES")]
@@ -64,6 +67,9 @@ pub struct PackArgs {
     /// Say what would be done to every tensor, and write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Measure what every stage saves, or would have cost, and print it. The archive is the same.
+    #[arg(long)]
+    stats: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -146,9 +152,11 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         predictor: args.predictor,
         steps: args.steps,
         quantization: args.quantization,
+        entropy_model: args.entropy_model,
         trellis_states: args.trellis_states,
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
+        stats: args.stats,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let destination = Destination::of(&args.output, &checkpoint)?;
@@ -289,9 +297,10 @@ fn print_plan(output: &mut impl Write, plan: &[TensorReport], json: bool) -> std
     }
     writeln!(output, "{:>10}  {:<10} {:<10} {:<6} tensor", "bits/elem", "treatment", "record", "dtype")?;
     for tensor in plan {
+        let kept = tensor.keep.as_ref().map_or(String::new(), |keep| format!(" (--keep {keep})"));
         writeln!(
             output,
-            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}",
+            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}{kept}",
             tensor.bits_per_element, tensor.treatment, tensor.block_type, tensor.dtype, tensor.name, tensor.shape
         )?;
     }
@@ -331,6 +340,14 @@ fn print_report(
     }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;
+    }
+    if let Some(stats) = &report.stats {
+        writeln!(output, "\n{:>10}  {:<26} instead", "bits/param", "stage saves")?;
+        for stage in stats {
+            let not_used = if stage.is_used { "" } else { " (not used)" };
+            let (bits, name) = (stage.bits_per_parameter, stage.stage);
+            writeln!(output, "{bits:>10.4}  {name:<26} {}{not_used}", stage.instead)?;
+        }
     }
     Ok(())
 }

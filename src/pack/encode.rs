@@ -22,6 +22,7 @@ use super::keep::kept;
 use super::options::{PackOptions, PredictorChoice};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
+use super::statistics;
 use super::survey::{ProbedPart, Survey};
 use super::treatment::{Decision, Treatment};
 use crate::archive::{Archive, content_id};
@@ -189,7 +190,15 @@ impl<'a> Encoder<'a> {
         // Before the work, in case it cannot be made.
         let mut unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
-        let (written, compared, target_missed) = self.settle(unfinished.as_file_mut(), out)?;
+        let mut survey = self.survey();
+        let plan = self.find_step(&mut survey)?;
+        // A survey holds samples of everything: it goes before the encoding unless it is asked once more.
+        let asked = self.options.stats.then(|| (survey, plan.probe.clone()));
+        let (written, compared, target_missed) = self.settle(unfinished.as_file_mut(), out, plan)?;
+        let parameters = self.checkpoint.parameters();
+        let stats = asked.map(|(mut survey, probe)| {
+            statistics::measure(&mut survey, self.options, &probe, &written.stages, parameters)
+        });
 
         let mut index = written.index;
         for (file, (decoded, source)) in index.files.iter_mut().zip(compared.decoded.iter().zip(&compared.sources)) {
@@ -203,7 +212,6 @@ impl<'a> Encoder<'a> {
 
         let quantized = quantized_tensors(&self.plan, &written.parts);
         let (squared_error, energy) = compared.error_of(&quantized);
-        let parameters = self.checkpoint.parameters();
         let report = PackReport {
             archive: out.display().to_string(),
             architecture: index.architecture,
@@ -217,6 +225,7 @@ impl<'a> Encoder<'a> {
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,
             stages: written.stages,
+            stats,
             tensors: self.tensor_reports(&written.parts, &compared),
         };
         Ok(Finished::new(unfinished, out, report))

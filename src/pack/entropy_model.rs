@@ -32,6 +32,8 @@ pub enum StreamKind {
     Quantized {
         /// Raw bits per symbol.
         raw_bits: u8,
+        /// Present where the part has one table to itself.
+        own: Option<OwnTable>,
     },
     /// Trellis-coded codes above `raw_bits` raw ones.
     Trellis {
@@ -39,13 +41,24 @@ pub enum StreamKind {
         raw_bits: u8,
         /// Which of the two quantizers: 0 or 1.
         quantizer: u8,
+        /// Present where the part has one table to itself.
+        own: Option<OwnTable>,
     },
+}
+
+/// The one table of a part whose runs have no choice: the paper's IID and fixed-length entropy models (Table 15).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnTable {
+    /// Number of the part.
+    pub part: u32,
+    /// Whether all its codes have the same length.
+    pub fixed_length: bool,
 }
 
 impl StreamKind {
     /// Whether tables of this kind may have points beside their codes: those above raw bits do not.
     pub fn has_points(self) -> bool {
-        matches!(self, Self::Quantized { raw_bits: 0 } | Self::Trellis { raw_bits: 0, .. })
+        matches!(self, Self::Quantized { raw_bits: 0, .. } | Self::Trellis { raw_bits: 0, .. })
     }
 }
 
@@ -113,6 +126,10 @@ impl ClassHistograms {
         let mut pool = TablePool::default();
         for ((kind, class), histogram) in joined {
             let table = match kind {
+                StreamKind::Quantized { own: Some(OwnTable { fixed_length: true, .. }), .. }
+                | StreamKind::Trellis { own: Some(OwnTable { fixed_length: true, .. }), .. } => {
+                    histogram.fit_fixed_length(kind.has_points())
+                }
                 StreamKind::Trellis { .. } => histogram.fit_range(kind.has_points()),
                 StreamKind::Quantized { .. } | StreamKind::Split { .. } => histogram.fit(kind.has_points()),
             };

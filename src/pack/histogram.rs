@@ -154,6 +154,39 @@ impl Histogram {
         self.table_of(&codes, with_points)
     }
 
+    /// Fits a table of 8, 16 or 32 neighbouring codes that all take the same number of bits. `None` where nothing was counted.
+    pub fn fit_fixed_length(&self, with_points: bool) -> Option<Table> {
+        let cost = |&(code_bits, low): &(u32, i32)| {
+            let inside: u64 = (self.occurring())
+                .filter(|&(code, _)| (low..low + (1 << code_bits)).contains(&code))
+                .map(|(_, count)| count)
+                .sum();
+            f64::from(code_bits) + EXCEPTION_BITS * (self.symbols - inside) as f64 / self.symbols as f64
+        };
+        let windows = (3..=5).flat_map(|code_bits| {
+            let half = 1 << (code_bits - 1);
+            // The search needs the codes around zero.
+            (2 - 2 * half + 1..=-2).map(move |low| (code_bits, low))
+        });
+        let (code_bits, low) = (self.symbols > 0).then(|| {
+            windows.min_by(|a, b| cost(a).total_cmp(&cost(b)).then(a.0.cmp(&b.0))).expect("there are windows")
+        })?;
+        let codes: Vec<i32> = (low..low + (1 << code_bits)).collect();
+        let offsets: Vec<i8> = codes.iter().map(|&code| self.point_offset(code)).collect();
+        Some(Table {
+            codes: codes.iter().map(|&code| code as i16).collect(),
+            frequencies: vec![(TOTAL >> code_bits) as u16; codes.len()],
+            point_offsets: if with_points { offsets } else { Vec::new() },
+        })
+    }
+
+    /// Where the centroid of a code lies beside it, in units of a point; 0 where too few values say so.
+    fn point_offset(&self, code: i32) -> i8 {
+        let slot = (code - self.low) as usize;
+        let (Some(&count), Some(&offset)) = (self.counts.get(slot), self.offsets.get(slot)) else { return 0 };
+        if count < 8 { 0 } else { (offset / count as f64 * f64::from(POINT_UNIT)).round() as i8 }
+    }
+
     /// The table over these codes and counts.
     fn table_of(&self, codes: &[(i32, u64)], with_points: bool) -> Option<Table> {
         let counts: Vec<u64> = codes.iter().map(|&(_, count)| count).collect();
@@ -161,12 +194,7 @@ impl Histogram {
             let frequencies = scaled_frequencies(&counts, least);
             spread(&frequencies).map(|order| (order, frequencies))
         })?;
-        let offset_of = |code: i32| {
-            let slot = (code - self.low) as usize;
-            let (Some(&count), Some(&offset)) = (self.counts.get(slot), self.offsets.get(slot)) else { return 0 };
-            if count < 8 { 0 } else { (offset / count as f64 * f64::from(POINT_UNIT)).round() as i8 }
-        };
-        let offsets: Vec<i8> = order.iter().map(|&index| offset_of(codes[index].0)).collect();
+        let offsets: Vec<i8> = order.iter().map(|&index| self.point_offset(codes[index].0)).collect();
         let with_points = with_points && offsets.iter().any(|&offset| offset != 0);
         Some(Table {
             codes: order.iter().map(|&index| codes[index].0 as i16).collect(),
@@ -269,6 +297,16 @@ mod tests {
         let table = Histogram::of_placed(&symbols, &offsets).fit(true).expect("something was counted");
         let offset = |code: i16| table.point_offsets[table.codes.iter().position(|&c| c == code).expect("counted")];
         assert_eq!((offset(1), offset(-1)), (-64, 64));
+    }
+
+    #[test]
+    fn codes_of_fixed_length_all_take_the_same_bits() {
+        let codes: Vec<i32> = (-5..=11).flat_map(|code| [code; 40]).collect();
+        let table = Histogram::of(&codes).fit_fixed_length(true).expect("something was counted");
+        assert_eq!(table.frequencies, [128; 32], "17 codes take five bits");
+        assert!((-5..=11).all(|code| table.codes.contains(&code)));
+        assert_eq!(first_overfull_bucket(&table.frequencies), None);
+        assert_eq!(Histogram::default().fit_fixed_length(true), None);
     }
 
     #[test]

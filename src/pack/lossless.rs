@@ -70,7 +70,7 @@ impl Split {
         SplitSymbols {
             bytes,
             element_bytes: tensor.dtype.bits().unwrap_or(8) as usize / 8,
-            layout: RunLayout::of_shape(&tensor.shape),
+            layout: RunLayout::of_shape(&tensor.shape, None),
             carrier: self.carrier,
             carrier_bits: self.carrier_bits,
             mantissa_bits: self.mantissa_bits,

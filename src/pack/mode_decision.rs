@@ -239,7 +239,7 @@ mod tests {
     use super::*;
     use crate::pack::counting::count;
 
-    const NEAREST: Rounding = Rounding { trellis: None, lambda: 0.0 };
+    const NEAREST: Rounding = Rounding { trellis: None, lambda: 0.0, own_table: None };
 
     /// A deterministic stand-in for weights: sums of hashed uniform numbers.
     fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -252,7 +252,7 @@ mod tests {
     }
 
     fn decide(values: &[f32], reference: &[f32]) -> (f64, Option<MeasuredPrediction>) {
-        let layout = RunLayout::of_shape(&[64, 128]);
+        let layout = RunLayout::of_shape(&[64, 128], None);
         let step_of_run = |_| 0.01;
         let part = PartCandidate {
             values,

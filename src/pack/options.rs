@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::align::Alignment;
+use super::entropy_model::OwnTable;
 use super::keep::KeepRule;
 use super::quantized_symbols::Rounding;
 use crate::format::limits::TRELLIS_STATE_BITS;
@@ -137,6 +138,30 @@ pub enum Steps {
     Shared,
     /// A step per row in proportion to its scale, as in the paper.
     PerRun,
+    /// A step per 128 columns of a row, as in most 4-bit formats.
+    PerGroup,
+}
+
+/// Columns that share a step where steps are set per group.
+const GROUP_COLUMNS: usize = 128;
+
+impl Steps {
+    /// Columns of a run, where runs are groups of columns.
+    pub fn group(self) -> Option<usize> {
+        (self == Self::PerGroup).then_some(GROUP_COLUMNS)
+    }
+}
+
+/// What the symbols are coded with (Table 15 of the paper).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EntropyModel {
+    /// Each row has the table that suits it best, of a family fitted to the checkpoint.
+    #[default]
+    Contextual,
+    /// One table per tensor, fitted to it.
+    Iid,
+    /// All codes of a tensor take the same number of bits.
+    FixedLength,
 }
 
 /// How values become codes.
@@ -196,12 +221,16 @@ pub struct PackOptions {
     pub steps: Steps,
     /// How values become codes.
     pub quantization: Quantization,
+    /// What codes are coded with.
+    pub entropy_model: EntropyModel,
     /// States of the trellis; as many as the effort allows where not given.
     pub trellis_states: Option<TrellisStates>,
     /// Whether rounding weighs the bits that a code takes.
     pub rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
     pub embedding_refinement: f32,
+    /// Whether to measure what every stage is worth; the archive is the same.
+    pub stats: bool,
 }
 
 impl Default for PackOptions {
@@ -215,9 +244,11 @@ impl Default for PackOptions {
             predictor: PredictorChoice::default(),
             steps: Steps::default(),
             quantization: Quantization::default(),
+            entropy_model: EntropyModel::default(),
             trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.4,
+            stats: false,
         }
     }
 }
@@ -238,6 +269,17 @@ impl PackOptions {
         self.trellis_states.unwrap_or_else(|| self.effort.trellis_states())
     }
 
+    /// The table of a part, where parts have one to themselves.
+    pub fn own_table(&self, part: u32) -> Option<OwnTable> {
+        // An archive has at most 4,096 tables, and pairs take two: beyond that parts share.
+        let part = part % 2048;
+        match self.entropy_model {
+            EntropyModel::Contextual => None,
+            EntropyModel::Iid => Some(OwnTable { part, fixed_length: false }),
+            EntropyModel::FixedLength => Some(OwnTable { part, fixed_length: true }),
+        }
+    }
+
     /// How values become codes at the lowest rates.
     pub fn rounding(&self) -> Rounding {
         let tables = match self.quantization {
@@ -250,7 +292,7 @@ impl PackOptions {
             true => LAMBDA[usize::from(trellis.is_some())],
             false => 0.0,
         };
-        Rounding { trellis, lambda }
+        Rounding { trellis, lambda, own_table: None }
     }
 
     /// Tool and options as the archive keeps them. The same input and options give the same archive, so nothing of the
@@ -263,7 +305,7 @@ impl PackOptions {
         };
         let options = format!(
             "{target}, effort {:?}, keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, \
-             trellis-states {}, \
+             trellis-states {}, entropy-model {:?}, \
              rate-aware-rounding {}, embedding-refinement {}",
             self.effort,
             self.keyframe_interval,
@@ -272,6 +314,7 @@ impl PackOptions {
             self.steps,
             self.quantization,
             self.trellis_states(),
+            self.entropy_model,
             self.rate_aware_rounding,
             self.embedding_refinement
         );

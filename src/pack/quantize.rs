@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::counting::sum_of_squares;
+use super::entropy_model::{FittedTable, OwnTable};
 use super::histogram::{EXCEPTION_BITS, Histogram};
 use super::options::{PackOptions, Steps};
 use super::quantized_symbols::Rounding;
@@ -93,12 +94,13 @@ impl PartQuantizer {
         layout: RunLayout,
         step: f32,
         root_mean_square: f64,
+        own_table: Option<OwnTable>,
         options: &PackOptions,
     ) -> Option<Self> {
         if step.is_nan() || step < f32::MIN_POSITIVE || values.is_empty() {
             return None;
         }
-        let mut rounding = options.rounding();
+        let mut rounding = Rounding { own_table, ..options.rounding() };
         if let Some(trellis) = &mut rounding.trellis
             && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
         {
@@ -118,7 +120,8 @@ impl PartQuantizer {
             })
             .collect();
         let counted = Histogram::of(&codes);
-        let bits = |raw_bits: u32| estimated_bits(&counted, raw_bits);
+        let fixed_length = own_table.is_some_and(|table| table.fixed_length);
+        let bits = |raw_bits: u32| estimated_bits(&counted, raw_bits, fixed_length);
         quantizer.choice.raw_bits = (0..=MOST_RAW_BITS).min_by(|&a, &b| bits(a).total_cmp(&bits(b)))?;
         // Of a tensor that even so has many values beyond its tables' reach, the mantissas are as short bit-exact.
         let reach = bits(quantizer.choice.raw_bits);
@@ -176,7 +179,16 @@ impl PartQuantizer {
 }
 
 /// Bits of a symbol with so many raw bits below it, all runs taken together: enough to compare numbers of raw bits.
-fn estimated_bits(codes: &Histogram, raw_bits: u32) -> f64 {
+fn estimated_bits(codes: &Histogram, raw_bits: u32, fixed_length: bool) -> f64 {
+    if fixed_length {
+        let shifted = codes.occurring().fold(Histogram::default(), |mut shifted, (code, count)| {
+            shifted.merge(&Histogram::of(&[code >> raw_bits]), count);
+            shifted
+        });
+        let table = shifted.fit_fixed_length(false);
+        return f64::from(raw_bits)
+            + table.map_or(0.0, |table| FittedTable::new(table).cost(&shifted) / codes.symbols() as f64);
+    }
     let mut inside = [0_u64; 2 * TABLE_REACH as usize + 1];
     let mut outside = 0;
     for (code, count) in codes.occurring() {
@@ -224,8 +236,8 @@ mod tests {
     }
 
     fn choose(values: &[f32], step: f32) -> Option<PartQuantizer> {
-        let layout = RunLayout::of_shape(&[64, 64]);
-        PartQuantizer::choose(values, layout, step, root_mean_square(values), &PackOptions::default())
+        let layout = RunLayout::of_shape(&[64, 64], None);
+        PartQuantizer::choose(values, layout, step, root_mean_square(values), None, &PackOptions::default())
     }
 
     #[test]
@@ -237,7 +249,7 @@ mod tests {
 
     #[test]
     fn infinite_values_and_values_beyond_all_codes_are_not_held() {
-        let layout = RunLayout::of_shape(&[64, 64]);
+        let layout = RunLayout::of_shape(&[64, 64], None);
         let mut values = vec![0.25; 4096];
         let quantizer = choose(&values, 0.01).expect("ordinary values");
         assert!(quantizer.holds(&values, layout));

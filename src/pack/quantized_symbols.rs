@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::entropy_model::{FittedTable, StreamKind};
+use super::entropy_model::{FittedTable, OwnTable, StreamKind};
 use super::histogram::Histogram;
 use super::symbols::{Placed, RunLayout, Symbols};
 use super::trellis_search::Search;
@@ -19,15 +19,17 @@ pub struct Rounding {
     pub trellis: Option<StoredTrellis>,
     /// What a bit is worth in squared steps; 0 rounds to the nearest.
     pub lambda: f32,
+    /// Present where the part has one entropy table to itself.
+    pub own_table: Option<OwnTable>,
 }
 
 impl Rounding {
     /// Which tables fit codes with so many raw bits; of the trellis, the first quantizer's.
     pub fn kind(self, raw_bits: u32) -> StreamKind {
-        let raw_bits = raw_bits as u8;
+        let (raw_bits, own) = (raw_bits as u8, self.own_table);
         match self.trellis.is_some() {
-            true => StreamKind::Trellis { raw_bits, quantizer: 0 },
-            false => StreamKind::Quantized { raw_bits },
+            true => StreamKind::Trellis { raw_bits, quantizer: 0, own },
+            false => StreamKind::Quantized { raw_bits, own },
         }
     }
 }
@@ -151,7 +153,7 @@ impl Symbols for QuantizedSymbols<'_> {
         self.rounding
             .trellis
             .is_some_and(|trellis| trellis.tables == TrellisTables::Pairs)
-            .then_some(StreamKind::Trellis { raw_bits, quantizer: 1 })
+            .then_some(StreamKind::Trellis { raw_bits, quantizer: 1, own: self.rounding.own_table })
     }
 
     fn raw_bits(&self) -> u32 {
@@ -167,6 +169,9 @@ impl Symbols for QuantizedSymbols<'_> {
     }
 
     fn class(&self, run: &Histogram) -> i32 {
+        if self.rounding.own_table.is_some() {
+            return 0;
+        }
         let square: f64 = run.occurring().map(|(code, count)| f64::from(code).powi(2) * count as f64).sum();
         let mean_square = square / run.symbols().max(1) as f64;
         (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
@@ -227,7 +232,7 @@ mod tests {
     /// Bits and squared error per value of unit-variance noise, through the decoder.
     fn rate_and_error(rounding: Rounding, step: f32) -> (f64, f64) {
         let values = noise(256 * 512);
-        let layout = RunLayout::of_shape(&[512, 256]);
+        let layout = RunLayout::of_shape(&[512, 256], None);
         let step_of_run = |_: usize| step;
         let symbols = QuantizedSymbols {
             values: &values,
@@ -256,11 +261,12 @@ mod tests {
     #[test]
     fn the_trellis_gains_an_eighth_of_a_bit_at_equal_error() {
         let bits_above_bound = |(bits, error): (f64, f64)| bits + 0.5 * error.log2();
-        let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0 }, 0.3));
+        let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0, own_table: None }, 0.3));
         for (tables, state_bits, gain) in
             [(TrellisTables::Shared, 3, 0.125), (TrellisTables::Pairs, 3, 0.125), (TrellisTables::Shared, 8, 0.16)]
         {
-            let rounding = Rounding { trellis: Some(StoredTrellis { tables, state_bits }), lambda: 0.2 };
+            let rounding =
+                Rounding { trellis: Some(StoredTrellis { tables, state_bits }), lambda: 0.2, own_table: None };
             let bits = bits_above_bound(rate_and_error(rounding, 0.18));
             assert!(bits < scalar - gain, "{rounding:?}: {bits} and {scalar} bits above the Gaussian bound");
         }

@@ -46,6 +46,12 @@ pub struct StageBits {
     pub aligned: Option<f64>,
     /// The permutation.
     pub permutation: Option<f64>,
+    /// The same permutation as entries of fixed width.
+    pub permutation_raw: Option<f64>,
+    /// What was chosen of all that, permutation included.
+    pub chosen: f64,
+    /// Whether the permutation was.
+    pub is_aligned: bool,
 }
 
 /// A record ready to be written.
@@ -170,7 +176,10 @@ impl RecordEncoder<'_> {
             8.0 * permutation::encode(permutation, previous, PermutationCoding::Shortest).len() as f64
         });
 
-        let mut stages = StageBits { permutation: permutation_bits, ..StageBits::default() };
+        let permutation_raw = permutation
+            .as_ref()
+            .map(|permutation| 8.0 * permutation::encode(permutation, None, PermutationCoding::Raw).len() as f64);
+        let mut stages = StageBits { permutation: permutation_bits, permutation_raw, ..StageBits::default() };
         let (mut unaligned_bits, mut aligned_bits) = (0.0, 0.0);
         let mut unaligned: Vec<Option<PartPrediction>> = Vec::new();
         let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
@@ -235,8 +244,15 @@ impl RecordEncoder<'_> {
         // Eq. 17: alignment is kept only where what it saves exceeds what its permutation costs.
         let uses_motion = aligned.iter().flatten().any(|prediction| prediction.moved);
         match permutation_bits {
-            Some(cost) if uses_motion && aligned_bits + cost < unaligned_bits => (permutation, aligned, stages),
-            _ => (None, unaligned, stages),
+            Some(cost) if uses_motion && aligned_bits + cost < unaligned_bits => {
+                stages.chosen = aligned_bits + cost;
+                stages.is_aligned = true;
+                (permutation, aligned, stages)
+            }
+            _ => {
+                stages.chosen = unaligned_bits;
+                (None, unaligned, stages)
+            }
         }
     }
 }

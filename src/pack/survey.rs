@@ -41,6 +41,8 @@ struct SurveyedPart<'a> {
     tensor: &'a TensorInfo,
     bytes: &'a [u8],
     layout: RunLayout,
+    /// Number of the part, over all records.
+    number: u32,
     state: State,
 }
 
@@ -68,6 +70,8 @@ struct OwnStep {
 /// What a step gives.
 #[derive(Clone, Debug)]
 pub struct Probe {
+    /// The step.
+    pub step: f64,
     /// Tables fitted to what was placed.
     pub pool: TablePool,
     /// Record by record.
@@ -89,6 +93,13 @@ pub struct ProbedPart {
     pub squared_error: f64,
 }
 
+/// Whether a probe may decide for good that a part is bit-exact, or move the step of one that has its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Settling {
+    Settle,
+    Leave,
+}
+
 /// A part on its way through a probe.
 struct Tried {
     quantizer: PartQuantizer,
@@ -108,7 +119,7 @@ impl<'a> Survey<'a> {
 
     /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled.
     pub fn add(&mut self, treatment: Treatment, tensor: &'a TensorInfo, bytes: &'a [u8], share: f64) {
-        let layout = RunLayout::of_shape(&tensor.shape);
+        let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
         let state = match treatment {
             Treatment::Quantized(fineness) => State::Quantized {
                 sample: Sample::take(tensor, bytes, layout, share),
@@ -119,7 +130,8 @@ impl<'a> Survey<'a> {
             Treatment::Split(split) => State::split(split, tensor, bytes),
             Treatment::Raw => State::Raw,
         };
-        self.parts.last_mut().expect("a record was begun").push(SurveyedPart { tensor, bytes, layout, state });
+        let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
+        self.parts.last_mut().expect("a record was begun").push(SurveyedPart { tensor, bytes, layout, number, state });
     }
 
     /// Elements that follow the checkpoint's step, and the sum of their squares.
@@ -153,9 +165,19 @@ impl<'a> Survey<'a> {
     /// Tries a step. `before` is the last probe, whose tables are a good first guess. Parts that are no longer as bit-exact
     /// ones are that from then on.
     pub fn probe(&mut self, step: f64, before: Option<&Probe>) -> Probe {
+        self.probe_as(self.options, step, before, Settling::Settle)
+    }
+
+    /// Bits and squared error of everything quantized, were it packed with other options. Nothing is settled by that.
+    pub fn try_options(&mut self, options: &PackOptions, step: f64) -> (f64, f64) {
+        let probe = self.probe_as(options, step, None, Settling::Leave);
+        let quantized = probe.parts.iter().flatten().filter(|part| part.decision.is_quantized());
+        quantized.fold((0.0, 0.0), |sum, part| (sum.0 + part.bits, sum.1 + part.squared_error))
+    }
+
+    fn probe_as(&mut self, options: &PackOptions, step: f64, before: Option<&Probe>, settling: Settling) -> Probe {
         let empty = TablePool::default();
         let known = before.map_or(&empty, |probe| &probe.pool);
-        let options = self.options;
         let mut parts: Vec<&mut SurveyedPart<'a>> = self.parts.iter_mut().flatten().collect();
         let quantizers: Vec<Option<PartQuantizer>> =
             parts.par_iter_mut().map(|part| part.quantizer(step, options)).collect();
@@ -163,14 +185,16 @@ impl<'a> Survey<'a> {
         let tried: Vec<Option<Tried>> = parts
             .par_iter_mut()
             .zip(quantizers)
-            .map(|(part, quantizer)| part.try_quantizer(quantizer?, &first))
+            .map(|(part, quantizer)| part.try_quantizer(quantizer?, &first, settling))
             .collect();
         // In order, so that sums do not depend on the number of threads.
         let mut classes = ClassHistograms::default();
         for (part, tried) in parts.iter_mut().zip(&tried) {
             match (&part.state, tried) {
                 (State::Quantized { .. }, Some(tried)) => classes.merge(&tried.counts.classes),
-                (State::Quantized { .. }, None) => part.state = State::exact(part.tensor, part.bytes),
+                (State::Quantized { .. }, None) if settling == Settling::Settle => {
+                    part.state = State::exact(part.tensor, part.bytes)
+                }
                 _ => (),
             }
             if let State::Split { counted, .. } = &part.state {
@@ -178,12 +202,13 @@ impl<'a> Survey<'a> {
             }
         }
         let pool = classes.fit();
-        let probed: Vec<ProbedPart> =
-            (parts.par_iter_mut().zip(&tried)).map(|(part, tried)| part.probed(tried.as_ref(), &pool)).collect();
+        let probed: Vec<ProbedPart> = (parts.par_iter_mut().zip(&tried))
+            .map(|(part, tried)| part.probed(tried.as_ref(), &pool, settling))
+            .collect();
         drop(parts);
         let mut probed = probed.into_iter();
         let parts = self.parts.iter().map(|record| probed.by_ref().take(record.len()).collect()).collect();
-        Probe { pool, parts }
+        Probe { step, pool, parts }
     }
 }
 
@@ -253,19 +278,19 @@ impl SurveyedPart<'_> {
                 own.get_or_insert_with(first).step
             }
         };
-        let quantizer =
-            PartQuantizer::choose(&sample.values, sample.layout, step as f32, sample.root_mean_square, options)?;
+        let (layout, rms, own_table) = (sample.layout, sample.root_mean_square, options.own_table(self.number));
+        let quantizer = PartQuantizer::choose(&sample.values, layout, step as f32, rms, own_table, options)?;
         // With room for a step that is corrected later.
         (1.5 * sample.largest / quantizer.least_step() < LARGEST_CODE).then_some(quantizer)
     }
 
     /// Places the sample. `None` where the part is shorter bit-exact.
-    fn try_quantizer(&mut self, quantizer: PartQuantizer, first: &TablePool) -> Option<Tried> {
+    fn try_quantizer(&mut self, quantizer: PartQuantizer, first: &TablePool, settling: Settling) -> Option<Tried> {
         let State::Quantized { sample, exact_bits, .. } = &mut self.state else { return None };
         let counts =
             sample.with_symbols(&quantizer, |symbols| count_placed(symbols, first, &|run| sample.weights[run]))?;
         let bits = (counts.classes.bits(first) + counts.other_bits) / counts.symbols.max(1) as f64;
-        if bits > DOUBTFUL_BITS {
+        if bits > DOUBTFUL_BITS && settling == Settling::Settle {
             let elements = self.layout.elements as f64;
             let (tensor, bytes) = (self.tensor, self.bytes);
             let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(tensor, bytes));
@@ -276,7 +301,7 @@ impl SurveyedPart<'_> {
         Some(Tried { quantizer, counts })
     }
 
-    fn probed(&mut self, tried: Option<&Tried>, pool: &TablePool) -> ProbedPart {
+    fn probed(&mut self, tried: Option<&Tried>, pool: &TablePool, settling: Settling) -> ProbedPart {
         let elements = self.layout.elements as u64;
         let raw_bits = 8.0 * self.bytes.len() as f64;
         let overhead = PART_BITS + RUN_BITS * self.layout.runs() as f64 + STRIP_BITS * self.layout.strips() as f64;
@@ -285,7 +310,7 @@ impl SurveyedPart<'_> {
             (State::Quantized { fineness, own, .. }, Some(tried)) => {
                 let scale = elements as f64 / tried.counts.symbols.max(1) as f64;
                 let bits = scale * (tried.counts.classes.bits(pool) + tried.counts.other_bits) + overhead;
-                if let (Some(own), Fineness::Rate(_)) = (own, *fineness) {
+                if let (Some(own), Fineness::Rate(_), Settling::Settle) = (own, *fineness, settling) {
                     own.step = own.search.next(own.step, bits);
                 }
                 let step = f64::from(tried.quantizer.choice.step);

@@ -26,14 +26,16 @@ pub struct RunLayout {
 
 impl RunLayout {
     /// Runs for a tensor of this shape: rows of its first axis where they have a useful length, joined where they are short
-    /// and cut where they are long.
-    pub fn of_shape(shape: &[u64]) -> Self {
+    /// and cut where they are long. With a `group`, rows that are a multiple of it are cut into runs of that length.
+    pub fn of_shape(shape: &[u64], group: Option<usize>) -> Self {
         let elements = shape.iter().product::<u64>() as usize;
         let row = match shape.len() {
             0 | 1 => 1,
             _ => shape[1..].iter().product::<u64>() as usize,
         };
+        let grouped = group.filter(|group| row.is_multiple_of(*group));
         let run_elements = match row {
+            _ if let Some(group) = grouped => group,
             0..64 => row.max(1) * 256_usize.div_ceil(row.max(1)),
             64..=16_384 => row,
             // Cut evenly, so that no short rest is left in every row.

@@ -116,7 +116,7 @@ impl<'a> Drafted<'a> {
             Decision::Split(split) => Self::Split(split, tensor, bytes),
             Decision::Quantized(choice) => {
                 let values = values_of(&tensor.dtype, bytes);
-                let layout = RunLayout::of_shape(&tensor.shape);
+                let layout = RunLayout::of_shape(&tensor.shape, options.steps.group());
                 let choice = QuantizerChoice { step: choice.step * step_factor, ..choice };
                 let quantizer = PartQuantizer::new(choice, &values, layout, options);
                 if quantizer.holds(&values, layout) {

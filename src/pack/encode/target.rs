@@ -118,9 +118,9 @@ impl Encoder<'_> {
         &self,
         file: &mut std::fs::File,
         out: &Path,
+        mut plan: StepPlan,
     ) -> Result<(Written, Compared, Option<String>), PackError> {
         let output = |source| PackError::Output { path: out.to_owned(), source };
-        let mut plan = self.find_step(&mut self.survey())?;
         let parameters = self.checkpoint.parameters() as f64;
         let tolerance = self.options.effort.tolerance();
         let is_steered = plan.probe.parts.iter().flatten().any(|part| part.follows_step);
