@@ -3,13 +3,17 @@
 use std::io::{IsTerminal, StdoutLock, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
 use crate::archive::UNFINISHED_PREFIX;
-use crate::pack::encode::{Encoder, PackError, Progress};
+use crate::pack::encode::{Encoder, PackError, Progress, system_error};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
     AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
@@ -122,6 +126,9 @@ pub enum PackCommandError {
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
+    /// SIGINT and SIGTERM cannot be caught.
+    #[error("signals: {0}")]
+    Signals(std::io::Error),
     /// No thread pool.
     #[error("--threads: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -163,16 +170,16 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     if !args.dry_run && !args.force {
         destination.refuse_existing(&checkpoint.sidecars)?;
     }
-    let progress = Bar::new();
+    let progress = Bar::new()?;
     let encoder = Encoder::new(&checkpoint, &options, &progress);
     if args.dry_run {
         let plan = encoder.dry_run()?;
-        progress.0.finish_and_clear();
+        progress.bar.finish_and_clear();
         print(|output| print_plan(output, &plan, args.json))?;
         return Ok(ExitCode::SUCCESS);
     }
     let report = destination.fill(&encoder, &checkpoint.sidecars, args.force)?;
-    progress.0.finish_and_clear();
+    progress.bar.finish_and_clear();
     let copied = destination.directory.is_some().then_some(checkpoint.sidecars.len());
     print(|output| print_report(output, &report, copied, args.json))?;
     if let Some(missed) = &report.target_missed {
@@ -246,8 +253,8 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
         let target = directory.join(&sidecar.name);
         let parent = target.parent().unwrap_or(directory);
         std::fs::create_dir_all(parent).map_err(io_at(parent))?;
-        let temporary =
-            tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(parent).map_err(io_at(parent))?;
+        let temporary = tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(parent);
+        let temporary = temporary.map_err(|error| io_at(&target)(system_error(error)))?;
         let temporary = temporary.into_temp_path(); // closed: there may be more of them than descriptors
         std::fs::copy(&sidecar.path, &temporary).map_err(io_at(&sidecar.path))?;
         copies.push((temporary, target));
@@ -258,30 +265,45 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
     Ok(())
 }
 
-/// A bar on a terminal, nothing elsewhere.
-struct Bar(ProgressBar);
+/// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
+struct Bar {
+    bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
+}
 
 impl Bar {
-    fn new() -> Self {
+    /// From here on, the first signal stops the work in an orderly way, and a second one at once.
+    fn new() -> Result<Self, PackCommandError> {
         let target =
             if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
         let bar = ProgressBar::with_draw_target(Some(0), target);
         bar.set_style(ProgressStyle::with_template(style).expect("the template is right").progress_chars("=> "));
-        Self(bar)
+        let interrupted = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the flag is not yet set when the first signal comes to the first of the two.
+            register_conditional_shutdown(signal, 128 + signal, Arc::clone(&interrupted))
+                .and_then(|_| register(signal, Arc::clone(&interrupted)))
+                .map_err(PackCommandError::Signals)?;
+        }
+        Ok(Self { bar, interrupted })
     }
 }
 
 impl Progress for Bar {
     fn phase(&self, name: &str, bytes: u64) {
-        self.0.reset();
-        self.0.set_length(bytes);
-        self.0.set_message(name.to_owned());
+        self.bar.reset();
+        self.bar.set_length(bytes);
+        self.bar.set_message(name.to_owned());
         log::debug!("phase: {name}");
     }
 
     fn advance(&self, bytes: u64) {
-        self.0.inc(bytes);
+        self.bar.inc(bytes);
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
     }
 }
 

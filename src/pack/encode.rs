@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use self::compare::Compared;
 pub use self::error::PackError;
-pub use self::finished::Finished;
-use super::keep::kept;
+pub use self::finished::{Finished, system_error};
+use super::keep::{Keep, kept};
 use super::options::{PackOptions, PredictorChoice};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
@@ -36,6 +36,10 @@ pub trait Progress: Sync {
     fn phase(&self, name: &str, bytes: u64);
     /// So many bytes of the phase are done.
     fn advance(&self, bytes: u64);
+    /// Whether to stop as soon as possible; asked after every tensor.
+    fn is_interrupted(&self) -> bool {
+        false
+    }
 }
 
 /// Nobody listens.
@@ -92,6 +96,11 @@ impl<'a> Encoder<'a> {
         let file = &self.checkpoint.files[file];
         file.release(tensor);
         self.progress.advance(file.header.tensors[tensor].length_bytes);
+    }
+
+    /// An error once somebody asked to stop.
+    fn check_interrupted(&self, out: &Path) -> Result<(), PackError> {
+        if self.progress.is_interrupted() { Err(PackError::Interrupted(out.to_owned())) } else { Ok(()) }
     }
 
     fn source_bytes(&self) -> u64 {
@@ -168,7 +177,9 @@ impl<'a> Encoder<'a> {
             layer: record.layer,
             block_type: record.block_type.name(),
             treatment: part.decision.name(),
-            keep: kept(&self.options.keep, &info.name).map(|keep| keep.to_string()),
+            keep: (kept(&self.options.keep, &info.name))
+                .filter(|&keep| keep == Keep::Lossless || part.decision.is_quantized())
+                .map(|keep| keep.to_string()),
             bits_per_element: part.bits / info.elements().max(1) as f64,
             relative_squared_error,
         }
@@ -191,7 +202,9 @@ impl<'a> Encoder<'a> {
         let mut unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
         let mut survey = self.survey();
+        self.check_interrupted(out)?;
         let plan = self.find_step(&mut survey)?;
+        self.check_interrupted(out)?;
         // A survey holds samples of everything: it goes before the encoding unless it is asked once more.
         let asked = self.options.stats.then(|| (survey, plan.probe.clone()));
         let (written, compared, target_missed) = self.settle(unfinished.as_file_mut(), out, plan)?;

@@ -54,6 +54,7 @@ impl Encoder<'_> {
                 for (chunk_number, chunk) in bytes.chunks(COMPARE_WINDOW).enumerate() {
                     window.resize(chunk.len(), 0);
                     let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
+                    self.check_interrupted(out)?;
                     read_in_parallel(&materializer, &archive, file, first, &mut window)?;
                     decoded_hash.update(&window);
                     source_hash.update(chunk);

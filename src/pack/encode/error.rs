@@ -24,6 +24,9 @@ pub enum PackError {
     /// The output is there already.
     #[error("{0}: exists already, expected a new name; --force replaces it")]
     Exists(PathBuf),
+    /// Somebody asked to stop.
+    #[error("{0}: interrupted, nothing of it was kept")]
+    Interrupted(PathBuf),
     /// The rate cannot be reached.
     #[error("--bpp {wanted}: {reason}")]
     Rate {

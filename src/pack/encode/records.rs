@@ -36,6 +36,7 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
+    Interrupted,
 }
 
 impl From<std::io::Error> for WriteError {
@@ -76,6 +77,9 @@ impl Encoder<'_> {
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let encoder = RecordEncoder { pool, options: self.options };
         for (ordinal, (record, planned)) in self.plan.records.iter().zip(&plan.parts).enumerate() {
+            if self.progress.is_interrupted() {
+                return Err(WriteError::Interrupted);
+            }
             let source: Vec<(&TensorInfo, &[u8])> =
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
             let step_factor = steering.step_factor();
