@@ -118,7 +118,7 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
         1
     }
 
-    /// Decodes several strips of one part, in any order; the first error found ends it.
+    /// Decodes several strips of one part, in any order; the first error found ends it. May change the order of `jobs`.
     fn decode_strips(
         &self,
         part: &PreparedPart,

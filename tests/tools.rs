@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::archives::RECIPES;
-use common::{Bert, assert_same_directories, files_below, mcwcfs, mcwcfs_ok};
+use common::{Bert, Random, Tensor, assert_same_directories, files_below, mcwcfs, mcwcfs_ok, safetensors};
 use serde_json::Value;
 
 /// A checkpoint directory and the directory it was packed into.
@@ -105,6 +105,36 @@ fn unpacking_with_one_thread_and_with_many_gives_the_same_bytes() {
         mcwcfs_ok(arguments!["unpack", "--threads", "1", &packed.packed, &one]);
         mcwcfs_ok(arguments!["unpack", "--threads", "7", &packed.packed, &many]);
         assert_same_directories(&one, &many);
+    }
+}
+
+#[test]
+fn a_long_file_unpacks_to_its_bytes_on_any_number_of_threads_checked_or_not() {
+    let work = tempfile::tempdir().expect("a directory");
+    let [original, archive, out] = ["o.safetensors", "o.mcwc", "out.safetensors"].map(|name| work.path().join(name));
+    let bytes = Random::new(5).bytes(9 << 20); // more than two of the windows that a thread decodes at a time
+    fs::write(&original, safetensors(&[Tensor::raw("bytes", "U8", &[bytes.len()], bytes)])).expect("a checkpoint");
+    mcwcfs_ok(arguments!["pack", &original, &archive]);
+    for threads in ["1", "2", "3", "8"] {
+        for (unchecked, digests) in [(&[][..], 1), (&["--skip-sha256"][..], 0)] {
+            let mut unpack = arguments!["unpack", "--json", "--force", "--threads", threads, &archive, &out].to_vec();
+            unpack.extend(unchecked.iter().map(Into::into));
+            let written = json(&mcwcfs_ok(unpack));
+            assert_eq!(written.to_string().matches("sha256").count(), digests, "{written}");
+            assert!(fs::read(&out).expect("the file") == fs::read(&original).expect("it"), "{threads} threads");
+        }
+    }
+
+    // Damage in the last window is found whoever decodes it.
+    let mut bytes = fs::read(&archive).expect("the archive");
+    let late = bytes.len() - (1 << 20);
+    bytes[late] ^= 1;
+    fs::write(&archive, bytes).expect("the archive");
+    fs::remove_file(&out).expect("it is there");
+    for threads in ["1", "2", "3"] {
+        let said = fails(1, &arguments!["unpack", "--skip-sha256", "--threads", threads, &archive, &out]);
+        assert!(said.contains("CRC-32C"), "{said}");
+        assert_eq!(files_below(work.path()).len(), 2, "nothing but the original and the archive");
     }
 }
 

@@ -15,13 +15,21 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def zipnn_bits(file):
-    """Bits per parameter of the tensors of a file. zipnn takes them in one piece, as their commonest type."""
+    """Bits per parameter of the tensors of a file."""
+    coder, body = zipnn_coder(file)
+    header, _ = split(file)
+    elements = sum(int(np.prod(tensor["shape"])) for tensor in header.values())
+    return 8 * len(coder.compress(bytearray(body))) / elements
+
+
+def zipnn_coder(file):
+    """A coder on one thread and what it is for: the tensors of a file in one piece, as their commonest type."""
     header, body = split(file)
     elements = {}
     for tensor in header.values():
         elements[tensor["dtype"]] = elements.get(tensor["dtype"], 0) + int(np.prod(tensor["shape"]))
-    coder = ZipNN(input_format="byte", bytearray_dtype=DTYPES[max(elements, key=elements.get)], threads=1)
-    return 8 * len(coder.compress(bytearray(body))) / sum(elements.values())
+    dtype = DTYPES[max(elements, key=elements.get)]
+    return ZipNN(input_format="byte", bytearray_dtype=dtype, threads=1), body
 
 
 def ours_bits(mcwcfs, file, work):

@@ -1,7 +1,8 @@
 //! Decodes whole files of an archive in order, on several threads, in little memory: what `verify` and `unpack` share.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::channel;
 use std::thread;
 
 use crate::archive::Archive;
@@ -13,56 +14,66 @@ pub const WINDOW_BYTES: u64 = 4 << 20;
 /// Least budget for decoded tensors that others are predicted from.
 const CACHE_BYTES: u64 = 512 << 20;
 
-/// A materializer for reading `archive` once, from start to end.
-pub fn sequential_materializer(archive: &Archive, engine: EngineChoice) -> Materializer {
+/// A materializer for reading `archive` once, from start to end, on `threads` threads.
+pub fn sequential_materializer(archive: &Archive, engine: EngineChoice, threads: usize) -> Materializer {
     // A tensor that the cache cannot keep would be decoded again for each of its windows. Two layers of a chain are
     // needed at a time; twice that leaves room for the windows in between.
     let largest = archive.files().iter().flat_map(|file| &file.tensors).map(|tensor| tensor.length_bytes).max();
     let cache_bytes = CACHE_BYTES.max(largest.unwrap_or(0).saturating_mul(4));
-    Materializer::new(MaterializeOptions { cache_bytes, engine })
+    Materializer::new(MaterializeOptions { cache_bytes, engine, threads, ..MaterializeOptions::default() })
 }
 
-/// Decodes file number `file` of `archive` on `threads` threads and hands its bytes to `consume`, in order and each once.
+/// Decodes file number `file` of `archive` on `threads` threads. `place` is given every window with its offset, by the thread
+/// that decoded it, in any order and several at once; after that `consume` is given it, in order and one at a time.
 ///
-/// Memory stays within two windows per thread and the materializer's cache.
+/// Memory stays within a window per thread and the materializer's cache.
 ///
 /// # Errors
-/// The first error of decoding or of `consume`, in the order of the bytes.
-pub fn decode_in_order<E: From<MaterializeError>>(
+/// The first error of decoding, `place` or `consume`, in the order of the bytes.
+pub fn decode_in_order<E: From<MaterializeError> + Send>(
     materializer: &Materializer,
     archive: &Arc<Archive>,
     file: usize,
     threads: usize,
-    mut consume: impl FnMut(&[u8]) -> Result<(), E>,
+    place: impl Fn(u64, &[u8]) -> Result<(), E> + Sync,
+    consume: impl FnMut(&[u8]) -> Result<(), E> + Send,
 ) -> Result<(), E> {
     let length = archive.files()[file].length_bytes;
     let windows = length.div_ceil(WINDOW_BYTES);
-    let threads = (threads.max(1) as u64).min(windows);
+    let threads = (threads.max(1) as u64).min(windows) as usize;
+    let place = &place;
+    // Each thread decodes every `threads`th window. Whose turn it is has `consume`, and passes it on. One that fails does
+    // not, so that nobody after it has a turn.
+    let (senders, receivers): (Vec<_>, Vec<_>) = (0..threads).map(|_| channel()).unzip();
+    if let Some(first) = senders.first() {
+        first.send(consume).expect("its receiver is at hand");
+    }
     // Plain threads, not rayon's: one that waits here for a tensor that another decodes must not be a thread that the
     // decoding itself is spread over.
     thread::scope(|scope| {
-        let decoded: Vec<_> = (0..threads)
-            .map(|first| {
-                let (sender, receiver) = sync_channel(1);
+        let running: Vec<_> = receivers
+            .into_iter()
+            .enumerate()
+            .map(|(thread, my_turn)| {
+                let next = senders[(thread + 1) % threads].clone();
                 scope.spawn(move || {
-                    for window in (first..windows).step_by(threads as usize) {
+                    let mut bytes = Vec::new();
+                    for window in (thread as u64..windows).step_by(threads) {
                         let offset = window * WINDOW_BYTES;
-                        let mut bytes = vec![0; WINDOW_BYTES.min(length - offset) as usize];
-                        let result = materializer.read_once(archive, file, offset, &mut bytes).map(|_| bytes);
-                        let is_last = result.is_err();
-                        if sender.send(result).is_err() || is_last {
-                            break; // nobody takes more
-                        }
+                        bytes.resize(WINDOW_BYTES.min(length - offset) as usize, 0);
+                        let read = materializer.read_once(archive, file, offset, &mut bytes);
+                        let placed = read.map_err(E::from).and_then(|_| place(offset, &bytes));
+                        let Ok(mut consume) = my_turn.recv() else { break };
+                        placed.and_then(|()| consume(&bytes))?;
+                        // Nobody is there to receive it after the last window.
+                        let _ = next.send(consume);
                     }
-                });
-                receiver
+                    Ok(())
+                })
             })
             .collect();
-        for window in 0..windows {
-            let receiver = &decoded[(window % threads) as usize];
-            consume(&receiver.recv().expect("a thread sends until its last window")?)?;
-        }
-        Ok(())
+        drop(senders);
+        running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })
 }
 

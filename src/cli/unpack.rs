@@ -1,9 +1,10 @@
-//! `mcwcfs unpack`: real files again. Nothing gets its final name before its SHA-256 is the one that the index states.
+//! `mcwcfs unpack`: real files again. Nothing gets its final name before its SHA-256 is the one that the index states,
+//! unless somebody in a hurry says that the checksums of the stored bytes are enough.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -36,6 +37,9 @@ pub struct UnpackArgs {
     /// Which engine decodes
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineChoice,
+    /// Do not compare the SHA-256 of decoded files with the index's; the stored bytes have checksums all the same
+    #[arg(long)]
+    pub skip_sha256: bool,
     /// Overwrite files that exist
     #[arg(long)]
     pub force: bool,
@@ -125,14 +129,14 @@ impl Origin {
 struct Written {
     path: String,
     bytes: u64,
-    sha256: String,
+    /// Of what was written, unless that was not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
 }
 
 /// Unpacks and, with `--json`, prints what was written.
 pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
-    // Decoding one tensor spreads over this pool; an error says that another one is in place already, which decodes too.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 
     let outputs = plan(&args.source, &args.output)?;
     let exists = outputs.iter().find(|output| fs::symlink_metadata(&output.path).is_ok());
@@ -219,9 +223,9 @@ impl Output {
             .map_err(io_at)?;
         let digest = match &self.origin {
             Origin::Decoded { archive, file } => {
-                self.decode(archive, *file, threads, args.engine, &mut partial, progress)?
+                self.decode(archive, *file, threads, args, partial.as_file(), progress)?
             }
-            Origin::Sidecar(path) => self.copy(path, &mut partial, progress)?,
+            Origin::Sidecar(path) => Some(self.copy(path, &mut partial, progress)?),
         };
         partial.as_file().sync_all().map_err(io_at)?;
         let bytes = partial.as_file().metadata().map_err(io_at)?.len();
@@ -230,7 +234,7 @@ impl Output {
             io::ErrorKind::AlreadyExists => UnpackError::Exists { path: self.path.clone() },
             _ => io_at(error.error),
         })?;
-        Ok(Written { path: self.path.display().to_string(), bytes, sha256: hex(&digest) })
+        Ok(Written { path: self.path.display().to_string(), bytes, sha256: digest.map(|digest| hex(&digest)) })
     }
 
     fn decode(
@@ -238,17 +242,26 @@ impl Output {
         archive: &Arc<Archive>,
         file: usize,
         threads: usize,
-        engine: EngineChoice,
-        partial: &mut NamedTempFile,
+        args: &UnpackArgs,
+        partial: &File,
         progress: &ProgressBar,
-    ) -> Result<[u8; 32], UnpackError> {
-        let materializer = sequential_materializer(archive, engine);
+    ) -> Result<Option<[u8; 32]>, UnpackError> {
+        let materializer = sequential_materializer(archive, args.engine, threads);
         let mut hash = Sha256::new();
-        decode_in_order(&materializer, archive, file, threads, |bytes| {
-            hash.update(bytes);
+        let place = |offset, bytes: &[u8]| {
+            let written = partial.write_all_at(bytes, offset);
+            written.map_err(|source| UnpackError::Io { path: self.path.clone(), source })
+        };
+        decode_in_order(&materializer, archive, file, threads, place, |bytes| {
+            if !args.skip_sha256 {
+                hash.update(bytes);
+            }
             progress.inc(bytes.len() as u64);
-            partial.write_all(bytes).map_err(|source| UnpackError::Io { path: self.path.clone(), source })
+            Ok(())
         })?;
+        if args.skip_sha256 {
+            return Ok(None);
+        }
         let digest: [u8; 32] = hash.finalize().into();
         let entry = &archive.files()[file];
         if digest != entry.decoded_sha256 {
@@ -259,7 +272,7 @@ impl Output {
                 expected: hex(&entry.decoded_sha256),
             });
         }
-        Ok(digest)
+        Ok(Some(digest))
     }
 
     fn copy(

@@ -1,7 +1,8 @@
 //! Bit-exact coding of elements of any type: the upper magnitude bits become a symbol, sign and the bits below stay raw.
 //!
 //! For bfloat16 with eight raw bits the symbol is the exponent; trained weights spend 2.6 bits on it.
-//! A wider type whose values all fit a narrower one is carried as that ([`Carrier`]).
+//! A wider type whose values all fit a narrower one is carried as that ([`Carrier`]). Where only some rows do, or end in
+//! zeros for another reason, the zero bits of those runs are not stored: a run's raw bits are shifted right by as many.
 
 use crate::format::part::Carrier;
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};

@@ -26,6 +26,8 @@ pub use stages::{Stage, StageClock};
 #[cfg(target_arch = "x86_64")]
 pub use kernels::{AVX2, AVX512};
 
+use std::cmp::Reverse;
+
 use super::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::decode::prepared::PartKind;
 use strips::PartDecoder;
@@ -73,14 +75,13 @@ impl CpuEngine {
             return Ok(());
         }
         let decoder = PartDecoder::new(self.kernels, part, reference, clock);
-        // Lockstep is for strips of one length: all but the part's last.
-        for alike in jobs.chunk_by_mut(|a, b| a.out.len() == b.out.len()) {
-            for group in alike.chunks_mut(self.kernels.strips_at_once) {
-                match group {
-                    [a, b, c, d] => decoder.decode([a, b, c, d])?,
-                    [a, b] => decoder.decode([a, b])?,
-                    group => group.iter_mut().try_for_each(|job| decoder.decode([job]))?,
-                }
+        for group in jobs.chunks_mut(self.kernels.strips_at_once) {
+            group.sort_by_key(|job| Reverse(job.out.len()));
+            match group {
+                [a, b, c, d] => decoder.decode([a, b, c, d])?,
+                [a, b, c] => decoder.decode([a, b, c])?,
+                [a, b] => decoder.decode([a, b])?,
+                group => group.iter_mut().try_for_each(|job| decoder.decode([job]))?,
             }
         }
         Ok(())

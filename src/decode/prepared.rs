@@ -15,7 +15,7 @@ use crate::format::limits;
 use crate::format::part::{
     Carrier, Coding, PartHeader, QuantizerInfo, StoredIntegers, StoredPredictor, SymbolStreams, TrellisTables,
 };
-use crate::format::strip::StripLayout;
+use crate::format::strip::{StripLayout, raw_bytes_of_run};
 use crate::tensor::{Dtype, TensorInfo};
 
 /// A part ready for decoding.
@@ -37,6 +37,7 @@ struct PreparedStrip {
     length: u64,
     crc: u32,
     words: usize,
+    raw_bytes: usize,
     exceptions: usize,
 }
 
@@ -76,6 +77,8 @@ pub struct Symbols {
     pub lanes: usize,
     /// Raw low bits per symbol.
     pub raw_bits: u32,
+    /// How many of the lowest raw bits of each run are zero and not stored.
+    zero_bits: Integers,
     tables: Vec<Arc<CodingTable>>,
     table_of_run: Integers,
 }
@@ -94,6 +97,26 @@ impl Symbols {
     /// The number of a run's table, or of its pair of tables.
     pub fn table_number_of_run(&self, run: usize) -> usize {
         self.table_of_run.get(run) as usize
+    }
+
+    /// Raw bits that are stored of each symbol of a run, and how many zero ones follow them.
+    pub fn stored_raw_bits(&self, run: usize) -> (u32, u32) {
+        let zeros = self.zero_bits.get(run) as u32;
+        (self.raw_bits - zeros, zeros)
+    }
+
+    /// Bytes of a strip's raw bits.
+    fn raw_bytes_of_strip(&self, strip: usize, symbols: usize) -> usize {
+        let bytes = |run, symbols| {
+            let (raw_bits, _) = self.stored_raw_bits(strip * self.runs_per_strip + run);
+            raw_bytes_of_run(symbols, raw_bits as usize)
+        };
+        let (runs, rest) = (symbols / self.run_elements, symbols % self.run_elements);
+        let of_rest = if rest > 0 { bytes(runs, rest) } else { 0 };
+        match self.zero_bits {
+            Integers::Constant(_) => runs * bytes(0, self.run_elements) + of_rest,
+            _ => (0..runs).map(|run| bytes(run, self.run_elements)).sum::<usize>() + of_rest,
+        }
     }
 
     /// The two tables of a run whose table number stands for a pair.
@@ -197,8 +220,8 @@ impl PreparedPart {
         if header.strip_crcs.len() as u64 != expected_strips {
             return Err(inconsistent("strips", header.strip_crcs.len(), expected_strips));
         }
-        let (raw_bits, exception_value_bytes) = match &header.coding {
-            Coding::Split { carrier, raw_bits } => {
+        let exception_value_bytes = match &header.coding {
+            Coding::Split { carrier, raw_bits, zero_bits } => {
                 let bits = carrier_bits(*carrier, element_bits as u32);
                 if *carrier != Carrier::Own && tensor.dtype != Dtype::F32 {
                     return Err(inconsistent("carrier", format!("{carrier:?} in {}", tensor.dtype), "F32"));
@@ -206,9 +229,13 @@ impl PreparedPart {
                 if u32::from(*raw_bits) > bits {
                     return Err(inconsistent("raw bits", raw_bits, format!("1 to {bits}")));
                 }
-                let symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs, 1)?;
+                let mut symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs, 1)?;
+                if let Some(zero_bits) = zero_bits {
+                    // The sign is always stored.
+                    symbols.zero_bits = decode_integers("zero bits", zero_bits, runs, 0, i32::from(*raw_bits) - 1)?;
+                }
                 part.kind = PartKind::Split { carrier: *carrier, carrier_bits: bits, symbols };
-                (usize::from(*raw_bits), bits as usize / 8)
+                bits as usize / 8
             }
             Coding::Quantized(info) => {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
@@ -218,11 +245,11 @@ impl PreparedPart {
                 let per_number = if pairs { 2 } else { 1 };
                 let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
                 part.kind = prepare_quantized(info, symbols, motion, runs)?;
-                (usize::from(info.raw_bits), 2)
+                2
             }
             Coding::Raw => unreachable!("raw parts have no streams"),
         };
-        part.prepare_symbol_strips(streams, &header.strip_crcs, elements, raw_bits, exception_value_bytes)?;
+        part.prepare_symbol_strips(streams, &header.strip_crcs, elements, exception_value_bytes)?;
         Ok(part)
     }
 
@@ -234,7 +261,7 @@ impl PreparedPart {
         for (strip, &crc) in crcs.iter().enumerate() {
             let offset = strip as u64 * limits::RAW_STRIP_BYTES;
             let length = limits::RAW_STRIP_BYTES.min(self.length_bytes - offset);
-            self.strips.push(PreparedStrip { offset, length, crc, words: 0, exceptions: 0 });
+            self.strips.push(PreparedStrip { offset, length, crc, words: 0, raw_bytes: 0, exceptions: 0 });
         }
         Ok(())
     }
@@ -244,7 +271,6 @@ impl PreparedPart {
         streams: &SymbolStreams,
         crcs: &[u32],
         elements: u64,
-        raw_bits: usize,
         exception_value_bytes: usize,
     ) -> Result<(), DecodeError> {
         let count = crcs.len() as u64;
@@ -252,15 +278,21 @@ impl PreparedPart {
         let words = decode_integers("strip words", &streams.strip_words, count, 0, 1 << 17)?;
         let most = limits::STRIP_SYMBOLS as i32;
         let exceptions = decode_integers("strip exceptions", &streams.strip_exceptions, count, 0, most)?;
+        let symbols = match &self.kind {
+            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => symbols,
+            PartKind::Raw => unreachable!("raw parts have no symbols"),
+        };
+        let mut strips = Vec::with_capacity(crcs.len());
         let mut offset = 0;
         for (strip, &crc) in crcs.iter().enumerate() {
             let first = strip as u64 * strip_symbols;
+            let symbols_of_strip = strip_symbols.min(elements - first) as usize;
             let layout = StripLayout {
-                symbols: strip_symbols.min(elements - first) as usize,
+                symbols: symbols_of_strip,
                 run_elements: streams.run_elements as usize,
                 lanes: streams.lanes.into(),
                 words: words.get(strip) as usize,
-                raw_bits,
+                raw_bytes: symbols.raw_bytes_of_strip(strip, symbols_of_strip),
                 exceptions: exceptions.get(strip) as usize,
                 exception_value_bytes,
             };
@@ -269,10 +301,11 @@ impl PreparedPart {
                 return Err(inconsistent("strip exceptions", layout.exceptions, expected));
             }
             let length = layout.bytes() as u64;
-            let StripLayout { words, exceptions, .. } = layout;
-            self.strips.push(PreparedStrip { offset, length, crc, words, exceptions });
+            let StripLayout { words, raw_bytes, exceptions, .. } = layout;
+            strips.push(PreparedStrip { offset, length, crc, words, raw_bytes, exceptions });
             offset += length;
         }
+        self.strips = strips;
         Ok(())
     }
 
@@ -349,7 +382,7 @@ impl PreparedPart {
             run_elements: symbols.run_elements,
             lanes: symbols.lanes,
             words: self.strips[strip].words,
-            raw_bits: symbols.raw_bits as usize,
+            raw_bytes: self.strips[strip].raw_bytes,
             exceptions: self.strips[strip].exceptions,
             exception_value_bytes,
         })
@@ -409,6 +442,7 @@ fn prepare_symbols(
         runs_per_strip: streams.runs_per_strip as usize,
         lanes: streams.lanes.into(),
         raw_bits,
+        zero_bits: Integers::Constant(0),
         tables,
         table_of_run,
     })

@@ -8,7 +8,7 @@ use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::format::part::{Carrier, TrellisTables};
-use crate::format::strip::{LANES, StripLayout};
+use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 use crate::tensor::Dtype;
 
@@ -78,26 +78,32 @@ impl StripView<'_> {
         Ok(positions)
     }
 
-    /// The raw bits of every symbol: whole bytes from the byte planes, the bits above them from the bit planes.
-    fn raw(&self) -> Vec<u64> {
-        let layout = &self.layout;
-        let mut raw = vec![0; layout.symbols];
-        for plane in 0..layout.byte_planes() {
-            for (raw, &byte) in raw.iter_mut().zip(&self.stored[layout.byte_plane_range(plane)]) {
-                *raw |= u64::from(byte) << (8 * plane);
+    /// The raw bits of every symbol, run after run: whole bytes from the byte planes, the bits above them from the bit planes,
+    /// zeros below.
+    fn raw(&self, symbols: &Symbols) -> Vec<u64> {
+        let mut raw = vec![0; self.layout.symbols];
+        let mut rest = &self.stored[self.layout.raw_range()];
+        for (run, raw) in raw.chunks_mut(self.layout.run_elements).enumerate() {
+            let (stored_bits, zeros) = symbols.stored_raw_bits(self.first_run(symbols) + run);
+            let (of_run, later) = rest.split_at(raw_bytes_of_run(raw.len(), stored_bits as usize));
+            rest = later;
+            let (byte_planes, bit_planes) = of_run.split_at(stored_bits as usize / 8 * raw.len());
+            for (plane, bytes) in byte_planes.chunks(raw.len()).enumerate() {
+                for (raw, &byte) in raw.iter_mut().zip(bytes) {
+                    *raw |= u64::from(byte) << (8 * plane);
+                }
             }
-        }
-        let mut words = self.stored[layout.bit_planes_range()].as_chunks().0.iter().copied().map(u32::from_le_bytes);
-        if layout.bit_planes() > 0 {
-            for run in raw.chunks_mut(layout.run_elements) {
-                for vector in run.chunks_mut(LANES) {
-                    for plane in 0..layout.bit_planes() {
-                        let lanes = words.next().expect("the layout has a word per vector and plane");
-                        for (lane, raw) in vector.iter_mut().enumerate() {
-                            *raw |= u64::from(lanes >> lane & 1) << (8 * layout.byte_planes() + plane);
-                        }
+            let mut words = bit_planes.as_chunks().0.iter().copied().map(u32::from_le_bytes);
+            for vector in raw.chunks_mut(LANES) {
+                for bit in stored_bits / 8 * 8..stored_bits {
+                    let plane = words.next().expect("a word per vector and bit");
+                    for (index, raw) in vector.iter_mut().enumerate() {
+                        *raw |= u64::from(plane >> index & 1) << bit;
                     }
                 }
+            }
+            for raw in raw {
+                *raw <<= zeros;
             }
         }
         raw
@@ -127,7 +133,7 @@ impl StripView<'_> {
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
         let positions = self.positions(symbols)?;
-        let raw = self.raw();
+        let raw = self.raw(symbols);
         let mut elements: Vec<u64> = Vec::with_capacity(self.layout.symbols);
         for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
@@ -149,7 +155,7 @@ impl StripView<'_> {
     /// Reconstruction points of scalar codes, in steps.
     fn scalar_points(&self, symbols: &Symbols) -> Result<Vec<f32>, DecodeError> {
         let positions = self.positions(symbols)?;
-        let raw = self.raw();
+        let raw = self.raw(symbols);
         let point = |(index, (&position, &raw)): (usize, (&u8, &u64))| {
             let table = symbols.table_of_run(self.first_run(symbols) + index / self.layout.run_elements);
             if symbols.raw_bits == 0 {
@@ -169,7 +175,7 @@ impl StripView<'_> {
         trellis: Trellis,
     ) -> Result<Vec<f32>, DecodeError> {
         let mut reader = self.lane_reader();
-        let raw = self.raw();
+        let raw = self.raw(symbols);
         let mut states = [0; LANES];
         let mut points = Vec::with_capacity(self.layout.symbols);
         for (run, raw) in raw.chunks(self.layout.run_elements).enumerate() {

@@ -117,6 +117,8 @@ pub enum Coding {
         carrier: Carrier,
         /// Raw bits per symbol: the sign and `raw_bits - 1` low magnitude bits.
         raw_bits: u8,
+        /// For each run, how many low bits are zero in all of its elements and not stored; absent where none are in any run.
+        zero_bits: Option<StoredIntegers>,
     },
     /// Quantized codes, absolute (keyframe) or of a residual (predicted).
     Quantized(QuantizerInfo),
@@ -169,6 +171,8 @@ const CODING_RAW: u8 = 0;
 const CODING_SPLIT: u8 = 1;
 const CODING_QUANTIZED: u8 = 2;
 
+const HAS_ZERO_BITS: u8 = 1;
+
 const HAS_SCALES: u8 = 1;
 const HAS_MEANS: u8 = 2;
 const HAS_PREDICTION: u8 = 4;
@@ -219,17 +223,26 @@ impl PartHeader {
         if !(1..=limits::RAW_BITS).contains(&raw_bits.into()) {
             return Err(reader.invalid("raw bits", offset, raw_bits, "1 to 56"));
         }
-        Ok(Coding::Split { carrier, raw_bits })
+        let zero_bits = match reader.u8("split flags")? {
+            0 => None,
+            HAS_ZERO_BITS => Some(StoredIntegers::parse(reader, "zero bits")?),
+            other => return Err(FormatError::UnknownFeature { feature: format!("split flags {other:#x}") }),
+        };
+        Ok(Coding::Split { carrier, raw_bits, zero_bits })
     }
 
     /// Writes the header.
     pub fn write(&self, writer: &mut Writer) {
         match &self.coding {
             Coding::Raw => writer.u8(CODING_RAW),
-            Coding::Split { carrier, raw_bits } => {
+            Coding::Split { carrier, raw_bits, zero_bits } => {
                 writer.u8(CODING_SPLIT);
                 writer.u8(*carrier as u8);
                 writer.u8(*raw_bits);
+                writer.u8(if zero_bits.is_some() { HAS_ZERO_BITS } else { 0 });
+                if let Some(zero_bits) = zero_bits {
+                    writer.blob(&zero_bits.0);
+                }
             }
             Coding::Quantized(info) => {
                 writer.u8(CODING_QUANTIZED);
@@ -469,7 +482,8 @@ mod tests {
                     Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, scales, means, prediction })
                 });
         let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
-        let split = (carrier, 1..=56_u8).prop_map(|(carrier, raw_bits)| Coding::Split { carrier, raw_bits });
+        let split = (carrier, 1..=56_u8, prop::option::of(integers()))
+            .prop_map(|(carrier, raw_bits, zero_bits)| Coding::Split { carrier, raw_bits, zero_bits });
         prop_oneof![Just(Coding::Raw), split, quantizer]
     }
 

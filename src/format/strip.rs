@@ -19,8 +19,8 @@ pub struct StripLayout {
     pub lanes: usize,
     /// 16-bit words of the lanes.
     pub words: usize,
-    /// Raw low bits per symbol.
-    pub raw_bits: usize,
+    /// Bytes of the raw bits of all runs, see [`raw_bytes_of_run`].
+    pub raw_bytes: usize,
     /// Exceptions.
     pub exceptions: usize,
     /// Bytes of one exception's value.
@@ -28,22 +28,6 @@ pub struct StripLayout {
 }
 
 impl StripLayout {
-    /// Whole bytes of raw bits per symbol: as many byte planes.
-    pub fn byte_planes(&self) -> usize {
-        self.raw_bits / 8
-    }
-
-    /// Raw bits per symbol above the whole bytes: as many bit planes.
-    pub fn bit_planes(&self) -> usize {
-        self.raw_bits % 8
-    }
-
-    /// Groups of 32 symbols, the last of each run counted even if it is not full.
-    pub fn vectors(&self) -> usize {
-        let (runs, rest) = (self.symbols / self.run_elements, self.symbols % self.run_elements);
-        runs * self.run_elements.div_ceil(LANES) + rest.div_ceil(LANES)
-    }
-
     /// Bytes of the lane states.
     pub fn states_range(&self) -> Range<usize> {
         0..STATE_BYTES * self.lanes
@@ -55,21 +39,15 @@ impl StripLayout {
         start..start + 2 * self.words
     }
 
-    /// Bytes of byte plane `plane`: one per symbol.
-    pub fn byte_plane_range(&self, plane: usize) -> Range<usize> {
-        let start = self.words_range().end + plane * self.symbols;
-        start..start + self.symbols
-    }
-
-    /// Bytes of the bit planes: per group of 32 symbols, one little-endian u32 per plane, bit = lane.
-    pub fn bit_planes_range(&self) -> Range<usize> {
-        let start = self.words_range().end + self.byte_planes() * self.symbols;
-        start..start + 4 * self.bit_planes() * self.vectors()
+    /// The raw bits, run after run.
+    pub fn raw_range(&self) -> Range<usize> {
+        let start = self.words_range().end;
+        start..start + self.raw_bytes
     }
 
     /// Bytes of the exceptions: all positions (u16), then all values.
     pub fn exceptions_range(&self) -> Range<usize> {
-        let start = self.bit_planes_range().end;
+        let start = self.raw_range().end;
         start..start + self.exceptions * (2 + self.exception_value_bytes)
     }
 
@@ -79,25 +57,32 @@ impl StripLayout {
     }
 }
 
+/// Bytes that `raw_bits` raw bits of each of a run's symbols take: a plane of one byte per symbol for each whole byte, lowest
+/// first; then for every 32 symbols, the last of them perhaps fewer, a little-endian u32 for each bit that is left, with a bit
+/// per symbol.
+pub fn raw_bytes_of_run(symbols: usize, raw_bits: usize) -> usize {
+    raw_bits / 8 * symbols + raw_bits % 8 * size_of::<u32>() * symbols.div_ceil(LANES)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn pieces_follow_one_another() {
+        let raw_bytes = 2 * raw_bytes_of_run(40, 11) + raw_bytes_of_run(20, 11);
+        assert_eq!(raw_bytes, 100 + 4 * 3 * 5, "40 symbols are two groups, the last 20 one");
         let layout = StripLayout {
             symbols: 100,
             run_elements: 40,
             lanes: 32,
             words: 7,
-            raw_bits: 11,
+            raw_bytes,
             exceptions: 2,
             exception_value_bytes: 4,
         };
-        assert_eq!(layout.vectors(), 2 + 2 + 1, "40 symbols are two groups, the last 20 one");
         assert_eq!(layout.words_range(), 128..142);
-        assert_eq!(layout.byte_plane_range(0), 142..242);
-        assert_eq!(layout.bit_planes_range(), 242..242 + 4 * 3 * 5);
+        assert_eq!(layout.raw_range(), 142..302);
         assert_eq!(layout.bytes(), 302 + 2 * 6);
         assert_eq!(StripLayout { lanes: 4, ..layout }.words_range(), 16..30);
     }

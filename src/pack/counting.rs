@@ -63,7 +63,15 @@ pub fn measure(symbols: &dyn Symbols, pool: &TablePool, every: usize) -> Option<
         total += bits;
         measured += elements;
     }
-    Some((total / measured.max(1) as f64 + f64::from(symbols.raw_bits())) * layout.elements as f64)
+    Some((total / measured.max(1) as f64 + mean_raw_bits(symbols)) * layout.elements as f64)
+}
+
+/// Stored raw bits per symbol, over all runs.
+pub fn mean_raw_bits(symbols: &dyn Symbols) -> f64 {
+    let layout = symbols.layout();
+    let zeros = |run| symbols.zero_bits(run) as usize * layout.run_range(run).len();
+    let zeros: usize = (0..layout.runs()).map(zeros).sum();
+    f64::from(symbols.raw_bits()) - zeros as f64 / layout.elements.max(1) as f64
 }
 
 /// The cheapest table of each run, or pair of tables, as numbers of the pool.
@@ -154,7 +162,8 @@ fn count_placed_strip(
         let unit = f64::from(symbols.unit(run));
         counts.squared_error += weight as f64 * unit * unit * sum_of_squares(offsets);
         counts.symbols += weight * range.len() as u64;
-        counts.other_bits += weight as f64 * f64::from(symbols.raw_bits()) * range.len() as f64;
+        counts.other_bits +=
+            weight as f64 * f64::from(symbols.raw_bits() - symbols.zero_bits(run)) * range.len() as f64;
     }
     Some(counts)
 }

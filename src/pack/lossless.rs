@@ -1,18 +1,19 @@
 //! Which bit-exact coding suits a tensor: the type that carries it and where its elements are split, by measured entropy.
 
+use super::counting::mean_raw_bits;
 use super::histogram::Histogram;
 use super::split_symbols::SplitSymbols;
 use super::symbols::{RunLayout, Symbols};
 use crate::codec::lossless::narrow;
-use crate::format::part::{Carrier, Coding};
+use crate::format::part::Carrier;
 use crate::tensor::{Dtype, TensorInfo};
 
 /// Runs looked at to choose a split.
 const SAMPLED_RUNS: usize = 64;
 /// A split that moves mantissa bits into the symbol must save this many bits per element: whole bytes decode faster.
 const SPLIT_GAIN: f64 = 0.015;
-/// Elements below which a tensor stays raw: a strip's lane states alone take 128 bytes.
-const LEAST_ELEMENTS: u64 = 512;
+/// Elements below which a tensor stays raw: its share of a table and its header take some 30 bytes.
+const LEAST_ELEMENTS: u64 = 192;
 
 /// A chosen split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +52,7 @@ impl Split {
         let cost = |split: Self| {
             let symbols = split.symbols(tensor, bytes);
             let every = symbols.layout.runs().div_ceil(SAMPLED_RUNS);
-            split_entropy(&symbols, every) + f64::from(split.raw_bits)
+            split_entropy(&symbols, every) + mean_raw_bits(&symbols)
         };
         let mut best = (split(0), cost(split(0)));
         for mantissa_in_symbol in 1..=mantissa_bits.min(2) {
@@ -67,20 +68,10 @@ impl Split {
 
     /// The tensor's elements under this split.
     pub fn symbols<'a>(&self, tensor: &TensorInfo, bytes: &'a [u8]) -> SplitSymbols<'a> {
-        SplitSymbols {
-            bytes,
-            element_bytes: tensor.dtype.bits().unwrap_or(8) as usize / 8,
-            layout: RunLayout::of_shape(&tensor.shape, None),
-            carrier: self.carrier,
-            carrier_bits: self.carrier_bits,
-            mantissa_bits: self.mantissa_bits,
-            raw_bits: self.raw_bits,
-        }
-    }
-
-    /// What the part's header says of it.
-    pub fn coding(&self) -> Coding {
-        Coding::Split { carrier: self.carrier, raw_bits: self.raw_bits as u8 }
+        let element_bytes = tensor.dtype.bits().unwrap_or(8) as usize / 8;
+        let layout = RunLayout::of_shape(&tensor.shape, None);
+        let carrier = (self.carrier, self.carrier_bits);
+        SplitSymbols::new(bytes, element_bytes, layout, carrier, self.mantissa_bits, self.raw_bits)
     }
 }
 

@@ -135,12 +135,14 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
 
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    write_raw_bits(&placed.raw, layout.run_elements, symbols.raw_bits(), &mut bytes);
+    for (run, raw) in runs.zip(placed.raw.chunks(layout.run_elements)) {
+        write_raw_bits(raw, symbols.raw_bits(), symbols.zero_bits(run), &mut bytes);
+    }
     bytes.extend(placed.exceptions.iter().flat_map(|(index, _)| index.to_le_bytes()));
     for (_, value) in &placed.exceptions {
         bytes.extend(value);
     }
-    let squared_error = squared_error(symbols, runs.start, &placed, &fitted);
+    let squared_error = squared_error(symbols, layout.strip_runs(strip).start, &placed, &fitted);
     Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), tables_of_run, squared_error })
 }
 
@@ -161,14 +163,14 @@ fn squared_error(symbols: &dyn Symbols, first_run: usize, placed: &Placed, table
     sum
 }
 
-/// Byte planes, then bit planes, as `format::strip` lays them out.
-fn write_raw_bits(raw: &[u64], run_elements: usize, raw_bits: u32, bytes: &mut Vec<u8>) {
-    for plane in 0..raw_bits / 8 {
-        bytes.extend(raw.iter().map(|&raw| (raw >> (8 * plane)) as u8));
+/// The raw bits of a run as `format::strip` lays them out, less the lowest `zeros`.
+fn write_raw_bits(raw: &[u64], raw_bits: u32, zeros: u32, bytes: &mut Vec<u8>) {
+    let (whole, end) = (zeros + (raw_bits - zeros) / 8 * 8, raw_bits);
+    for bit in (zeros..whole).step_by(8) {
+        bytes.extend(raw.iter().map(|&raw| (raw >> bit) as u8));
     }
-    let whole = raw_bits / 8 * 8;
-    for vector in raw.chunks(run_elements).flat_map(|run| run.chunks(LANES)) {
-        for bit in whole..raw_bits {
+    for vector in raw.chunks(LANES) {
+        for bit in whole..end {
             let lanes = (vector.iter().enumerate())
                 .fold(0_u32, |lanes, (lane, &raw)| lanes | ((raw >> bit & 1) as u32) << lane);
             bytes.extend(lanes.to_le_bytes());

@@ -126,7 +126,8 @@ impl RecordEncoder<'_> {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
             Drafted::Split(split, tensor, bytes) => {
-                let encoded = EncodedPart::symbols(split.coding(), &split.symbols(tensor, bytes), self.pool);
+                let symbols = split.symbols(tensor, bytes);
+                let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {

@@ -2,31 +2,71 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::entropy_model::{FittedTable, StreamKind};
 use super::histogram::Histogram;
 use super::symbols::{Placed, RunLayout, Symbols};
+use crate::codec::integers;
 use crate::codec::lossless::{narrow, split_element};
-use crate::format::part::Carrier;
+use crate::format::part::{Carrier, Coding};
 
 /// Bit-exact elements, taken apart.
 pub struct SplitSymbols<'a> {
     /// The tensor's bytes.
-    pub bytes: &'a [u8],
+    bytes: &'a [u8],
     /// Bytes of one element.
-    pub element_bytes: usize,
+    element_bytes: usize,
     /// Layout of the runs.
     pub layout: RunLayout,
     /// The type that is split.
-    pub carrier: Carrier,
+    carrier: Carrier,
     /// Bits of a carrier element.
-    pub carrier_bits: u32,
+    carrier_bits: u32,
     /// Mantissa bits of the carrier.
-    pub mantissa_bits: u32,
+    mantissa_bits: u32,
     /// Raw bits per symbol.
-    pub raw_bits: u32,
+    raw_bits: u32,
+    /// Low bits that are zero in every element of each run; empty where none are in any.
+    zero_bits: Vec<u8>,
 }
 
-impl SplitSymbols<'_> {
+impl<'a> SplitSymbols<'a> {
+    /// The elements of `bytes` split as told.
+    pub fn new(
+        bytes: &'a [u8],
+        element_bytes: usize,
+        layout: RunLayout,
+        carrier: (Carrier, u32),
+        mantissa_bits: u32,
+        raw_bits: u32,
+    ) -> Self {
+        let (carrier, carrier_bits) = carrier;
+        let zero_bits = Vec::new();
+        let mut symbols =
+            Self { bytes, element_bytes, layout, carrier, carrier_bits, mantissa_bits, raw_bits, zero_bits };
+        let zeros_of_run = |run| {
+            let mut bits = 0;
+            symbols.for_each(layout.run_range(run), |element| bits |= element);
+            bits.trailing_zeros().min(raw_bits - 1) as u8
+        };
+        let zero_bits: Vec<u8> = (0..layout.runs()).into_par_iter().map(zeros_of_run).collect();
+        if zero_bits.iter().any(|&zeros| zeros > 0) {
+            symbols.zero_bits = zero_bits;
+        }
+        symbols
+    }
+
+    /// What the part's header says of the split.
+    pub fn coding(&self) -> Coding {
+        let zero_bits: Vec<i32> = self.zero_bits.iter().copied().map(i32::from).collect();
+        Coding::Split {
+            carrier: self.carrier,
+            raw_bits: self.raw_bits as u8,
+            zero_bits: (!zero_bits.is_empty()).then(|| integers::encode(&zero_bits)),
+        }
+    }
+
     /// Gives the carrier elements of consecutive tensor elements.
     #[inline(always)]
     fn for_each(&self, elements: Range<usize>, mut take: impl FnMut(u64)) {
@@ -59,6 +99,10 @@ impl Symbols for SplitSymbols<'_> {
 
     fn raw_bits(&self) -> u32 {
         self.raw_bits
+    }
+
+    fn zero_bits(&self, run: usize) -> u32 {
+        self.zero_bits.get(run).copied().unwrap_or(0).into()
     }
 
     fn nearest(&self, run: usize, symbols: &mut Vec<i32>) {

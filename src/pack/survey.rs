@@ -9,13 +9,13 @@ mod sample;
 use rayon::prelude::*;
 
 use self::sample::Sample;
-use super::counting::{PlacedCounts, count, count_placed, count_weighted};
+use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::options::PackOptions;
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
-use super::symbols::{RunLayout, Symbols};
+use super::symbols::RunLayout;
 use super::treatment::{Decision, Fineness, Treatment};
 use crate::tensor::TensorInfo;
 
@@ -51,6 +51,8 @@ enum State {
     Split {
         split: Split,
         counted: ClassHistograms,
+        /// Raw bits per symbol.
+        raw_bits: f64,
     },
     Quantized {
         sample: Sample,
@@ -193,7 +195,7 @@ impl<'a> Survey<'a> {
             match (&part.state, tried) {
                 (State::Quantized { .. }, Some(tried)) => classes.merge(&tried.counts.classes),
                 (State::Quantized { .. }, None) if settling == Settling::Settle => {
-                    part.state = State::exact(part.tensor, part.bytes)
+                    part.state = State::exact(part.tensor, part.bytes);
                 }
                 _ => (),
             }
@@ -240,7 +242,7 @@ impl State {
         let symbols = split.symbols(tensor, bytes);
         let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
         let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
-        Self::Split { split, counted }
+        Self::Split { split, raw_bits: mean_raw_bits(&symbols), counted }
     }
 
     /// Bit-exact, as short as it gets.
@@ -254,10 +256,7 @@ impl State {
     /// Bits of a bit-exact part with tables of its own.
     fn body_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
         match self {
-            Self::Split { split, counted } => {
-                let raw_bits = split.symbols(tensor, bytes).raw_bits();
-                counted.bits(&counted.fit()) + f64::from(raw_bits) * tensor.elements() as f64
-            }
+            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits * tensor.elements() as f64,
             _ => 8.0 * bytes.len() as f64,
         }
     }
@@ -320,9 +319,8 @@ impl SurveyedPart<'_> {
                 let follows_step = matches!(fineness, Fineness::Times(_));
                 ProbedPart { decision, follows_step, elements, bits, squared_error }
             }
-            (State::Split { split, counted }, _) => {
-                let symbols = split.symbols(self.tensor, self.bytes);
-                let bits = counted.bits(pool) + f64::from(symbols.raw_bits()) * elements as f64 + overhead;
+            (State::Split { split, counted, raw_bits: of_symbol }, _) => {
+                let bits = counted.bits(pool) + *of_symbol * elements as f64 + overhead;
                 exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
             }
             _ => exact(Decision::Raw, raw_bits + PART_BITS),

@@ -7,8 +7,8 @@ use super::histogram::Histogram;
 use crate::format::limits::STRIP_SYMBOLS;
 use crate::format::strip::LANES;
 
-/// Symbols for which a strip gets one more lane.
-const SYMBOLS_PER_LANE: usize = 2048;
+/// Symbols for which a strip gets one more lane: a full strip, of at least 49,152 symbols, has all 32, as vector kernels want.
+const SYMBOLS_PER_LANE: usize = 1536;
 
 /// Where runs and strips of a tensor begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,8 +19,8 @@ pub struct RunLayout {
     pub run_elements: usize,
     /// Runs of one strip.
     pub runs_per_strip: usize,
-    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 2,048
-    /// symbols, which keeps that to an 80th of a bit per symbol.
+    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 1,536
+    /// symbols, which keeps that to a 60th of a bit per symbol.
     pub lanes: usize,
 }
 
@@ -89,6 +89,11 @@ pub trait Symbols: Sync {
     /// Raw bits per symbol.
     fn raw_bits(&self) -> u32;
 
+    /// Low raw bits that are zero in every element of a run, and not stored.
+    fn zero_bits(&self, _run: usize) -> u32 {
+        0
+    }
+
     /// Adds the symbol of every element of a run, each as near to its value as a symbol can be.
     fn nearest(&self, run: usize, symbols: &mut Vec<i32>);
 
@@ -126,5 +131,30 @@ impl Placed {
     /// Which table of a run's two a symbol is coded with.
     pub fn quantizer(&self, index: usize) -> usize {
         self.quantizers.get(index).copied().map_or(0, usize::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_several_strips_has_all_lanes() {
+        for columns in 1..70_000 {
+            let layout = RunLayout::of_shape(&[70_000, columns], None);
+            assert!(layout.strips() > 1 && layout.lanes == LANES, "{columns} columns: {} lanes", layout.lanes);
+        }
+    }
+
+    #[test]
+    fn a_small_part_has_few_lanes() {
+        let lanes = |rows| RunLayout::of_shape(&[rows, 64], None).lanes;
+        assert_eq!([1, 47, 48, 767, 768].map(lanes), [1, 1, 2, 16, 32]);
+    }
+
+    #[test]
+    fn rows_that_are_whole_groups_are_cut_into_them() {
+        let run = |columns| RunLayout::of_shape(&[100, columns], Some(128)).run_elements;
+        assert_eq!([128, 384, 200, 4096].map(run), [128, 128, 200, 128]);
     }
 }

@@ -30,7 +30,8 @@ pub fn write_random_archive(seed: u64, path: &Path) {
     std::fs::write(path, writer.bytes([0; 32])).expect("an archive");
     let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
     let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
-    let options = MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference };
+    let options =
+        MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference, ..MaterializeOptions::default() };
     let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
     read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     std::fs::write(path, writer.bytes(Sha256::digest(&decoded).into())).expect("an archive");
@@ -150,8 +151,14 @@ impl ArchiveWriter {
         };
         let bits = if carrier == Carrier::Own { own_bits } else { 16 };
         let raw_bits = 1 + self.random.below(bits.min(56)) as u8;
-        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), bits / 8, None);
-        let coding = Coding::Split { carrier, raw_bits };
+        let zeros = self.random.chance();
+        let zero_bits = |run: usize| if zeros { run * 7 % usize::from(raw_bits) } else { 0 };
+        let (streams, strip_crcs, body) =
+            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None);
+        let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
+        let of_runs: Vec<i32> = (0..runs).map(|run| zero_bits(run) as i32).collect();
+        let zero_bits = zeros.then(|| integers::encode(&of_runs));
+        let coding = Coding::Split { carrier, raw_bits, zero_bits };
         let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
         Part { tensor, header, body }
     }
@@ -161,7 +168,7 @@ impl ArchiveWriter {
         let state_bits = 3 + self.random.below(6) as u8;
         let trellis = tables.map(|tables| StoredTrellis { tables, state_bits });
         let raw_bits = if self.random.chance() { 0 } else { self.random.below(9) as u8 };
-        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), 2, trellis);
+        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis);
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let random = &mut self.random;
         let scales = random.chance().then(|| random.integers(runs, 40));
@@ -191,6 +198,7 @@ impl ArchiveWriter {
         &mut self,
         elements: usize,
         raw_bits: usize,
+        zero_bits: &dyn Fn(usize) -> usize,
         exception_value_bytes: usize,
         trellis: Option<StoredTrellis>,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
@@ -225,6 +233,10 @@ impl ArchiveWriter {
                 }
                 coded.push((lane, table, position));
             }
+            let mut stored_raw = Vec::new();
+            for (run, raw) in raw.chunks(run_elements).enumerate() {
+                write_raw(raw, raw_bits, zero_bits(strip * runs_per_strip + run), &mut stored_raw);
+            }
             let (mut bytes, strip_words) = encode_lanes(&coded, lanes);
             let positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
             let layout = StripLayout {
@@ -232,11 +244,11 @@ impl ArchiveWriter {
                 run_elements,
                 lanes,
                 words: strip_words,
-                raw_bits,
+                raw_bytes: stored_raw.len(),
                 exceptions: positions.len(),
                 exception_value_bytes,
             };
-            write_raw(&raw, &layout, &mut bytes);
+            bytes.extend(stored_raw);
             bytes.extend(positions.iter().flat_map(|position| position.to_le_bytes()));
             bytes.extend(random.bytes(exception_value_bytes * positions.len()));
             assert_eq!(bytes.len(), layout.bytes(), "the pieces of a strip");
@@ -374,13 +386,15 @@ fn encode_lanes(symbols: &[(usize, &Table, usize)], lanes: usize) -> (Vec<u8>, u
     (bytes, words.len())
 }
 
-/// Byte planes, then bit planes, the absent symbols' bits left zero.
-fn write_raw(raw: &[u64], layout: &StripLayout, bytes: &mut Vec<u8>) {
-    for plane in 0..layout.byte_planes() {
-        bytes.extend(raw.iter().map(|&raw| (raw >> (8 * plane)) as u8));
+/// Byte planes of a run, then its bit planes, the absent symbols' bits left zero, without the lowest `zeros` bits.
+fn write_raw(raw: &[u64], raw_bits: usize, zeros: usize, bytes: &mut Vec<u8>) {
+    let stored: Vec<u64> = raw.iter().map(|raw| raw >> zeros).collect();
+    let bits = raw_bits - zeros;
+    for plane in 0..bits / 8 {
+        bytes.extend(stored.iter().map(|&raw| (raw >> (8 * plane)) as u8));
     }
-    for group in raw.chunks(layout.run_elements).flat_map(|run| run.chunks(LANES)) {
-        for bit in 8 * layout.byte_planes()..layout.raw_bits {
+    for group in stored.chunks(LANES) {
+        for bit in bits / 8 * 8..bits {
             let of_symbol = |(lane, &raw): (usize, &u64)| ((raw >> bit & 1) as u32) << lane;
             bytes.extend(group.iter().enumerate().map(of_symbol).sum::<u32>().to_le_bytes());
         }

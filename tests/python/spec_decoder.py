@@ -59,7 +59,7 @@ class Part:
     def __init__(self, archive, record, side, tensor, reader):
         self.archive, self.record, self.tensor = archive, record, tensor
         self.coding = ("raw", "split", "quantized")[reader.u8("part coding", below=3)]
-        self.trellis = self.reference = None
+        self.trellis = self.reference = self.stored_zero_bits = None
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
             self.carrier = reader.u8("carrier", below=3)
@@ -67,6 +67,7 @@ class Part:
             self.bits = 16 if self.carrier else tensor.bits
             self.raw_bits = reader.u8("raw bits")
             require(1 <= self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
+            self.stored_zero_bits = reader.blob("zero bits") if reader.u8("split flags", below=2) else None
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
         if self.coding != "raw":
             self.read_streams(reader)
@@ -142,6 +143,9 @@ class Part:
         self.runs = -(-self.tensor.elements // self.run_elements)
         self.strips = -(-self.runs // self.runs_per_strip)
         require(self.tables or not self.runs, "part tables: none")
+        zeros = b"\0\0" if self.stored_zero_bits is None else self.stored_zero_bits
+        self.zero_bits = integers(zeros, self.runs, 0, max(self.raw_bits - 1, 0), "zero bits").tolist()
+        MET["zero bits"] += any(self.zero_bits)
         self.table_of_run = integers(choices, self.runs, 0, max(len(self.tables), 1) - 1, "table of run")
         self.words = integers(reader.blob("strip words"), self.strips, 0, 2**17, "strip words")
         self.exceptions = integers(reader.blob("strip exceptions"), self.strips, 0, 2**16, "strip exceptions")
@@ -153,12 +157,12 @@ class Part:
         for strip in range(self.strips):
             symbols = min(full, self.tensor.elements - strip * full)
             lengths = [min(self.run_elements, symbols - at) for at in range(0, symbols, self.run_elements)]
-            groups = sum(-(-length // 32) for length in lengths)
             words, exceptions = int(self.words[strip]), int(self.exceptions[strip])
             require(exceptions <= symbols, f"strip exceptions: {exceptions}")
-            planes = symbols * (self.raw_bits // 8), 4 * (self.raw_bits % 8) * groups
-            sizes = [4 * self.lanes, 2 * words, *planes, 2 * exceptions, self.exception_bytes * exceptions]
-            self.layout.append((self.length, sizes, lengths))
+            bits = [self.raw_bits - zeros for zeros in self.zero_bits[strip * self.runs_per_strip :][: len(lengths)]]
+            raw = sum(n * (r // 8) + 4 * (r % 8) * -(-n // 32) for n, r in zip(lengths, bits))
+            sizes = [4 * self.lanes, 2 * words, raw, 2 * exceptions, self.exception_bytes * exceptions]
+            self.layout.append((self.length, sizes, lengths, bits))
             self.length += sum(sizes)
 
     def set_coefficients(self, per_run):
@@ -183,11 +187,11 @@ class Part:
 
 def strip_pieces(part, number):
     """The pieces of a strip after its checksum, and the lengths of its runs."""
-    offset, sizes, lengths = part.layout[number]
+    offset, sizes, lengths, bits = part.layout[number]
     stored = part.archive.data[part.at + offset : part.at + offset + sum(sizes)]
     require(crc32c(stored) == part.checksums[number], f"strip {number}: checksum")
     ends = np.cumsum(sizes).tolist()
-    states, words, byte_planes, bit_planes, positions, values = (
+    states, words, planes, positions, values = (
         stored[end - size : end] for end, size in zip(ends, sizes)
     )
     positions = np.frombuffer(positions, "<u2").tolist()
@@ -195,20 +199,22 @@ def strip_pieces(part, number):
     require(not positions or positions[-1] < sum(lengths), f"strip {number}: exception position")
     MET["exceptions"] += len(positions)
     exceptions = dict(zip(positions, np.frombuffer(values, f"<V{part.exception_bytes}")))
-    raw = raw_numbers(byte_planes, np.frombuffer(bit_planes, "<u4").tolist(), part.raw_bits, lengths)
+    raw = raw_numbers(planes, part.raw_bits, bits, lengths)
     return np.frombuffer(states, "<u4").tolist(), np.frombuffer(words, "<u2").tolist(), raw, exceptions, lengths
 
 
-def raw_numbers(byte_planes, bit_planes, raw_bits, lengths):
-    symbols, whole, rest = sum(lengths), raw_bits // 8, raw_bits % 8
-    raw = [sum(byte_planes[plane * symbols + i] << 8 * plane for plane in range(whole)) for i in range(symbols)]
-    at = first = 0
-    for length in lengths:
+def raw_numbers(planes, raw_bits, stored_bits, lengths):
+    raw, at = [], 0
+    for length, bits in zip(lengths, stored_bits):
+        whole, rest, zeros = bits // 8, bits % 8, raw_bits - bits
+        groups = at + whole * length
         for i in range(length):
-            group = at + i // 32 * rest
+            number = sum(planes[at + plane * length + i] << 8 * plane for plane in range(whole))
             for k in range(rest):
-                raw[first + i] |= (bit_planes[group + k] >> i % 32 & 1) << (8 * whole + k)
-        at, first = at + -(-length // 32) * rest, first + length
+                word = groups + 4 * (i // 32 * rest + k)
+                number |= (planes[word + i % 32 // 8] >> i % 8 & 1) << (8 * whole + k)
+            raw.append(number << zeros)
+        at = groups + 4 * rest * -(-length // 32)
     return raw
 
 

@@ -122,7 +122,7 @@ mod tests {
                 part(quantized(None)),
                 part(quantized(Some(prediction))),
                 part(Coding::Raw),
-                part(Coding::Split { carrier: Carrier::Own, raw_bits: 8 }),
+                part(Coding::Split { carrier: Carrier::Own, raw_bits: 8, zero_bits: None }),
             ],
             permutation_bytes: 20,
         };

@@ -226,8 +226,8 @@ impl<'a> Strip<'a> {
             let out = self.out.add(offset);
             if WIDE {
                 let high = value(&self.values.high);
-                let first_half = _mm512_permutex2var_epi16(low, interleave(0), high);
-                let second_half = _mm512_permutex2var_epi16(low, interleave(16), high);
+                let first_half = _mm512_permutex2var_epi16(low, INTERLEAVE[0].load(), high);
+                let second_half = _mm512_permutex2var_epi16(low, INTERLEAVE[1].load(), high);
                 if MASKED {
                     _mm512_mask_storeu_epi32(out.cast(), lanes as __mmask16, first_half);
                     _mm512_mask_storeu_epi32(out.add(64).cast(), (lanes >> 16) as __mmask16, second_half);
@@ -301,10 +301,27 @@ unsafe fn look_up_either(a: &[u16; PADDED], b: &[u16; PADDED], take_b: __mmask32
     unsafe { _mm512_mask_mov_epi16(look_up_word(a, index), take_b, look_up_word(b, index)) }
 }
 
-/// The permutation of two registers that interleaves their words from word `first` on.
-#[inline(always)]
-unsafe fn interleave(first: u16) -> __m512i {
-    let index: [u16; 32] = std::array::from_fn(|word| first + word as u16 / 2 + 32 * (word as u16 % 2));
-    // SAFETY: the array is a register long.
-    unsafe { _mm512_loadu_si512(index.as_ptr().cast()) }
+/// The permutations of two registers that interleave their words: the first halves, the second halves.
+static INTERLEAVE: [Permutation; 2] = [interleave(0), interleave(16)];
+
+/// Indices of a permutation of two registers of words.
+#[repr(align(64))]
+struct Permutation([u16; 32]);
+
+const fn interleave(first: u16) -> Permutation {
+    let mut index = [0; 32];
+    let mut word = 0;
+    while word < 32 {
+        index[word] = first + word as u16 / 2 + 32 * (word as u16 % 2);
+        word += 1;
+    }
+    Permutation(index)
+}
+
+impl Permutation {
+    #[inline(always)]
+    unsafe fn load(&self) -> __m512i {
+        // SAFETY: the indices are a register.
+        unsafe { _mm512_load_si512(self.0.as_ptr().cast()) }
+    }
 }

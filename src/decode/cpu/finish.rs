@@ -5,8 +5,8 @@
 //! arithmetic is single binary32 operations in the reference decoder's order.
 
 #[cfg(target_arch = "x86_64")]
-use super::raw_bits::ByMask;
-use super::raw_bits::{ByTable, RawBits, Spread};
+use super::raw_bits::spread_by_mask;
+use super::raw_bits::{RawBits, Spread, spread_by_table};
 use crate::codec::lossless::join_element;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{dequantize, join_code};
@@ -18,7 +18,9 @@ use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 pub type RunPrediction<'a> = Option<(RunPredictor, &'a [u8])>;
 
 /// Joins symbols, shifted to their place in the element, with raw bits, in place.
-type Join<O> = unsafe fn(raw: &RawBits<'_>, elements: &mut [O]);
+type JoinInPlace = unsafe fn(raw: &RawBits<'_>, elements: &mut [[u8; 2]]);
+/// Joins symbols and raw bits to elements.
+type Join = unsafe fn(symbols: &[[u8; 2]], raw: &RawBits<'_>, out: &mut [[u8; 4]]);
 /// Turns 16-bit elements into the binary32 they stand for.
 type Widen = unsafe fn(elements: &[[u8; 2]], out: &mut [[u8; 4]]);
 /// Dequantizes codes with raw bits below them: codes, raw bits, step, mean, binary32 values.
@@ -34,10 +36,12 @@ type Round = unsafe fn(residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out
 /// All are safe to call where the CPU has the instructions of the level.
 #[derive(Debug)]
 pub struct Kernels {
+    /// Bit planes to bytes.
+    pub spread: Spread,
     /// Magnitude and raw bits of 16-bit elements.
-    pub join_16: Join<[u8; 2]>,
-    /// Magnitude and raw bits of 32-bit elements.
-    pub join_32: Join<[u8; 4]>,
+    pub join_16: JoinInPlace,
+    /// Symbols and raw bits of 32-bit elements.
+    pub join_32: Join,
     /// bfloat16 to binary32.
     pub widen_bf16: Widen,
     /// binary16 to binary32.
@@ -60,14 +64,16 @@ macro_rules! compile_for {
         mod $module {
             use super::*;
 
-            compile_for!(@function join_16::<$spread>(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) $(, $features)?);
-            compile_for!(@function join_32::<$spread>(raw: &RawBits<'_>, elements: &mut [[u8; 4]]) $(, $features)?);
+            compile_for!(@function join_16(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) $(, $features)?);
+            compile_for!(@function join_32(
+                symbols: &[[u8; 2]], raw: &RawBits<'_>, out: &mut [[u8; 4]]
+            ) $(, $features)?);
             compile_for!(@function widen_bf16(elements: &[[u8; 2]], out: &mut [[u8; 4]]) $(, $features)?);
             compile_for!(@function widen_f16(elements: &[[u8; 2]], out: &mut [[u8; 4]]) $(, $features)?);
-            compile_for!(@function dequantize_codes::<$spread>(
+            compile_for!(@function dequantize_codes(
                 codes: &[[u8; 2]], raw: &RawBits<'_>, step: f32, mean: Option<f32>, residuals: &mut [[u8; 4]]
             ) $(, $features)?);
-            compile_for!(@function dequantize_trellis::<$spread>(
+            compile_for!(@function dequantize_trellis(
                 codes: &[[u8; 2]],
                 raw: &RawBits<'_>,
                 states: (Trellis, &mut [u16; LANES]),
@@ -89,6 +95,7 @@ macro_rules! compile_for {
         $(#[$attribute])*
         #[doc = concat!("Compiled for the level `", stringify!($module), "`.")]
         pub const $level: Kernels = Kernels {
+            spread: $spread,
             join_16: $module::join_16,
             join_32: $module::join_32,
             widen_bf16: $module::widen_bf16,
@@ -100,70 +107,114 @@ macro_rules! compile_for {
             round_f32: $module::round_f32,
         };
     };
-    (@function $name:ident $(::<$spread:ident>)?($($argument:ident: $type:ty),*) $(, $features:literal)?) => {
+    (@function $name:ident($($argument:ident: $type:ty),*) $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         pub(super) unsafe fn $name($($argument: $type),*) {
-            super::$name$(::<$spread>)?($($argument),*);
+            super::$name($($argument),*);
         }
     };
 }
 
-compile_for!(PORTABLE, portable, ByTable);
+compile_for!(PORTABLE, portable, spread_by_table);
 compile_for!(
     #[cfg(target_arch = "x86_64")]
     AVX2,
     avx2,
-    ByTable,
+    spread_by_table,
     "avx2,bmi1,bmi2,popcnt"
 );
 compile_for!(
     #[cfg(target_arch = "x86_64")]
     AVX512,
     avx512,
-    ByMask,
+    spread_by_mask,
     "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi1,bmi2,popcnt"
 );
 
+// Loops over whole runs, by index, whose length the compiler does not know: it vectorizes these. It unrolls loops over the
+// lanes of a vector instead, and may leave closures and iterators uninlined, which are then compiled for any CPU.
+
 #[inline(always)]
-fn join_16<S: Spread>(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) {
-    if let Some(plane) = raw.only_byte_plane() {
-        for (element, &raw) in elements.iter_mut().zip(plane) {
-            let sign_and_low = u16::from(raw & 0x80) << 8 | u16::from(raw & 0x7f);
-            *element = (u16::from_le_bytes(*element) | sign_and_low).to_le_bytes();
+fn join_16(raw: &RawBits<'_>, elements: &mut [[u8; 2]]) {
+    let (low_bits, zeros, length) = (raw.count() - 1, raw.zeros(), elements.len());
+    match *raw.planes() {
+        [low] => {
+            let low = &low[..length];
+            for index in 0..length {
+                elements[index] = join_element_16(elements[index], u16::from(low[index]) << zeros, low_bits);
+            }
         }
-        return;
+        [low, high] => {
+            let (low, high) = (&low[..length], &high[..length]);
+            for index in 0..length {
+                let raw = u16::from_le_bytes([low[index], high[index]]);
+                elements[index] = join_element_16(elements[index], raw << zeros, low_bits);
+            }
+        }
+        _ => unreachable!("16 raw bits at most are checked when a part is prepared"),
     }
-    let low_bits = raw.count() - 1;
-    raw.for_each_vector::<S, _>(|start, raw: &[u16]| {
-        for (element, &raw) in elements[start..].iter_mut().zip(raw) {
-            let sign_and_low = (raw >> low_bits) << 15 | raw & ((1 << low_bits) - 1);
-            *element = (u16::from_le_bytes(*element) | sign_and_low).to_le_bytes();
-        }
-    });
+}
+
+/// Sign and low bits joined to the other magnitude bits of an element.
+#[inline(always)]
+fn join_element_16(magnitude: [u8; 2], raw: u16, low_bits: u32) -> [u8; 2] {
+    let sign_and_low = (raw >> low_bits) << 15 | raw & ((1 << low_bits) - 1);
+    (u16::from_le_bytes(magnitude) | sign_and_low).to_le_bytes()
 }
 
 #[inline(always)]
-fn join_32<S: Spread>(raw: &RawBits<'_>, elements: &mut [[u8; 4]]) {
-    let low_bits = raw.count() - 1;
-    raw.for_each_vector::<S, _>(|start, raw: &[u32]| {
-        for (element, &raw) in elements[start..].iter_mut().zip(raw) {
-            let sign_and_low = (raw >> low_bits) << 31 | raw & ((1 << low_bits) - 1);
-            *element = (u32::from_le_bytes(*element) | sign_and_low).to_le_bytes();
+fn join_32(symbols: &[[u8; 2]], raw: &RawBits<'_>, out: &mut [[u8; 4]]) {
+    let (low_bits, zeros, length) = (raw.count() - 1, raw.zeros(), out.len());
+    let symbols = &symbols[..length];
+    match *raw.planes() {
+        [a] => {
+            let a = &a[..length];
+            for index in 0..length {
+                out[index] = join_element_32(symbols[index], [a[index], 0, 0, 0], zeros, low_bits);
+            }
         }
-    });
+        [a, b] => {
+            let (a, b) = (&a[..length], &b[..length]);
+            for index in 0..length {
+                out[index] = join_element_32(symbols[index], [a[index], b[index], 0, 0], zeros, low_bits);
+            }
+        }
+        [a, b, c] => {
+            let (a, b, c) = (&a[..length], &b[..length], &c[..length]);
+            for index in 0..length {
+                out[index] = join_element_32(symbols[index], [a[index], b[index], c[index], 0], zeros, low_bits);
+            }
+        }
+        [a, b, c, d] => {
+            let (a, b, c, d) = (&a[..length], &b[..length], &c[..length], &d[..length]);
+            for index in 0..length {
+                out[index] = join_element_32(symbols[index], [a[index], b[index], c[index], d[index]], zeros, low_bits);
+            }
+        }
+        _ => unreachable!("32 raw bits at most are checked when a part is prepared"),
+    }
+}
+
+/// As [`join_element`]: magnitude bits that do not fit are dropped.
+#[inline(always)]
+fn join_element_32(symbol: [u8; 2], raw: [u8; 4], zeros: u32, low_bits: u32) -> [u8; 4] {
+    let (symbol, raw) = (u32::from(u16::from_le_bytes(symbol)), u32::from_le_bytes(raw) << zeros);
+    let magnitude = (symbol << low_bits | raw & ((1 << low_bits) - 1)) & (u32::MAX >> 1);
+    ((raw >> low_bits) << 31 | magnitude).to_le_bytes()
 }
 
 /// Joins symbols of elements of any width, eight bytes each in `out` or fewer: types that are rare in checkpoints.
 pub fn join_any(symbols: &[[u8; 2]], raw: &RawBits<'_>, width: u32, out: &mut [u8]) {
-    let (element_bytes, raw_bits) = (width as usize / 8, raw.count());
-    raw.for_each_vector::<ByTable, _>(|start, raw: &[u64]| {
-        let elements = out[start * element_bytes..].chunks_mut(element_bytes);
-        for ((out, symbol), &bits) in elements.zip(&symbols[start..]).zip(raw) {
-            let symbol = u16::from_le_bytes(*symbol).into();
-            let element = join_element(symbol, bits, width, raw_bits);
-            out.copy_from_slice(&element.to_le_bytes()[..element_bytes]);
+    let element_bytes = width as usize / 8;
+    for (index, (out, &symbol)) in out.chunks_mut(element_bytes).zip(symbols).enumerate() {
+        let mut bits = [0; 8];
+        for (bits, plane) in bits.iter_mut().zip(raw.planes()) {
+            *bits = plane[index];
         }
-    });
+        let symbol = u16::from_le_bytes(symbol).into();
+        let element = join_element(symbol, u64::from_le_bytes(bits) << raw.zeros(), width, raw.count());
+        out.copy_from_slice(&element.to_le_bytes()[..element_bytes]);
+    }
 }
 
 #[inline(always)]
@@ -181,25 +232,18 @@ fn widen_f16(elements: &[[u8; 2]], out: &mut [[u8; 4]]) {
 }
 
 #[inline(always)]
-fn dequantize_codes<S: Spread>(
-    codes: &[[u8; 2]],
-    raw: &RawBits<'_>,
-    step: f32,
-    mean: Option<f32>,
-    residuals: &mut [[u8; 4]],
-) {
-    let raw_bits = raw.count();
-    raw.for_each_vector::<S, _>(|start, raw: &[u16]| {
-        let run = residuals[start..].iter_mut().zip(&codes[start..]);
-        for ((residual, &code), &raw) in run.zip(raw) {
-            let point = join_code(i16::from_le_bytes(code), raw.into(), raw_bits) as f32;
-            *residual = dequantize(point, step, mean).to_le_bytes();
-        }
-    });
+fn dequantize_codes(codes: &[[u8; 2]], raw: &RawBits<'_>, step: f32, mean: Option<f32>, residuals: &mut [[u8; 4]]) {
+    let [raw_bits] = *raw.planes() else { unreachable!("8 raw bits at most below codes") };
+    let length = residuals.len();
+    let (codes, raw_bits) = (&codes[..length], &raw_bits[..length]);
+    for index in 0..length {
+        let code = join_code(i16::from_le_bytes(codes[index]), raw_bits[index].into(), raw.count());
+        residuals[index] = dequantize(code as f32, step, mean).to_le_bytes();
+    }
 }
 
 #[inline(always)]
-fn dequantize_trellis<S: Spread>(
+fn dequantize_trellis(
     codes: &[[u8; 2]],
     raw: &RawBits<'_>,
     (trellis, states): (Trellis, &mut [u16; LANES]),
@@ -207,16 +251,19 @@ fn dequantize_trellis<S: Spread>(
     mean: Option<f32>,
     residuals: &mut [[u8; 4]],
 ) {
-    let raw_bits = raw.count();
-    raw.for_each_vector::<S, _>(|start, raw: &[u16]| {
-        let lanes = states.iter_mut().zip(&mut residuals[start..]).zip(&codes[start..]);
-        for (((state, residual), &code), &raw) in lanes.zip(raw) {
-            let code = join_code(i16::from_le_bytes(code), raw.into(), raw_bits);
-            let multiple = multiple(code, quantizer_of(*state));
-            *state = trellis.next_state(*state, multiple);
-            *residual = dequantize(multiple as f32, step, mean).to_le_bytes();
+    let [raw_bits] = *raw.planes() else { unreachable!("8 raw bits at most below codes") };
+    let length = residuals.len();
+    for first in (0..length).step_by(LANES) {
+        let lanes = LANES.min(length - first);
+        let (states, residuals) = (&mut states[..lanes], &mut residuals[first..][..lanes]);
+        let (codes, raw_bits) = (&codes[first..][..lanes], &raw_bits[first..][..lanes]);
+        for lane in 0..lanes {
+            let code = join_code(i16::from_le_bytes(codes[lane]), raw_bits[lane].into(), raw.count());
+            let multiple = multiple(code, quantizer_of(states[lane]));
+            states[lane] = trellis.next_state(states[lane], multiple);
+            residuals[lane] = dequantize(multiple as f32, step, mean).to_le_bytes();
         }
-    });
+    }
 }
 
 #[inline(always)]

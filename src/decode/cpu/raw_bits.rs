@@ -1,9 +1,10 @@
-//! The raw bits of one run, collected from the strip's byte and bit planes.
-
-use std::ops::Range;
+//! The raw bits of one run as bytes: the strip's byte planes as they are, its bit planes gathered into one more.
 
 use crate::format::limits::RAW_BITS;
-use crate::format::strip::{LANES, StripLayout};
+use crate::format::strip::LANES;
+
+/// Bytes that the raw bits of a symbol fill at most.
+const MOST_PLANES: usize = RAW_BITS.div_ceil(8) as usize;
 
 /// For each byte, its bits as one byte each.
 static BYTES_OF_BITS: [u64; 256] = bytes_of_bits();
@@ -22,158 +23,113 @@ const fn bytes_of_bits() -> [u64; 256] {
     table
 }
 
-/// How bit planes become one byte per symbol.
-pub trait Spread {
-    /// Gathers bit `plane` of each of 32 symbols from the words of `planes`, fewer than 8: bit = lane.
-    fn spread(planes: &[[u8; 4]], bits: &mut [u8; LANES]);
-}
+/// Gathers bit planes into one byte per symbol: `planes` words for each 32 symbols, bit = lane.
+///
+/// Safe to call where the CPU has the instructions of its level.
+pub type Spread = unsafe fn(words: &[[u8; 4]], planes: usize, bytes: &mut [[u8; LANES]]);
 
-/// Any CPU: eight symbols of one plane are a table look-up.
-#[derive(Debug)]
-pub struct ByTable;
-
-impl Spread for ByTable {
-    #[inline(always)]
-    fn spread(planes: &[[u8; 4]], bits: &mut [u8; LANES]) {
+/// [`Spread`] on any CPU: eight symbols of one plane are a table look-up.
+///
+/// # Safety
+/// None needed: it is a safe function behind the type that kernels have.
+pub unsafe fn spread_by_table(words: &[[u8; 4]], planes: usize, bytes: &mut [[u8; LANES]]) {
+    for (words, bytes) in words.chunks_exact(planes).zip(bytes) {
         let mut eights = [0_u64; LANES / 8];
-        for (plane, word) in planes.iter().enumerate() {
+        for (plane, word) in words.iter().enumerate() {
             for (eight, &byte) in eights.iter_mut().zip(word) {
                 *eight |= BYTES_OF_BITS[usize::from(byte)] << plane;
             }
         }
-        for (bits, eight) in bits.as_chunks_mut().0.iter_mut().zip(eights) {
-            *bits = eight.to_le_bytes();
+        for (bytes, eight) in bytes.as_chunks_mut().0.iter_mut().zip(eights) {
+            *bytes = eight.to_le_bytes();
         }
     }
 }
 
-/// AVX-512: a word of a plane is a mask. Used only by what is compiled for AVX-512 with BW and VL.
+/// [`Spread`] with AVX-512: a word of a plane is a mask.
+///
+/// # Safety
+/// The CPU has AVX-512 BW and VL.
 #[cfg(target_arch = "x86_64")]
-#[derive(Debug)]
-pub struct ByMask;
-
-#[cfg(target_arch = "x86_64")]
-impl Spread for ByMask {
-    #[inline(always)]
-    fn spread(planes: &[[u8; 4]], bits: &mut [u8; LANES]) {
-        use core::arch::x86_64::*;
-        // SAFETY: `bits` is 32 bytes long; only functions compiled for AVX-512 are given this type.
-        unsafe {
-            let mut sum = _mm256_setzero_si256();
-            let mut value = _mm256_set1_epi8(1);
-            for &word in planes {
-                sum = _mm256_mask_add_epi8(sum, u32::from_le_bytes(word), sum, value);
-                value = _mm256_add_epi8(value, value);
-            }
-            _mm256_storeu_si256(bits.as_mut_ptr().cast(), sum);
-        }
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+pub unsafe fn spread_by_mask(words: &[[u8; 4]], planes: usize, bytes: &mut [[u8; LANES]]) {
+    match planes {
+        1 => spread_masks::<1>(words, bytes),
+        2 => spread_masks::<2>(words, bytes),
+        3 => spread_masks::<3>(words, bytes),
+        4 => spread_masks::<4>(words, bytes),
+        5 => spread_masks::<5>(words, bytes),
+        6 => spread_masks::<6>(words, bytes),
+        _ => spread_masks::<7>(words, bytes),
     }
 }
 
-/// Where the raw bits of a run lie.
-#[derive(Clone, Debug)]
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn spread_masks<const PLANES: usize>(words: &[[u8; 4]], bytes: &mut [[u8; LANES]]) {
+    use core::arch::x86_64::*;
+    let words = words.as_chunks::<PLANES>().0;
+    for vector in 0..words.len().min(bytes.len()) {
+        let mut sum = _mm256_setzero_si256();
+        let mut value = _mm256_set1_epi8(1);
+        for &word in &words[vector] {
+            sum = _mm256_mask_add_epi8(sum, u32::from_le_bytes(word), sum, value);
+            value = _mm256_add_epi8(value, value);
+        }
+        // SAFETY: 32 bytes are a register.
+        unsafe { _mm256_storeu_si256(bytes[vector].as_mut_ptr().cast(), sum) }
+    }
+}
+
+/// The raw bits of a run: bits 8p to 8p + 7 of every symbol are the bytes of plane p.
+#[derive(Clone, Copy, Debug)]
 pub struct RawBits<'a> {
-    stored: &'a [u8],
-    layout: StripLayout,
-    symbols: Range<usize>,
-    bit_words: &'a [[u8; 4]],
+    stored_bits: u32,
+    zeros: u32,
+    planes: [&'a [u8]; MOST_PLANES],
 }
-
-/// An integer wide enough for the raw bits of a symbol.
-pub trait RawWord: Copy + Default {
-    /// `bits << shift`; the shift is less than the integer is wide.
-    fn shifted(bits: u8, shift: usize) -> Self;
-    /// Both.
-    fn or(self, other: Self) -> Self;
-}
-
-macro_rules! raw_words {
-    ($($word:ty)*) => { $(
-        impl RawWord for $word {
-            #[inline(always)]
-            fn shifted(bits: u8, shift: usize) -> Self {
-                <$word>::from(bits).wrapping_shl(shift as u32)
-            }
-
-            #[inline(always)]
-            fn or(self, other: Self) -> Self {
-                self | other
-            }
-        }
-    )* };
-}
-raw_words!(u16 u32 u64);
 
 impl<'a> RawBits<'a> {
-    /// The raw bits of run `run` of a strip, whose symbols are `symbols`.
-    pub fn of_run(stored: &'a [u8], layout: StripLayout, run: usize, symbols: Range<usize>) -> Self {
-        let words = stored[layout.bit_planes_range()].as_chunks().0;
-        let words_of_full_run = layout.run_elements.div_ceil(LANES) * layout.bit_planes();
-        let words_of_run = symbols.len().div_ceil(LANES) * layout.bit_planes();
-        let bit_words = &words[run * words_of_full_run..][..words_of_run];
-        Self { stored, layout, symbols, bit_words }
+    /// The raw bits of a run of `symbols` symbols, whose planes are `stored`: `stored_bits` of each, and `zeros` below them
+    /// that are not stored. Bits of bit planes are kept in `gathered`.
+    pub fn of_run(
+        stored: &'a [u8],
+        symbols: usize,
+        (stored_bits, zeros): (u32, u32),
+        spread: Spread,
+        gathered: &'a mut Vec<[u8; LANES]>,
+    ) -> Self {
+        let mut planes: [&[u8]; MOST_PLANES] = [&[]; MOST_PLANES];
+        let (bytes, bits) = ((stored_bits / 8) as usize, (stored_bits % 8) as usize);
+        let (byte_planes, bit_planes) = stored.split_at(bytes * symbols);
+        for (plane, bytes) in planes.iter_mut().zip(byte_planes.chunks(symbols)) {
+            *plane = bytes;
+        }
+        if bits > 0 {
+            gathered.resize(symbols.div_ceil(LANES), [0; LANES]);
+            // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+            unsafe { spread(bit_planes.as_chunks().0, bits, gathered) }
+            planes[bytes] = &gathered.as_flattened()[..symbols];
+        }
+        Self { stored_bits, zeros, planes }
     }
 
-    /// Raw bits per symbol.
+    /// Raw bits per symbol, those that are not stored included.
     #[inline(always)]
     pub fn count(&self) -> u32 {
-        self.layout.raw_bits as u32
+        self.stored_bits + self.zeros
     }
 
-    /// The byte plane, where raw bits are exactly that.
+    /// How many low raw bits are zero and in no plane.
     #[inline(always)]
-    pub fn only_byte_plane(&self) -> Option<&'a [u8]> {
-        (self.layout.raw_bits == 8).then(|| self.byte_plane(0))
+    pub fn zeros(&self) -> u32 {
+        self.zeros
     }
 
+    /// One byte per symbol for each eight raw bits that are stored, begun or whole.
     #[inline(always)]
-    fn byte_plane(&self, plane: usize) -> &'a [u8] {
-        &self.stored[self.layout.byte_plane_range(plane)][self.symbols.clone()]
-    }
-
-    /// Gives the raw bits of all symbols, 32 at a time and the rest of the run, with the number of the first in the run.
-    #[inline(always)]
-    pub fn for_each_vector<S: Spread, T: RawWord>(&self, mut take: impl FnMut(usize, &[T])) {
-        let byte_planes: [&[u8]; MOST_BYTE_PLANES] =
-            std::array::from_fn(|plane| if plane < self.layout.byte_planes() { self.byte_plane(plane) } else { &[] });
-        let byte_planes = &byte_planes[..self.layout.byte_planes()];
-        let whole = self.symbols.len() / LANES * LANES;
-        for first in (0..whole).step_by(LANES) {
-            let mut raw = self.bits_of_vector::<S, T>(first);
-            for (plane, bytes) in byte_planes.iter().enumerate() {
-                let bytes: &[u8; LANES] = bytes[first..].first_chunk().expect("a whole vector is left");
-                for (raw, &byte) in raw.iter_mut().zip(bytes) {
-                    *raw = raw.or(T::shifted(byte, 8 * plane));
-                }
-            }
-            take(first, &raw);
-        }
-        if whole < self.symbols.len() {
-            let mut raw = self.bits_of_vector::<S, T>(whole);
-            for (plane, bytes) in byte_planes.iter().enumerate() {
-                for (raw, &byte) in raw.iter_mut().zip(&bytes[whole..]) {
-                    *raw = raw.or(T::shifted(byte, 8 * plane));
-                }
-            }
-            take(whole, &raw[..self.symbols.len() - whole]);
-        }
-    }
-
-    /// The bits of the bit planes at their place above the byte planes.
-    #[inline(always)]
-    fn bits_of_vector<S: Spread, T: RawWord>(&self, first: usize) -> [T; LANES] {
-        let mut raw = [T::default(); LANES];
-        let planes = self.layout.bit_planes();
-        if planes > 0 {
-            let mut bits = [0; LANES];
-            S::spread(&self.bit_words[first / LANES * planes..][..planes], &mut bits);
-            // A loop, because `array::map` is no loop to LLVM and stays scalar.
-            for (raw, bits) in raw.iter_mut().zip(bits) {
-                *raw = T::shifted(bits, 8 * self.layout.byte_planes());
-            }
-        }
-        raw
+    pub fn planes(&self) -> &[&'a [u8]] {
+        &self.planes[..self.stored_bits.div_ceil(8) as usize]
     }
 }
-
-const MOST_BYTE_PLANES: usize = RAW_BITS as usize / 8;

@@ -1,26 +1,33 @@
-//! Strips of one part decoded in lockstep: runs walked, tables and values chosen, exceptions patched. Safe code; what is
-//! worth writing per instruction set is behind [`Kernels`].
+//! Strips of one part decoded in lockstep: runs walked, tables and values chosen. Safe code; what is worth writing per
+//! instruction set is behind [`Kernels`]. What follows entropy decoding is in `finishing`.
+
+mod finishing;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::finish::{RunPrediction, join_any};
 use super::kernels::{Kernels, Lanes, Output, PORTABLE, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
-use super::raw_bits::{ByTable, RawBits};
 use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
-use crate::codec::lossless::widen;
-use crate::codec::quantizer::{dequantize, join_code};
-use crate::codec::trellis::{Trellis, multiple, quantizer_of};
+use crate::codec::trellis::Trellis;
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::{LANES, StripLayout};
-use crate::tensor::Dtype;
 
 /// Tables whose values are kept for a whole call; a part that lists more has them made run by run.
 const KEPT_TABLES: usize = 64;
+
+/// Elements of a piece, which goes through one stage after the other: whole runs that stay in the first-level cache.
+const PIECE_ELEMENTS: usize = 2048;
+
+/// Where decoded symbols go.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Output,
+    Scratch,
+}
 
 /// How the values of a run become elements.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +64,8 @@ pub struct PartDecoder<'a> {
     meaning: Meaning,
     element_bytes: usize,
     clock: Option<&'a StageClock>,
+    /// Whether all runs have the same table and values.
+    is_one_table: bool,
     /// By table number, where neither step nor mean changes from run to run.
     kept_values: Vec<RunValues>,
 }
@@ -66,14 +75,18 @@ struct Strip<'a> {
     number: usize,
     layout: StripLayout,
     stored: &'a [u8],
+    /// Raw bits of this run and those after it.
+    raw: &'a [u8],
     words: Words<'a>,
     lanes: Lanes,
     values: RunValues,
     out: &'a mut [u8],
-    /// Values of the run, where they are not elements yet.
+    /// Values of the piece, where they are not elements yet.
     scratch: Vec<u8>,
     /// Dequantized values of the run, where raw bits are below their codes.
     residuals: Vec<[u8; 4]>,
+    /// Raw bits of the run, gathered from bit planes.
+    bit_planes: Vec<[u8; LANES]>,
     /// Reference elements of the run, where they lie scattered.
     gathered: Vec<u8>,
 }
@@ -130,6 +143,7 @@ impl<'a> PartDecoder<'a> {
             meaning,
             element_bytes,
             clock,
+            is_one_table: false,
             kept_values: Vec::new(),
         };
         decoder.keep_values();
@@ -156,6 +170,7 @@ impl<'a> PartDecoder<'a> {
         for (number, values) in kept.iter_mut().enumerate() {
             self.fill(values, number, 0);
         }
+        self.is_one_table = numbers == 1 && self.symbols.run_elements.is_multiple_of(LANES);
         self.kept_values = kept;
     }
 
@@ -182,7 +197,7 @@ impl<'a> PartDecoder<'a> {
         self.meaning.fill(values, self.tables(number), self.table_use, step, mean);
     }
 
-    /// Decodes strips of equal length.
+    /// Decodes strips in lockstep, the longest first.
     pub fn decode<const N: usize>(&self, jobs: [&mut StripJob<'_>; N]) -> Result<(), DecodeError> {
         let padded: [Option<Vec<u8>>; N] = std::array::from_fn(|job| self.padded_words(&*jobs[job]));
         let mut at = 0;
@@ -191,34 +206,49 @@ impl<'a> PartDecoder<'a> {
             at += 1;
             strip
         });
-        let symbols = strips[0].layout.symbols;
-        for run in 0..symbols.div_ceil(self.symbols.run_elements) {
-            let first = run * self.symbols.run_elements;
-            let elements = first..symbols.min(first + self.symbols.run_elements);
-            match self.path {
-                Path::Split16 { carrier: Carrier::Own } => {
-                    self.run_into_output::<N, [u8; 2]>(&mut strips, run, elements.clone());
-                }
-                Path::Split32 => self.run_into_output::<N, [u8; 4]>(&mut strips, run, elements.clone()),
-                Path::Final if self.element_bytes == 2 => {
-                    self.run_into_output::<N, [u8; 2]>(&mut strips, run, elements.clone());
-                }
-                Path::Final => self.run_into_output::<N, [u8; 4]>(&mut strips, run, elements.clone()),
-                Path::Residual { .. } => self.run_into_scratch::<N, [u8; 4]>(&mut strips, run, elements.clone()),
-                // The trellis and its two tables go hand in hand.
-                Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
-                Path::Split16 { .. } | Path::SplitAny { .. } | Path::Raw { .. } => {
-                    self.run_into_scratch::<N, [u8; 2]>(&mut strips, run, elements.clone());
-                }
-            }
-            self.ended(Stage::Entropy);
-            for strip in &mut strips {
-                self.finish_run(strip, run, elements.clone());
+        let run_elements = self.symbols.run_elements;
+        let piece_elements = run_elements * (PIECE_ELEMENTS / run_elements).max(1);
+        let whole_runs = |strip: &Strip<'_>| strip.layout.symbols - strip.layout.symbols % run_elements;
+        let mut start = 0;
+        while start < whole_runs(&strips[0]) {
+            let count = strips.iter().take_while(|strip| whole_runs(strip) > start).count();
+            let end = whole_runs(&strips[count - 1]).min(start + piece_elements);
+            self.decode_piece(&mut strips, count, start..end);
+            start = end;
+        }
+        // The last run of a part may be shorter than the others.
+        for strip in &mut strips {
+            let rest = whole_runs(strip)..strip.layout.symbols;
+            if !rest.is_empty() {
+                self.decode_piece(std::array::from_mut(strip), 1, rest);
             }
         }
         strips.into_iter().try_for_each(|strip| self.end(strip))?;
         self.ended(Stage::Exceptions);
         Ok(())
+    }
+
+    /// Decodes the same elements of the first `count` strips.
+    fn decode_piece<const N: usize>(&self, strips: &mut [Strip<'_>; N], count: usize, elements: Range<usize>) {
+        match self.path {
+            Path::Split16 { carrier: Carrier::Own } => {
+                self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
+            }
+            Path::Final if self.element_bytes == 2 => {
+                self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
+            }
+            Path::Final => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Output),
+            Path::Residual { .. } => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Scratch),
+            // The trellis and its two tables go hand in hand.
+            Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
+            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
+                self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Scratch);
+            }
+        }
+        self.ended(Stage::Entropy);
+        for strip in &mut strips[..count] {
+            self.finish(strip, elements.clone());
+        }
     }
 
     /// A copy of a strip's words where nothing readable follows them.
@@ -241,12 +271,14 @@ impl<'a> PartDecoder<'a> {
             number: job.strip,
             layout,
             stored: job.stored,
+            raw: &job.stored[layout.raw_range()],
             words: Words::new(words, layout.words).expect("padded where it was not long enough"),
             lanes: Lanes::new(states),
             values: RunValues::ZERO,
             out: job.out,
             scratch: Vec::new(),
             residuals: Vec::new(),
+            bit_planes: Vec::new(),
             gathered: Vec::new(),
         }
     }
@@ -255,41 +287,45 @@ impl<'a> PartDecoder<'a> {
         strip.number * self.symbols.runs_per_strip + run
     }
 
-    fn run_into_output<const N: usize, O: Output>(
+    /// Decodes the symbols of the runs that fill `elements`, all of them into one place.
+    fn decode_symbols<const N: usize, O: Output>(
         &self,
         strips: &mut [Strip<'_>; N],
-        run: usize,
-        elements: Range<usize>,
+        count: usize,
+        elements: &Range<usize>,
+        place: Place,
     ) {
-        self.make_values(strips, run);
-        let bytes = elements.start * size_of::<O>()..elements.end * size_of::<O>();
-        let mut jobs = strips.each_mut().map(|strip| {
-            let run = self.run_of_part(strip, run);
-            let Strip { lanes, words, values, out, .. } = strip;
-            self.job(run, lanes, *words, values, O::slice(&mut out[bytes.clone()]))
-        });
-        // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
+        // With one table for all, lanes need not stop between runs.
+        let at_once = if self.is_one_table { elements.len() } else { self.symbols.run_elements };
+        for start in elements.clone().step_by(at_once) {
+            let end = elements.end.min(start + at_once);
+            let run = start / self.symbols.run_elements;
+            self.make_values(&mut strips[..count], run);
+            let mut left = count;
+            let mut jobs = strips.each_mut().map(|strip| {
+                // A strip that has ended has no such run: its job is made of another and left out.
+                let has_run = left > 0;
+                left = left.saturating_sub(1);
+                let run = self.run_of_part(strip, if has_run { run } else { 0 });
+                let Strip { lanes, words, values, out, scratch, .. } = strip;
+                let out = match place {
+                    _ if !has_run => &mut [],
+                    Place::Output => &mut O::slice(out)[start..end],
+                    Place::Scratch => {
+                        scratch.resize(elements.len() * size_of::<O>(), 0);
+                        &mut O::slice(scratch)[start - elements.start..end - elements.start]
+                    }
+                };
+                let number = self.symbols.table_number_of_run(run);
+                let values = self.kept_values.get(number).unwrap_or(values);
+                RunJob { lanes, words: *words, tables: self.tables(number), values, trellis: self.trellis, out }
+            });
+            // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+            unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs[..count]) }
+        }
     }
 
-    fn run_into_scratch<const N: usize, O: Output>(
-        &self,
-        strips: &mut [Strip<'_>; N],
-        run: usize,
-        elements: Range<usize>,
-    ) {
-        self.make_values(strips, run);
-        let mut jobs = strips.each_mut().map(|strip| {
-            let run = self.run_of_part(strip, run);
-            let Strip { lanes, words, values, scratch, .. } = strip;
-            scratch.resize(elements.len() * size_of::<O>(), 0);
-            self.job(run, lanes, *words, values, O::slice(scratch))
-        });
-        // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs) }
-    }
-
-    fn make_values<const N: usize>(&self, strips: &mut [Strip<'_>; N], run: usize) {
+    fn make_values(&self, strips: &mut [Strip<'_>], run: usize) {
         if self.kept_values.is_empty() {
             for strip in strips {
                 let run = self.run_of_part(strip, run);
@@ -298,233 +334,13 @@ impl<'a> PartDecoder<'a> {
             self.ended(Stage::ValueTables);
         }
     }
-
-    fn job<'j, O>(
-        &'j self,
-        run: usize,
-        lanes: &'j mut Lanes,
-        words: Words<'j>,
-        own_values: &'j RunValues,
-        out: &'j mut [O],
-    ) -> RunJob<'j, O> {
-        let number = self.symbols.table_number_of_run(run);
-        let values = self.kept_values.get(number).unwrap_or(own_values);
-        RunJob { lanes, words, tables: self.tables(number), values, trellis: self.trellis, out }
-    }
-
-    /// What is left to do with a run whose values are there.
-    fn finish_run(&self, strip: &mut Strip<'_>, run: usize, elements: Range<usize>) {
-        let finish = &self.kernels.finish;
-        let run_of_part = self.run_of_part(strip, run);
-        let bytes = elements.start * self.element_bytes..elements.end * self.element_bytes;
-        let raw = RawBits::of_run(strip.stored, strip.layout, run, elements.clone());
-        // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
-        match self.path {
-            Path::Final => {}
-            Path::Split16 { carrier: Carrier::Own } => {
-                // SAFETY: see above.
-                unsafe { (finish.join_16)(&raw, strip.out[bytes].as_chunks_mut().0) }
-            }
-            Path::Split16 { carrier } => {
-                let elements = strip.scratch.as_chunks_mut().0;
-                let widen = if carrier == Carrier::Bf16 { finish.widen_bf16 } else { finish.widen_f16 };
-                // SAFETY: see above.
-                unsafe {
-                    (finish.join_16)(&raw, elements);
-                    widen(elements, strip.out[bytes].as_chunks_mut().0);
-                }
-            }
-            // SAFETY: see above.
-            Path::Split32 => unsafe { (finish.join_32)(&raw, strip.out[bytes].as_chunks_mut().0) },
-            Path::SplitAny { width } => {
-                join_any(strip.scratch.as_chunks().0, &raw, width, &mut strip.out[bytes]);
-            }
-            Path::Residual { prediction } => {
-                let first = self.first_element(strip) + elements.start;
-                let elements = first..first + elements.len();
-                let prediction = self.prediction_of_run(prediction, run_of_part, elements, &mut strip.gathered);
-                self.round(&strip.scratch, prediction, &mut strip.out[bytes]);
-            }
-            Path::Raw { trellis, prediction } => {
-                let (step, mean) = self.step_and_mean(run_of_part);
-                let mut residuals = std::mem::take(&mut strip.residuals);
-                residuals.resize(elements.len(), [0; 4]);
-                match trellis {
-                    // SAFETY: see above.
-                    None => unsafe {
-                        (finish.dequantize)(strip.scratch.as_chunks().0, &raw, step, mean, &mut residuals);
-                    },
-                    // SAFETY: see above.
-                    Some((TrellisTables::Shared, trellis)) if self.meaning == Meaning::Code => unsafe {
-                        let codes = strip.scratch.as_chunks().0;
-                        let states = (trellis, &mut strip.lanes.trellis);
-                        (finish.dequantize_trellis)(codes, &raw, states, step, mean, &mut residuals);
-                    },
-                    Some(trellis) => {
-                        let points = self.trellis_points(strip, trellis, &raw, run_of_part);
-                        for (residual, point) in residuals.iter_mut().zip(points) {
-                            *residual = dequantize(point, step, mean).to_le_bytes();
-                        }
-                    }
-                }
-                self.ended(Stage::RawBits);
-                let first = self.first_element(strip) + elements.start;
-                let prediction = prediction.and_then(|prediction| {
-                    self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
-                });
-                self.round(residuals.as_flattened(), prediction, &mut strip.out[bytes]);
-                strip.residuals = residuals;
-            }
-        }
-        self.ended(Stage::RawBits);
-    }
-
-    /// The first element of a strip, counted in the part.
-    fn first_element(&self, strip: &Strip<'_>) -> usize {
-        self.run_of_part(strip, 0) * self.symbols.run_elements
-    }
-
-    /// Rounds residuals, with their prediction added, to elements.
-    fn round(&self, residuals: &[u8], prediction: RunPrediction<'_>, out: &mut [u8]) {
-        let finish = &self.kernels.finish;
-        let round = match self.part.dtype() {
-            Dtype::BF16 => finish.round_bf16,
-            Dtype::F16 => finish.round_f16,
-            _ => finish.round_f32,
-        };
-        // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { round(residuals.as_chunks().0, prediction, out) }
-        self.ended(Stage::Prediction);
-    }
-
-    /// The predictor of a run and the reference bytes of its elements, gathered if motion has scattered them.
-    fn prediction_of_run<'s>(
-        &self,
-        prediction: &Prediction,
-        run: usize,
-        elements: Range<usize>,
-        gathered: &'s mut Vec<u8>,
-    ) -> RunPrediction<'s>
-    where
-        'a: 's,
-    {
-        let reference = self.reference.expect("a predicted part is decoded with its reference at hand");
-        let bytes_of = |elements: Range<usize>| elements.start * self.element_bytes..elements.end * self.element_bytes;
-        let predictor = prediction.of_run(run);
-        let Some(motion) = &prediction.motion else {
-            return Some((predictor, &reference[bytes_of(elements)]));
-        };
-        let mut spans = motion.spans(elements.clone());
-        if let Some(span) = spans.next()
-            && span.len() == elements.len()
-        {
-            return Some((predictor, &reference[bytes_of(span)]));
-        }
-        gathered.resize(elements.len() * self.element_bytes, 0);
-        match self.element_bytes {
-            2 => gather::<2>(reference, motion.spans(elements), gathered),
-            _ => gather::<4>(reference, motion.spans(elements), gathered),
-        }
-        self.ended(Stage::Placement);
-        Some((predictor, gathered))
-    }
-
-    /// Reconstruction points of a run of trellis-coded codes with raw bits below them, in steps.
-    fn trellis_points(
-        &self,
-        strip: &mut Strip<'_>,
-        (tables_in_use, trellis): (TrellisTables, Trellis),
-        raw: &RawBits<'_>,
-        run: usize,
-    ) -> Vec<f32> {
-        let number = self.symbols.table_number_of_run(run);
-        let tables = self.symbols.tables();
-        let pair = match tables_in_use {
-            TrellisTables::Shared => [&tables[number]; 2],
-            TrellisTables::Pairs => [&tables[2 * number], &tables[2 * number + 1]],
-        };
-        let mut points = Vec::with_capacity(strip.scratch.len() / 2);
-        raw.for_each_vector::<ByTable, u16>(|start, raw| {
-            for (index, &raw) in (start..).zip(raw) {
-                let lane = index % strip.lanes.count;
-                let state = strip.lanes.trellis[lane];
-                let in_use = quantizer_of(state);
-                let table = pair[usize::from(in_use)];
-                let position = match tables_in_use {
-                    TrellisTables::Shared => strip.scratch[2 * index],
-                    TrellisTables::Pairs => strip.lanes.decode_symbol(lane, strip.words, table),
-                };
-                let multiple = multiple(join_code(table.code(position), raw.into(), self.symbols.raw_bits), in_use);
-                strip.lanes.trellis[lane] = trellis.next_state(state, multiple);
-                points.push(multiple as f32 + table.point_offset(position));
-            }
-        });
-        points
-    }
-
-    /// Checks that the lanes of a strip came home, and patches its exceptions.
-    fn end(&self, strip: Strip<'_>) -> Result<(), DecodeError> {
-        let Strip { number, layout, stored, lanes, out, .. } = strip;
-        lanes.finish(layout.words).map_err(|error| DecodeError::Lanes { strip: number, error })?;
-        let (positions, values) = stored[layout.exceptions_range()].split_at(2 * layout.exceptions);
-        let mut least = 0;
-        for (&position, value) in positions.as_chunks().0.iter().zip(values.chunks(layout.exception_value_bytes)) {
-            let position = u16::from_le_bytes(position);
-            let index = usize::from(position);
-            if index < least || index >= layout.symbols {
-                return Err(DecodeError::ExceptionPosition { strip: number, position, symbols: layout.symbols });
-            }
-            least = index + 1;
-            self.patch(number, index, value, &mut out[index * self.element_bytes..][..self.element_bytes]);
-        }
-        Ok(())
-    }
-
-    /// Writes the element that an exception stands for.
-    fn patch(&self, strip: usize, index: usize, value: &[u8], out: &mut [u8]) {
-        let element = strip * self.symbols.runs_per_strip * self.symbols.run_elements + index;
-        let PartKind::Quantized { quantizer, prediction, .. } = self.part.kind() else {
-            let carrier = match self.path {
-                Path::Split16 { carrier } => carrier,
-                _ => Carrier::Own,
-            };
-            let mut bytes = [0; 8];
-            bytes[..value.len()].copy_from_slice(value);
-            let element = widen(carrier, u64::from_le_bytes(bytes)).to_le_bytes();
-            out.copy_from_slice(&element[..out.len()]);
-            return;
-        };
-        let run = element / self.symbols.run_elements;
-        let code = i16::from_le_bytes([value[0], value[1]]);
-        let residual = dequantize(code.into(), quantizer.step_of_run(run), quantizer.mean_of_run(run)).to_le_bytes();
-        let mut gathered = Vec::new();
-        let prediction = prediction
-            .as_ref()
-            .and_then(|prediction| self.prediction_of_run(prediction, run, element..element + 1, &mut gathered));
-        self.round(&residual, prediction, out);
-    }
-}
-
-/// Copies spans of elements from `reference`, one after another.
-fn gather<const BYTES: usize>(reference: &[u8], spans: impl Iterator<Item = Range<usize>>, gathered: &mut [u8]) {
-    let reference = reference.as_chunks::<BYTES>().0;
-    let mut rest = gathered.as_chunks_mut::<BYTES>().0;
-    for span in spans {
-        let (next, later) = rest.split_at_mut(span.len());
-        match next {
-            [element] => *element = reference[span.start], // where every column moves alone: no call to copy it
-            _ => next.copy_from_slice(&reference[span]),
-        }
-        rest = later;
-    }
 }
 
 /// How split elements of a width are decoded.
 fn split_path<'a>(carrier: Carrier, width: u32, raw_bits: u32) -> (Path<'a>, Meaning) {
-    let magnitude = Meaning::Magnitude { width, low_bits: raw_bits - 1 };
     match width {
-        16 => (Path::Split16 { carrier }, magnitude),
-        32 => (Path::Split32, magnitude),
+        16 => (Path::Split16 { carrier }, Meaning::Magnitude { low_bits: raw_bits - 1 }),
+        32 => (Path::Split32, Meaning::Code),
         _ => (Path::SplitAny { width }, Meaning::Code),
     }
 }

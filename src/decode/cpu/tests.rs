@@ -92,12 +92,14 @@ fn encode(symbols: &[(u8, &CodingTable)], run_elements: usize, lanes: usize) -> 
     bytes
 }
 
-fn raw_bit_planes(raw: &[u64], run_elements: usize, raw_bits: u32) -> Vec<u8> {
+fn raw_bit_planes(raw: &[u64], raw_bits: u32, zeros: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
+    let stored: Vec<u64> = raw.iter().map(|raw| raw >> zeros).collect();
+    let raw_bits = raw_bits - zeros;
     for plane in 0..raw_bits / 8 {
-        bytes.extend(raw.iter().map(|&raw| (raw >> (8 * plane)) as u8));
+        bytes.extend(stored.iter().map(|&raw| (raw >> (8 * plane)) as u8));
     }
-    for vector in raw.chunks(run_elements).flat_map(|run| run.chunks(LANES)) {
+    for vector in stored.chunks(LANES) {
         for bit in raw_bits / 8 * 8..raw_bits {
             let word = vector.iter().enumerate().fold(0, |word, (lane, raw)| word | ((raw >> bit & 1) as u32) << lane);
             bytes.extend(word.to_le_bytes());
@@ -183,6 +185,10 @@ impl Recipe {
         let tables: Vec<_> = (0..numbers * per_number).map(|_| Arc::new(table(random, codes_from))).collect();
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.i32(0..numbers as i32)).collect();
 
+        let is_split = matches!(self.coding, Kind::Split(..));
+        let zeros = if is_split && self.exceptions { i32::from(raw_bits) } else { 1 };
+        let zero_bits: Vec<i32> = (0..runs).map(|_| random.i32(0..zeros)).collect();
+
         let (mut words, mut exceptions, mut body, mut strip_crcs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for first in (0..elements).step_by(run_elements * self.runs_per_strip) {
             let symbols = (elements - first).min(run_elements * self.runs_per_strip);
@@ -204,7 +210,9 @@ impl Recipe {
                 .collect();
             let mut strip = encode(&coded, run_elements, self.lanes);
             words.push((strip.len() - 4 * self.lanes) as i32 / 2);
-            strip.extend(raw_bit_planes(&raw, run_elements, raw_bits.into()));
+            for (run, raw) in raw.chunks(run_elements).enumerate() {
+                strip.extend(raw_bit_planes(raw, raw_bits.into(), zero_bits[first / run_elements + run] as u32));
+            }
             let excepted: Vec<usize> = (0..symbols).filter(|_| self.exceptions && random.u8(..) < 5).collect();
             exceptions.push(excepted.len() as i32);
             strip.extend(excepted.iter().flat_map(|&index| (index as u16).to_le_bytes()));
@@ -215,7 +223,10 @@ impl Recipe {
 
         let mut motion = None;
         let coding = match self.coding {
-            Kind::Split(carrier, raw_bits) => Coding::Split { carrier, raw_bits },
+            Kind::Split(carrier, raw_bits) => {
+                let zero_bits = self.exceptions.then(|| integers::encode(&zero_bits));
+                Coding::Split { carrier, raw_bits, zero_bits }
+            }
             Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides } => {
                 let mut each =
                     |low, high| integers::encode(&(0..runs).map(|_| random.i32(low..high)).collect::<Vec<_>>());

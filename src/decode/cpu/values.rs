@@ -2,7 +2,7 @@
 //! computed per symbol.
 
 use super::kernels::{RunValues, TableUse};
-use crate::codec::entropy::{CodingTable, DecodingTable, PADDED};
+use crate::codec::entropy::CodingTable;
 use crate::codec::quantizer::dequantize;
 use crate::numerics::{bf16_from_f32, f16_from_f32};
 use crate::tensor::Dtype;
@@ -14,10 +14,8 @@ pub enum Meaning {
     Code,
     /// The position itself.
     Position,
-    /// The code in the magnitude bits above `low_bits`, of elements 16 or 32 bits wide.
+    /// The code in the magnitude bits above `low_bits`, of elements 16 bits wide.
     Magnitude {
-        /// Bits of the element.
-        width: u32,
         /// Bits below the symbol.
         low_bits: u32,
     },
@@ -59,7 +57,9 @@ impl Meaning {
             match self {
                 Self::Code => *low = table.codes.map(|code| code as u16),
                 Self::Position => *low = std::array::from_fn(|position| position as u16),
-                Self::Magnitude { width, low_bits } => magnitudes(table, width, low_bits, low, high),
+                Self::Magnitude { low_bits } => {
+                    *low = table.codes.map(|code| (u32::from(code as u16) << low_bits) as u16 & (u16::MAX >> 1));
+                }
                 Self::Bf16 => *low = points.map(|point| bf16_from_f32(dequantize(point, step, mean))),
                 Self::F16 => *low = points.map(|point| f16_from_f32(dequantize(point, step, mean))),
                 Self::F32 => {
@@ -69,13 +69,5 @@ impl Meaning {
                 }
             }
         }
-    }
-}
-
-fn magnitudes(table: &DecodingTable, width: u32, low_bits: u32, low: &mut [u16; PADDED], high: &mut [u16; PADDED]) {
-    for (position, &code) in table.codes.iter().enumerate() {
-        let magnitude = u64::from(code as u16) << low_bits & ((1 << (width - 1)) - 1);
-        low[position] = magnitude as u16;
-        high[position] = (magnitude >> 16) as u16;
     }
 }

@@ -11,7 +11,7 @@ use super::super::quantize::values_of;
 use super::super::survey::ProbedPart;
 use super::{Encoder, PackError, quantized_tensors};
 use crate::archive::Archive;
-use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
 
 /// Bytes decoded at once when the finished archive is compared with its source.
 const COMPARE_WINDOW: usize = 8 << 20;
@@ -36,8 +36,10 @@ impl Encoder<'_> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let archive = Arc::new(Archive::open(&path)?);
-        let materializer =
-            Materializer::new(MaterializeOptions { cache_bytes: self.compare_cache(), engine: EngineChoice::Auto });
+        let materializer = Materializer::new(MaterializeOptions {
+            cache_bytes: self.compare_cache(),
+            ..MaterializeOptions::default()
+        });
         let quantized = quantized_tensors(&self.plan, parts);
         let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
         let mut window = Vec::new();
@@ -100,9 +102,6 @@ impl Compared {
 }
 
 /// Fills `out` from `offset` on, on as many threads as there are.
-///
-/// Plain threads, not rayon's: one that waits for a tensor that another decodes must not be a thread that the decoding is
-/// spread over, or it would wait for itself.
 fn read_in_parallel(
     materializer: &Materializer,
     archive: &Arc<Archive>,
