@@ -103,8 +103,22 @@ impl Flight {
 struct Pilot<'a, K: Hash + Eq> {
     cache: &'a Cache<K>,
     key: K,
-    flight: &'a Flight,
+    flight: Arc<Flight>,
     landing: Landing,
+}
+
+impl<K: Hash + Eq + Clone> Pilot<'_, K> {
+    /// Keeps what was made, and lets those who wait have it.
+    fn land<E: Clone + Send + 'static>(mut self, made: Result<Arc<[u8]>, E>) -> Result<Arc<[u8]>, E> {
+        self.landing = match &made {
+            Ok(value) => {
+                self.cache.keep(&self.key, value);
+                Landing::Made(Arc::clone(value))
+            }
+            Err(error) => Landing::Failed(Box::new(error.clone())),
+        };
+        made
+    }
 }
 
 impl<K: Hash + Eq> Drop for Pilot<'_, K> {
@@ -140,29 +154,74 @@ impl<K: Hash + Eq + Clone> Cache<K> {
         key: K,
         make: impl FnOnce() -> Result<Arc<[u8]>, E>,
     ) -> Result<Arc<[u8]>, E> {
-        loop {
-            let flight = {
-                let mut state = lock(&self.state);
-                if let Some(value) = state.entries.get(&key) {
-                    let value = Arc::clone(value);
-                    state.stats.hits += 1;
-                    return Ok(value);
+        let mut make = Some(make);
+        let mut values = self.get_or_make_all(&[key], |_| {
+            let make = make.take().expect("whoever made the value once is not asked again");
+            vec![make()]
+        })?;
+        Ok(values.pop().expect("one value per key"))
+    }
+
+    /// The values for `keys`, which must differ from one another: as [`get_or_try_insert`](Self::get_or_try_insert), with
+    /// those that nobody has and nobody makes made together.
+    ///
+    /// `make` is given their places in `keys` and returns one result for each, in that order. It must not ask the cache
+    /// for any key that another caller may make together with one of these.
+    ///
+    /// # Errors
+    /// One of the errors, after all values that could be made are there.
+    pub fn get_or_make_all<E: Clone + Send + 'static>(
+        &self,
+        keys: &[K],
+        mut make: impl FnMut(&[usize]) -> Vec<Result<Arc<[u8]>, E>>,
+    ) -> Result<Vec<Arc<[u8]>>, E> {
+        let mut values = vec![None; keys.len()];
+        while values.iter().any(Option::is_none) {
+            let (mine, theirs) = self.claim(keys, &mut values);
+            if !mine.is_empty() {
+                let places: Vec<usize> = mine.iter().map(|(place, _)| *place).collect();
+                let results = make(&places);
+                assert_eq!(results.len(), mine.len(), "one result per value asked for");
+                // All land before anyone is waited for: two callers that each make what the other needs both go on.
+                let landed: Vec<_> = mine.into_iter().zip(results).map(|((_, pilot), made)| pilot.land(made)).collect();
+                for (place, made) in places.into_iter().zip(landed) {
+                    values[place] = Some(made?);
                 }
-                if let Some(flight) = state.in_flight.get(&key) {
-                    Arc::clone(flight)
-                } else {
-                    let flight = Arc::new(Flight::default());
-                    state.in_flight.insert(key.clone(), Arc::clone(&flight));
-                    state.stats.misses += 1;
-                    drop(state);
-                    return self.make(key, &flight, make);
+            }
+            for (place, flight) in theirs {
+                if let Some(made) = flight.wait() {
+                    lock(&self.state).stats.shared += 1;
+                    values[place] = Some(made?);
                 }
-            };
-            if let Some(result) = flight.wait() {
-                lock(&self.state).stats.shared += 1;
-                return result;
             }
         }
+        Ok(values.into_iter().map(|value| value.expect("the loop ends when all are there")).collect())
+    }
+
+    /// Fills in the values that are there. The others are the caller's to make, or being made by somebody else.
+    #[allow(clippy::type_complexity)] // two lists of what stands at a place
+    fn claim(
+        &self,
+        keys: &[K],
+        values: &mut [Option<Arc<[u8]>>],
+    ) -> (Vec<(usize, Pilot<'_, K>)>, Vec<(usize, Arc<Flight>)>) {
+        let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+        let mut state = lock(&self.state);
+        for (place, (key, value)) in keys.iter().zip(values).enumerate().filter(|(_, (_, value))| value.is_none()) {
+            if let Some(found) = state.entries.get(key) {
+                *value = Some(Arc::clone(found));
+                state.stats.hits += 1;
+            } else if let Some(flight) = state.in_flight.get(key) {
+                theirs.push((place, Arc::clone(flight)));
+            } else {
+                let flight = Arc::new(Flight::default());
+                state.in_flight.insert(key.clone(), Arc::clone(&flight));
+                state.stats.misses += 1;
+                mine.push((place, Pilot { cache: self, key: key.clone(), flight, landing: Landing::Abandoned }));
+            }
+        }
+        drop(state);
+        (mine, theirs)
     }
 
     /// The value for `key` if it is there. A value being made is not there yet.
@@ -173,28 +232,30 @@ impl<K: Hash + Eq + Clone> Cache<K> {
         value
     }
 
+    /// Which of `keys` are there or being made now.
+    pub fn knows(&self, keys: &[K]) -> Vec<bool> {
+        let state = lock(&self.state);
+        keys.iter().map(|key| state.entries.contains(key) || state.in_flight.contains_key(key)).collect()
+    }
+
+    /// Lets go of values that nobody will ask for again.
+    pub fn forget(&self, keys: &[K]) {
+        let mut forgotten = Vec::new(); // freed after the lock is
+        let mut state = lock(&self.state);
+        for key in keys {
+            if let Some(value) = state.entries.pop(key) {
+                state.stats.bytes -= value.len() as u64;
+                forgotten.push(value);
+            }
+            state.made.remove(&self.hasher.hash_one(key)); // if it is made again, then for another purpose
+        }
+        drop(state);
+    }
+
     /// What the cache holds and has done.
     pub fn stats(&self) -> CacheStats {
         let state = lock(&self.state);
         CacheStats { entries: state.entries.len() as u64, ..state.stats }
-    }
-
-    fn make<E: Clone + Send + 'static>(
-        &self,
-        key: K,
-        flight: &Flight,
-        make: impl FnOnce() -> Result<Arc<[u8]>, E>,
-    ) -> Result<Arc<[u8]>, E> {
-        let mut pilot = Pilot { cache: self, key, flight, landing: Landing::Abandoned };
-        let result = make();
-        match &result {
-            Ok(value) => {
-                self.keep(&pilot.key, value);
-                pilot.landing = Landing::Made(Arc::clone(value));
-            }
-            Err(error) => pilot.landing = Landing::Failed(Box::new(error.clone())),
-        }
-        result
     }
 
     fn keep(&self, key: &K, value: &Arc<[u8]>) {
@@ -234,179 +295,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::Barrier;
-    use std::sync::atomic::{AtomicU64, Ordering};
-    use std::thread;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn bytes(length: usize) -> Arc<[u8]> {
-        vec![7; length].into()
-    }
-
-    fn make(length: usize) -> impl FnOnce() -> Result<Arc<[u8]>, String> {
-        move || Ok(bytes(length))
-    }
-
-    /// Spins until `count` threads wait for the flight of `key`: each of them holds the flight.
-    fn until_waiting(cache: &Cache<u32>, key: u32, count: usize) {
-        loop {
-            let state = lock(&cache.state);
-            // One count in the table and one held by the maker.
-            if state.in_flight.get(&key).is_some_and(|flight| Arc::strong_count(flight) == 2 + count) {
-                return;
-            }
-            drop(state);
-            thread::yield_now();
-        }
-    }
-
-    #[test]
-    fn concurrent_callers_of_one_key_share_one_make() {
-        let cache = Cache::new(1000);
-        let makes = AtomicU64::new(0);
-        thread::scope(|scope| {
-            for _ in 0..8 {
-                scope.spawn(|| {
-                    let value = cache.get_or_try_insert(1, || {
-                        makes.fetch_add(1, Ordering::Relaxed);
-                        until_waiting(&cache, 1, 7);
-                        Ok::<_, String>(bytes(10))
-                    });
-                    assert_eq!(value.unwrap().len(), 10);
-                });
-            }
-        });
-        assert_eq!(makes.into_inner(), 1);
-        let stats = cache.stats();
-        assert_eq!((stats.misses, stats.shared, stats.hits, stats.duplicate_makes), (1, 7, 0, 0));
-    }
-
-    #[test]
-    fn waiters_share_the_error_and_a_later_caller_tries_again() {
-        let cache = Cache::new(1000);
-        thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    let result = cache.get_or_try_insert(1, || {
-                        until_waiting(&cache, 1, 3);
-                        Err("CRC".to_owned())
-                    });
-                    assert_eq!(result.unwrap_err(), "CRC");
-                });
-            }
-        });
-        assert_eq!(cache.stats().misses, 1);
-        assert!(cache.get_or_try_insert(1, make(1)).is_ok());
-        assert_eq!(cache.stats().duplicate_makes, 0, "a failed make made nothing");
-    }
-
-    #[test]
-    fn a_panicking_make_does_not_hang_the_waiters() {
-        let cache = Cache::new(1000);
-        let panics = AtomicU64::new(0);
-        let first = AtomicU64::new(0);
-        thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    let result = catch_unwind(AssertUnwindSafe(|| {
-                        cache.get_or_try_insert(1, || {
-                            if first.fetch_add(1, Ordering::Relaxed) == 0 {
-                                until_waiting(&cache, 1, 3);
-                                panic!("a bug in the decoder");
-                            }
-                            Ok::<_, String>(bytes(3))
-                        })
-                    }));
-                    match result {
-                        Ok(value) => assert_eq!(value.unwrap().len(), 3),
-                        Err(_) => drop(panics.fetch_add(1, Ordering::Relaxed)),
-                    }
-                });
-            }
-        });
-        assert_eq!(panics.into_inner(), 1);
-        assert!(lock(&cache.state).in_flight.is_empty());
-    }
-
-    #[test]
-    fn callers_of_different_keys_do_not_wait_for_each_other() {
-        let cache = Cache::new(1000);
-        let both_making = Barrier::new(2);
-        thread::scope(|scope| {
-            for key in 0..2 {
-                let (cache, both_making) = (&cache, &both_making);
-                scope.spawn(move || {
-                    cache.get_or_try_insert(key, || {
-                        both_making.wait();
-                        Ok::<_, String>(bytes(1))
-                    })
-                });
-            }
-        });
-        assert_eq!(cache.stats().entries, 2);
-    }
-
-    #[test]
-    fn a_make_may_ask_for_its_reference() {
-        let cache = Cache::new(1000);
-        let layer_1 = cache.get_or_try_insert(1, || {
-            let layer_0 = cache.get_or_try_insert(0, make(4))?;
-            Ok::<_, String>([&layer_0[..], &[9]].concat().into())
-        });
-        assert_eq!(*layer_1.unwrap(), [7, 7, 7, 7, 9]);
-    }
-
-    #[test]
-    fn the_least_recently_used_value_goes_first() {
-        let cache = Cache::new(30);
-        for key in 0..3 {
-            cache.get_or_try_insert(key, make(10)).unwrap();
-        }
-        assert!(cache.get(&0).is_some());
-        cache.get_or_try_insert(3, make(5)).unwrap();
-        assert!(cache.get(&1).is_none());
-        assert!(cache.get(&0).is_some() && cache.get(&2).is_some() && cache.get(&3).is_some());
-        let stats = cache.stats();
-        assert_eq!((stats.bytes, stats.entries, stats.evictions, stats.budget_bytes), (25, 3, 1, 30));
-    }
-
-    #[test]
-    fn a_value_larger_than_the_budget_is_returned_and_not_kept() {
-        let cache = Cache::new(10);
-        cache.get_or_try_insert(0, make(10)).unwrap();
-        assert_eq!(cache.get_or_try_insert(1, make(11)).unwrap().len(), 11);
-        assert!(cache.get(&1).is_none());
-        assert!(cache.get(&0).is_some(), "nothing was evicted in vain");
-    }
-
-    #[test]
-    fn making_an_evicted_value_again_counts_as_a_duplicate() {
-        let cache = Cache::new(10);
-        for key in [0, 1, 0, 1] {
-            cache.get_or_try_insert(key, make(10)).unwrap();
-        }
-        assert_eq!(cache.stats().duplicate_makes, 2);
-    }
-
-    proptest! {
-        #[test]
-        fn the_budget_is_kept_and_every_answer_is_right(
-            budget in 0..200_u64,
-            requests in prop::collection::vec(0..20_u8, 0..200),
-        ) {
-            let cache = Cache::new(budget);
-            for key in requests {
-                let length = usize::from(key) * 7;
-                prop_assert_eq!(cache.get_or_try_insert(key, make(length)).unwrap().len(), length);
-                let held: usize = lock(&cache.state).entries.iter().map(|(_, value)| value.len()).sum();
-                prop_assert_eq!(held as u64, cache.stats().bytes);
-                prop_assert!(cache.stats().bytes <= budget);
-            }
-        }
-    }
-}
+mod tests;

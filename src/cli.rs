@@ -1,7 +1,7 @@
 //! Command line: one file per subcommand. Results go to stdout, progress and logs to stderr.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. `mount` and `umount` use those of
-//! mount(8).
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. What works on
+//! a mount (`mount`, `umount`, `status`, `upgrade`) uses those of mount(8).
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -14,13 +14,16 @@ use crate::telemetry;
 pub mod analyze;
 pub mod bench;
 pub mod decoded;
+pub mod doctor;
 pub mod inspect;
 pub mod mount;
 pub mod pack;
 pub mod packed_tree;
 pub mod size;
+pub mod status;
 pub mod umount;
 pub mod unpack;
+pub mod upgrade;
 pub mod verify;
 
 /// Exit code of `verify` where an archive is damaged or differs from the original.
@@ -42,6 +45,9 @@ enum Command {
     Pack(pack::PackArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
+    Status(status::StatusArgs),
+    Upgrade(upgrade::UpgradeArgs),
+    Doctor(doctor::DoctorArgs),
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Unpack(unpack::UnpackArgs),
@@ -87,6 +93,9 @@ pub fn mcwcfs() -> ExitCode {
         Command::Pack(args) => finish(pack::run(&args)),
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Upgrade(args) => upgrade::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Inspect(args) => finish(inspect::run(&args).map(|()| ExitCode::SUCCESS)),
         Command::Verify(args) => finish(verify::run(&args).map(|verification| match verification.sound {
             true => ExitCode::SUCCESS,
@@ -101,7 +110,8 @@ pub fn mcwcfs() -> ExitCode {
 /// Prints what is wrong with the arguments, or the help that was asked for. mount(8) calls wrong usage 1, all others 2.
 fn usage(error: &clap::Error) -> ExitCode {
     let _ = error.print(); // nothing is left to tell it to
-    let mounts = std::env::args().nth(1).is_some_and(|command| command == "mount" || command == "umount");
+    let of_mounts = ["mount", "umount", "status", "upgrade"];
+    let mounts = std::env::args().nth(1).is_some_and(|command| of_mounts.contains(&command.as_str()));
     match error.exit_code() {
         0 => ExitCode::SUCCESS,
         _ if mounts => ExitCode::from(1),

@@ -1,33 +1,50 @@
-//! The mounted process: readiness, signals, shutdown.
+//! The mounted process: readiness, signals, restarts, upgrades, shutdown.
 //!
-//! [`serve`] is the whole life of a mount in the foreground; [`launch`](launch::launch) puts the same into the background
+//! [`run`] is the whole life of a mount in the foreground; [`launch`](launch::launch) puts the same into the background
 //! by starting this program again: a fork would have to happen before any thread exists, which nobody could keep true.
-//! [`umount`] is the other side: it unmounts, and returns when the daemon is gone.
+//! Where the kernel allows, the process that runs is a supervisor, and a worker that it starts ([`run_worker`]) serves the
+//! mount. [`umount`], [`status`] and [`upgrade`] are the other side: they find the daemon of a mount and ask it.
 
+mod handover;
 pub mod launch;
 mod memory;
 mod paths;
 mod process;
+mod restarts;
+mod service;
+mod service_manager;
+mod status;
+mod supervisor;
+mod worker;
 
-use std::ffi::c_int;
+use std::ffi::{OsString, c_int};
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
+use std::time::Duration;
 
 use log::{info, warn};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
-use crate::archive::Archive;
-use crate::fuse::{self, FuseError, MountOptions, Mounted};
-use crate::materialize::{MaterializeOptions, Materializer};
-use crate::vfs::{DecodedArchive, Inode, Vfs, VfsError};
+use crate::decoded_files::DecodedFilesError;
+use crate::fuse::{self, Device, FuseError, MountOptions, Mounted};
+use crate::materialize::MaterializeOptions;
+use crate::vfs::{DecodeAhead, Inode, VfsError};
+use handover::Facts;
+use service::{Prepared, Service};
+use supervisor::{News, Recipe};
 
-pub use memory::default_cache_bytes;
-pub use process::umount;
+pub use memory::{MemoryPlan, default_limit_bytes};
+pub use process::{status, umount, upgrade};
+pub use status::{ArchiveReport, Report};
+pub use worker::run as run_worker;
+
+/// Exit code of a worker's failure where it could not say one: mount(8) calls it an internal error.
+const CRASHED: u8 = 4;
 
 /// What is mounted where, and how.
 #[derive(Clone, Debug)]
@@ -40,8 +57,27 @@ pub struct ServeOptions {
     pub materialize: MaterializeOptions,
     /// How the tree is presented.
     pub mount: MountOptions,
+    /// Where whole decoded files are kept, if anywhere.
+    pub decoded_cache: Option<DecodedCache>,
+    /// How far decoding goes ahead of readers.
+    pub decode_ahead: DecodeAhead,
     /// How far the kernel reads ahead, in KiB.
     pub readahead_kib: u32,
+    /// How often the source is listed again to see what changed; without it, on SIGHUP only.
+    pub rescan_interval: Option<Duration>,
+    /// Where metrics are served, if anywhere.
+    pub metrics: Option<SocketAddr>,
+    /// Whether a supervisor keeps the mount alive when the process that serves it dies.
+    pub supervise: bool,
+}
+
+/// Where whole decoded files are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DecodedCache {
+    /// The directory, which any number of daemons may share.
+    pub directory: PathBuf,
+    /// What they may take; by default three quarters of what the file system has left.
+    pub bytes: Option<u64>,
 }
 
 /// Why a mount did not come to be, or ended badly.
@@ -76,6 +112,9 @@ pub enum DaemonError {
         /// The path, as given.
         mountpoint: PathBuf,
     },
+    /// The directory for decoded files cannot be used.
+    #[error("directory for decoded files: {0}")]
+    DecodedFiles(#[from] DecodedFilesError),
     /// The source cannot be listed.
     #[error(transparent)]
     Source(#[from] VfsError),
@@ -106,6 +145,44 @@ pub enum DaemonError {
         /// The daemon's process.
         pid: u32,
     },
+    /// The mount has no new worker.
+    #[error("{mountpoint}: not upgraded: {problem}", mountpoint = mountpoint.display())]
+    NotUpgraded {
+        /// The mount point.
+        mountpoint: PathBuf,
+        /// What stands in the way.
+        problem: String,
+    },
+    /// The first worker did not start.
+    #[error("{message}")]
+    Worker {
+        /// The exit code that its failure deserves.
+        exit_code: u8,
+        /// What it said.
+        message: String,
+    },
+    /// Workers died one after the other.
+    #[error("{mountpoint}: given up, the workers keep dying: {reason}", mountpoint = mountpoint.display())]
+    KeepsDying {
+        /// The mount point.
+        mountpoint: PathBuf,
+        /// How the last one died.
+        reason: String,
+    },
+    /// A worker was not started by a supervisor that it understands.
+    #[error("started as a worker: {problem}")]
+    Handover {
+        /// What is missing or wrong.
+        problem: String,
+    },
+    /// The address for metrics cannot be listened on.
+    #[error("metrics on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The system lacks something else.
     #[error("{what}: {source}")]
     System {
@@ -117,45 +194,102 @@ pub enum DaemonError {
 }
 
 /// What the daemon waits for.
+#[derive(Debug)]
 enum Event {
     Signal(c_int),
+    /// The mount that this process serves has ended.
     Ended(io::Result<()>),
+    /// A worker of a mount that another process serves, by its number.
+    Worker(u64, News),
 }
 
-/// Mounts, calls `ready` once the mount answers, and serves until it is unmounted, by whomever, or a signal says to end.
+/// Mounts, calls `ready` once the mount answers, and keeps it served until it is unmounted, by whomever, or a signal says
+/// to end. `arguments` are those of the command line, for workers.
 ///
-/// The first SIGTERM, SIGINT or SIGHUP unmounts. If something below the mount point is in use, the mount vanishes from
-/// its path and the last user is served to the end; a second signal ends the process at once.
+/// The first SIGTERM or SIGINT unmounts. If something below the mount point is in use, the mount vanishes from its path
+/// and the last user is served to the end; a second signal ends the process at once. SIGHUP lists the source again.
+/// SIGUSR2 replaces the worker by one from the program as it is on disk now.
 ///
 /// # Errors
-/// When the mount does not come to be, the conversation with the kernel breaks, or `ready` fails, which takes the mount
-/// back. A broken archive is no error.
-pub fn serve(options: &ServeOptions, ready: impl FnOnce() -> io::Result<()>) -> Result<(), DaemonError> {
-    paths::check(&options.source, &options.mountpoint)?;
-    process::raise_descriptor_limit();
+/// When the mount does not come to be, the conversation with the kernel breaks, workers keep dying, or `ready` fails. No
+/// mount is left then. A broken archive is no error.
+pub fn run(
+    options: &ServeOptions,
+    arguments: Vec<OsString>,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), DaemonError> {
+    let (source, mountpoint) = paths::check(&options.source, &options.mountpoint)?;
+    let options = ServeOptions { source, mountpoint, ..options.clone() };
+    let system = |what| move |source| DaemonError::System { what, source };
+    // Found now: after an upgrade of the package, the system knows this process's file as deleted.
+    let program = std::env::current_exe().map_err(system("finding this program"))?;
+    let bind = |address| TcpListener::bind(address).map_err(|source| DaemonError::Listen { address, source });
+    let listener = options.metrics.map(bind).transpose()?;
+    if let Some(listener) = &listener {
+        let address = listener.local_addr().map_err(system("listening for metrics"))?;
+        info!("metrics: http://{address}/metrics, status page: http://{address}/");
+    }
     let (events, arrived) = mpsc::channel();
     // Before there is a mount that a signal could leave behind.
-    forward_signals(events.clone()).map_err(|source| DaemonError::System { what: "catching signals", source })?;
-    let materializer = Arc::new(Materializer::new(options.materialize));
-    let vfs = Vfs::open(&options.source, |path| {
-        Ok(DecodedArchive::new(Arc::new(Archive::open(path)?), Arc::clone(&materializer)))
-    })?;
-    let mounted = fuse::mount(vfs, &options.mountpoint, &options.mount)?;
-    let mountpoint = mounted.mountpoint().to_owned();
-    fuse::set_readahead(&mountpoint, options.readahead_kib);
+    forward_signals(events.clone()).map_err(system("catching signals"))?;
+    let device = Device::mount(&options.mountpoint, &options.mount)?;
+    fuse::set_readahead(device.mountpoint(), options.readahead_kib);
+    if options.supervise && device.can_resend() {
+        let source = options.source;
+        return supervisor::supervise(device, Recipe { program, arguments, source, listener }, events, &arrived, ready);
+    }
+    if options.supervise {
+        info!("no supervisor: it needs Linux 6.9, whose kernel can repeat unanswered requests");
+    }
+    serve_alone(&options, device, listener, events, &arrived, ready).inspect_err(|_| {
+        if fuse::mount_at(&options.mountpoint).is_some_and(|entry| entry.is_ours()) {
+            let _ = fuse::unmount(&options.mountpoint, true); // the error says more
+        }
+    })
+}
+
+/// Serves the mount in this process, which nobody watches over.
+fn serve_alone(
+    options: &ServeOptions,
+    device: Device,
+    listener: Option<TcpListener>,
+    events: Sender<Event>,
+    arrived: &Receiver<Event>,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), DaemonError> {
+    process::raise_descriptor_limit();
+    let facts = Facts { daemon: std::process::id(), ..Facts::default() };
+    let Service { mounted, rescans, status } = Prepared::new(options)?.serve(options, device, listener, facts)?;
+    let mountpoint = options.mountpoint.clone();
     if let Err(problem) = answers(&mountpoint) {
-        let _ = fuse::unmount(&mountpoint, true); // the error below says more
         return Err(DaemonError::NotAnswering { mountpoint, problem });
     }
-    if let Err(source) = ready() {
-        let _ = fuse::unmount(&mountpoint, true);
-        return Err(DaemonError::System { what: "reporting readiness", source });
-    }
+    info!("mounted: {}", mountpoint.display());
+    service_manager::ready(&status.summary());
+    ready().map_err(|source| DaemonError::System { what: "reporting readiness", source })?;
     announce_end(mounted, events).map_err(|source| DaemonError::System { what: "starting a thread", source })?;
-    let result = wait(&mountpoint, &arrived).map_err(|source| DaemonError::Ended { mountpoint, source });
-    let stats = materializer.cache_stats();
-    info!("cache: {} hits, {} misses, {} duplicate makes", stats.hits, stats.misses, stats.duplicate_makes);
-    result
+    let mut is_ending = false;
+    loop {
+        match arrived.recv().expect("the signals' thread holds a sender") {
+            Event::Worker(..) => unreachable!("there is none"),
+            Event::Ended(result) => {
+                info!("unmounted: {}", mountpoint.display());
+                return result.map_err(|source| DaemonError::Ended { mountpoint, source });
+            }
+            Event::Signal(SIGHUP) => rescans.request(),
+            Event::Signal(SIGUSR2) => warn!("not upgraded: there is no supervisor"),
+            Event::Signal(signal) if is_ending => {
+                warn!("signal {signal} again: ending with files in use");
+                return Ok(());
+            }
+            Event::Signal(signal) => {
+                info!("signal {signal}: unmounting {}", mountpoint.display());
+                service_manager::stopping("unmounting; files that are open are served until they are closed");
+                is_ending = true;
+                end(&mountpoint);
+            }
+        }
+    }
 }
 
 /// Whether a look at the root of the mount, through the kernel, is answered by us.
@@ -165,7 +299,7 @@ fn answers(mountpoint: &Path) -> Result<(), String> {
 }
 
 fn forward_signals(events: Sender<Event>) -> io::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR2])?;
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         for signal in signals.forever() {
             if events.send(Event::Signal(signal)).is_err() {
@@ -177,31 +311,8 @@ fn forward_signals(events: Sender<Event>) -> io::Result<()> {
 }
 
 fn announce_end(mounted: Mounted, events: Sender<Event>) -> io::Result<()> {
-    let announce = move || drop(events.send(Event::Ended(mounted.join())));
+    let announce = move || drop(events.send(Event::Ended(mounted.wait())));
     thread::Builder::new().name("session-end".to_owned()).spawn(announce).map(drop)
-}
-
-/// Waits for the end of the mount, bringing it about when a signal says so.
-fn wait(mountpoint: &Path, arrived: &Receiver<Event>) -> io::Result<()> {
-    let mut is_ending = false;
-    while let Ok(event) = arrived.recv() {
-        match event {
-            Event::Ended(result) => {
-                info!("unmounted: {}", mountpoint.display());
-                return result;
-            }
-            Event::Signal(signal) if is_ending => {
-                warn!("signal {signal} again: ending with files in use");
-                return Ok(());
-            }
-            Event::Signal(signal) => {
-                info!("signal {signal}: unmounting {}", mountpoint.display());
-                is_ending = true;
-                end(mountpoint);
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Takes the mount away from its path; who has files open is served on.

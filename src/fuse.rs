@@ -9,21 +9,31 @@
 //! written to the kernel's cache from a worker: that deadlocks under page faults.
 
 mod adapter;
+mod device;
 mod errno;
 mod kernel_mount;
 mod mount_table;
+mod passthrough;
 mod readahead;
+mod replies;
 mod workers;
 
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-use log::{info, warn};
+use log::{debug, warn};
 
-use crate::vfs::Vfs;
+use crate::vfs::{Changes, Inode, Vfs};
 use adapter::Adapter;
+use workers::Workers;
 
+pub use device::Device;
 pub use kernel_mount::unmount;
 pub use mount_table::{MountEntry, is_dead, mount_at};
 pub use readahead::set_readahead;
@@ -50,6 +60,12 @@ pub struct MountOptions {
     pub directory_mode: u16,
     /// Threads that take requests from the kernel; they only dispatch.
     pub event_loops: usize,
+    /// Whether a read that another process took and did not answer gets an I/O error: it may be what killed that one.
+    pub refuse_resent: bool,
+    /// Memory for replies being made; readers wait for one another where it does not suffice.
+    pub reply_bytes: u64,
+    /// Whether the kernel may read decoded files by itself, where it can and we have the privilege.
+    pub passthrough: bool,
 }
 
 impl Default for MountOptions {
@@ -67,6 +83,9 @@ impl Default for MountOptions {
             file_mode: 0o444,
             directory_mode: 0o555,
             event_loops: 2,
+            refuse_resent: false,
+            reply_bytes: 64 << 20,
+            passthrough: false,
         }
     }
 }
@@ -116,12 +135,81 @@ pub enum FuseError {
     },
 }
 
-/// A mounted tree. It stays mounted until somebody unmounts it: see [`unmount`].
+/// Extended attributes of the root beyond its own, made when they are asked for: how a mount tells about itself to whoever
+/// can look at it, also from another container. They are not listed: they are no property of data.
+pub type RootAttributes = dyn Fn(&OsStr) -> Option<String> + Send + Sync;
+
+/// A mounted tree that this process serves. It stays mounted until somebody unmounts it: see [`unmount`].
 #[derive(Debug)]
 pub struct Mounted {
     mountpoint: PathBuf,
-    session: JoinHandle<io::Result<()>>,
+    session: Mutex<Option<JoinHandle<io::Result<()>>>>,
+    kernel: Kernel,
+    workers: Arc<Workers>,
 }
+
+/// A way to tell the kernel what to forget, for a thread that answers no requests: the kernel may have to wait for an
+/// answer to do it.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    device: Arc<File>,
+}
+
+impl Kernel {
+    /// Makes the kernel forget what a rescan changed. The pages of files stay: a changed file has another inode.
+    pub fn forget(&self, changes: &Changes) {
+        for (directory, name) in &changes.names {
+            self.forget_name(*directory, name, 0);
+        }
+        for inode in &changes.directories {
+            report(self.forget_inode(*inode, 0)); // what it listed is kept as pages
+        }
+        for inode in &changes.attributes {
+            report(self.forget_inode(*inode, NO_PAGES));
+        }
+    }
+
+    /// Has the kernel ask again for `changes.names` when somebody uses them next, and forget what the directories list:
+    /// gentler than [`Self::forget`], where what is known may well be true.
+    pub fn expire(&self, changes: &Changes) {
+        const EXPIRE_ONLY: u32 = 1;
+        for (directory, name) in &changes.names {
+            self.forget_name(*directory, name, EXPIRE_ONLY);
+        }
+        for inode in &changes.directories {
+            report(self.forget_inode(*inode, 0));
+        }
+    }
+
+    /// Whether the kernel still knows `inode`: somebody may have it open. What it caches of its attributes is dropped.
+    pub fn knows(&self, inode: Inode) -> bool {
+        self.forget_inode(inode, NO_PAGES).unwrap_or(true)
+    }
+
+    fn forget_name(&self, directory: Inode, name: &OsStr, flags: u32) {
+        const NOTIFY_INVALIDATE_ENTRY: i32 = 3;
+        let length = u32::try_from(name.len()).expect("a name has 255 bytes at most");
+        let (length, flags) = (length.to_ne_bytes(), flags.to_ne_bytes());
+        let body = [&directory.0.to_ne_bytes()[..], &length, &flags, name.as_bytes(), &[0]].concat();
+        report(device::notify(&self.device, NOTIFY_INVALIDATE_ENTRY, &body));
+    }
+
+    fn forget_inode(&self, inode: Inode, first_byte: i64) -> io::Result<bool> {
+        const NOTIFY_INVALIDATE_INODE: i32 = 2;
+        const TO_THE_END: i64 = 0;
+        let body = [inode.0.to_ne_bytes(), first_byte.to_ne_bytes(), TO_THE_END.to_ne_bytes()].concat();
+        device::notify(&self.device, NOTIFY_INVALIDATE_INODE, &body)
+    }
+}
+
+fn report(result: io::Result<bool>) {
+    if let Err(error) = result {
+        debug!("the kernel was not told of a change: {error}"); // it will ask again within a day
+    }
+}
+
+/// In place of an offset: attributes only.
+const NO_PAGES: i64 = -1;
 
 impl Mounted {
     /// Where it is mounted, absolute.
@@ -129,58 +217,80 @@ impl Mounted {
         &self.mountpoint
     }
 
+    /// How to tell the kernel what changed.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel.clone()
+    }
+
+    /// Answers what has been taken from the device, at most for `limit`, and takes as little more as it can; returns
+    /// whether everything was answered. For a process that another one succeeds: what is left is resent to that one.
+    pub fn drain(&self, limit: Duration) -> bool {
+        self.workers.drain(limit)
+    }
+
     /// Waits until the tree is unmounted and nobody has anything of it open.
     ///
     /// # Errors
-    /// When the conversation with the kernel broke; what is left of the mount has been cleared then.
-    pub fn join(self) -> io::Result<()> {
-        let result = self.session.join().unwrap_or_else(|_| Err(io::Error::other("the session panicked")));
+    /// When the conversation with the kernel broke. Where the kernel ended it, what is left of the mount has been cleared;
+    /// otherwise the mount is still there, and waits for somebody to serve it or to take it down.
+    ///
+    /// # Panics
+    /// Where it has been waited for before.
+    pub fn wait(&self) -> io::Result<()> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let session = session.expect("one end is waited for once");
+        let result = session.join().unwrap_or_else(|_| Err(io::Error::other("the session panicked")));
+        if device::is_connected(&self.kernel.device) {
+            return Err(result.err().unwrap_or_else(|| io::Error::other("the session ended before the mount did")));
+        }
         // An aborted connection leaves the mount behind. Only a dead one is touched: after a clean end, a mount at this
         // path is somebody else's.
-        if is_dead(&self.mountpoint) {
-            warn!("dead mount cleared: {}", self.mountpoint.display());
-            if let Err(error) = unmount(&self.mountpoint, true) {
-                warn!("{error}");
-            }
-        }
+        clear_if_dead(&self.mountpoint);
         result
     }
+}
+
+/// Unmounts what a daemon that is gone left at `mountpoint`; returns whether there was such a mount of ours, or of
+/// anybody whose file system type cannot be told any more.
+pub fn clear_if_dead(mountpoint: &Path) -> bool {
+    if !is_dead(mountpoint) || mount_at(mountpoint).is_some_and(|entry| !entry.is_ours()) {
+        return false;
+    }
+    warn!("dead mount cleared: {}", mountpoint.display());
+    unmount(mountpoint, true).inspect_err(|error| warn!("{error}")).is_ok()
 }
 
 /// Mounts `vfs` at `mountpoint` and starts to answer.
 ///
 /// When this returns, the kernel knows the file system and requests are being taken.
 pub fn mount(vfs: Vfs, mountpoint: &Path, options: &MountOptions) -> Result<Mounted, FuseError> {
-    if is_dead(mountpoint) {
-        return Err(FuseError::DeadMount { path: mountpoint.to_owned() });
-    }
-    let wrap = |source| FuseError::MountPoint { path: mountpoint.to_owned(), source };
-    let mountpoint = mountpoint.canonicalize().map_err(wrap)?;
-    if !mountpoint.is_dir() {
-        return Err(FuseError::MountPoint { path: mountpoint, source: io::ErrorKind::NotADirectory.into() });
-    }
-    let wrap = |source| FuseError::Session { path: mountpoint.clone(), source };
-    let adapter = Adapter::new(vfs, options).map_err(wrap)?;
-    let device = kernel_mount::mount(&mountpoint, options)?;
-    let session = start(adapter, device, options).map_err(|source| {
+    let device = Device::mount(mountpoint, options)?;
+    let mountpoint = device.mountpoint().to_owned();
+    serve(Arc::new(vfs), device, options, Arc::new(|_| None)).inspect_err(|_| {
         // The device is closed by now, so the mount is dead; leaving it would make the next attempt fail.
         let _ = unmount(&mountpoint, true);
-        wrap(source)
-    })?;
-    info!("mounted: {}", mountpoint.display());
-    Ok(Mounted { mountpoint, session })
+    })
 }
 
-fn start(
-    adapter: Adapter,
-    device: std::os::fd::OwnedFd,
+/// Starts to answer on the device of a mount with what `vfs` shows.
+///
+/// # Errors
+/// When threads cannot be started. The mount is left as it is.
+pub fn serve(
+    vfs: Arc<Vfs>,
+    device: Device,
     options: &MountOptions,
-) -> io::Result<JoinHandle<io::Result<()>>> {
-    let mut config = fuser::Config::default();
-    config.acl = if options.allow_other { fuser::SessionACL::All } else { fuser::SessionACL::Owner };
-    config.n_threads = Some(options.event_loops.max(1));
-    // One descriptor for all loops: unanswered requests can then be repeated to a successor process.
-    config.clone_fd = false;
-    let session = fuser::Session::from_fd(adapter, device, config.acl, config)?;
-    thread::Builder::new().name("fuse-session".to_owned()).spawn(move || session.run())
+    root_attributes: Arc<RootAttributes>,
+) -> Result<Mounted, FuseError> {
+    let (device, mountpoint, greeting) = device.into_parts();
+    let start = || {
+        let workers = Arc::new(Workers::new()?);
+        let adapter = Adapter::new(vfs, Arc::clone(&workers), options, root_attributes);
+        let (session, _) = device::start_session(adapter, &greeting, options)?;
+        device::connect(&session, &device)?;
+        let session = thread::Builder::new().name("fuse-session".to_owned()).spawn(move || session.run())?;
+        Ok((workers, session))
+    };
+    let (workers, session) = start().map_err(|source| FuseError::Session { path: mountpoint.clone(), source })?;
+    Ok(Mounted { mountpoint, session: Mutex::new(Some(session)), kernel: Kernel { device: Arc::new(device) }, workers })
 }

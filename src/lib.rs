@@ -8,6 +8,7 @@
 //! Engines run the decoding stages, all to the same bits ([`decode`]). [`materialize`] gives any byte range of any mounted
 //! file from an opened [`archive`], through a [`cache`]. Two products stand on it: [`vfs`] serves the bytes as files,
 //! [`pack`] makes archives. [`fuse`] and [`telemetry`] face Linux; [`daemon`] and [`cli`] are the process and its front door.
+//! What any of them counts is declared in [`metrics`].
 //!
 //! *If this line were wrong, what would break?* The file cannot be read: `format`. It reads but decodes to other weights:
 //! `codec` or `decode`. It only got bigger or less accurate: `pack`. Only the mounted files are wrong: `vfs`. Only the
@@ -39,7 +40,11 @@
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |
 
+pub mod metrics;
+
+pub mod budget;
 pub mod cache;
+pub mod decoded_files;
 pub mod numerics;
 pub mod tensor;
 

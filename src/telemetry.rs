@@ -1,10 +1,15 @@
-//! Logging.
+//! Logging, and the metrics for who watches from outside.
 //!
-//! One line per event, on standard error: a person or journald reads it there. A daemon that left its terminal has
+//! One log line per event, on standard error: a person or journald reads it there. A daemon that left its terminal has
 //! standard error redirected to its log file before it starts (see [`crate::daemon::launch`]), so nothing here knows
-//! about files.
+//! about files. What is counted is declared in [`crate::metrics`].
+
+mod http;
+mod prometheus;
 
 use log::LevelFilter;
+
+pub use http::serve_metrics;
 
 /// Starts logging. Later calls change nothing, so a test or an embedder may have its own logger.
 ///

@@ -7,8 +7,10 @@
 mod common;
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use common::archives::{RECIPES, Recipe};
 use common::random_archives::write_random_archive;
@@ -18,17 +20,18 @@ fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Runs a script of `tests/python`, which must succeed, and gives what it said.
-fn python(script: &str, arguments: &[&OsStr]) -> String {
+fn python_command(script: &str, arguments: &[&OsStr]) -> Command {
     let python = repository().join(".venv/bin/python");
     assert!(python.exists(), "{} is missing: run tests/setup first", python.display());
-    let output = Command::new(python)
-        .arg(repository().join("tests/python").join(script))
-        .args(arguments)
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .expect("Python starts");
+    let mut command = Command::new(python);
+    command.arg(repository().join("tests/python").join(script)).args(arguments);
+    command.env("PYTHONDONTWRITEBYTECODE", "1").env("HF_HUB_OFFLINE", "1");
+    command
+}
+
+/// Runs a script of `tests/python`, which must succeed, and gives what it said.
+fn python(script: &str, arguments: &[&OsStr]) -> String {
+    let output = python_command(script, arguments).output().expect("Python starts");
     let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script}: {}\n{said}\n{errors}", output.status);
     said.into_owned()
@@ -58,7 +61,7 @@ fn assert_readers_agree(checkpoint: &Path, options: &[&str]) {
     };
     let mount = Mount::new(&packed, &[]);
     let said = python("readers.py", &[expected.as_os_str(), mount.path.as_os_str()]);
-    for check in ["listing", "slices", "mmap", "pread", "threads", "transformers", "digests"] {
+    for check in ["listing", "slices", "mmap", "pread", "threads", "transformers", "mlx", "gguf", "digests"] {
         assert!(said.contains(&format!("{check}: ")), "{check} did not run:\n{said}");
     }
 }
@@ -71,6 +74,34 @@ fn readers_see_a_real_lossless_checkpoint_as_it_was() {
 #[test]
 fn readers_see_a_real_lossy_checkpoint_as_it_unpacks() {
     assert_readers_agree(&all_minilm(), &["--bpp", "4.2"]);
+}
+
+#[test]
+fn ten_killed_workers_during_loads_by_transformers_are_not_noticed() {
+    let (checkpoint, work) = (all_minilm(), tempfile::tempdir().expect("a directory"));
+    mcwcfs_ok(arguments!["pack", &checkpoint, work.path().join("packed")]);
+    let mount = Mount::new(&work.path().join("packed"), &["--cache-size", "0"]);
+    let mut command = python_command("cold_loads.py", &[checkpoint.as_os_str(), mount.path.as_os_str()]);
+    let mut reader = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("Python starts");
+    let mut said = BufReader::new(reader.stdout.take().expect("it was piped")).lines();
+    assert_eq!(said.next().expect("a line").expect("text"), "ready");
+    let (mut random, mut killed) = (Random::new(5), Vec::new());
+    while killed.len() < 10 {
+        std::thread::sleep(Duration::from_millis(random.below(300) as u64));
+        // Answers only once there is a worker.
+        let worker = mcwcfs::daemon::status(&mount.path).expect("a status").worker_pid;
+        if killed.contains(&worker) {
+            continue; // it answered and was gone
+        }
+        let status = Command::new("kill").args(["-KILL", &worker.to_string()]).status().expect("kill starts");
+        assert!(status.success());
+        killed.push(worker);
+    }
+    drop(reader.stdin.take()); // enough
+    let last = said.next().expect("a line").expect("text");
+    assert!(reader.wait().expect("Python ends").success() && last.ends_with(" loads"), "{last}");
+    let restarts = &mcwcfs::daemon::status(&mount.path).expect("a status").metrics["mcwcfs_worker_restarts"];
+    assert_eq!(restarts, killed.len());
 }
 
 #[test]

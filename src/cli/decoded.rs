@@ -14,13 +14,13 @@ pub const WINDOW_BYTES: u64 = 4 << 20;
 /// Least budget for decoded tensors that others are predicted from.
 const CACHE_BYTES: u64 = 512 << 20;
 
-/// A materializer for reading `archive` once, from start to end.
-pub fn sequential_materializer(archive: &Archive, engine: EngineChoice) -> Materializer {
+/// A materializer for reading `archive` once, from start to end, on `threads` threads.
+pub fn sequential_materializer(archive: &Archive, engine: EngineChoice, threads: usize) -> Materializer {
     // A tensor that the cache cannot keep would be decoded again for each of its windows. Two layers of a chain are
     // needed at a time; twice that leaves room for the windows in between.
     let largest = archive.files().iter().flat_map(|file| &file.tensors).map(|tensor| tensor.length_bytes).max();
     let cache_bytes = CACHE_BYTES.max(largest.unwrap_or(0).saturating_mul(4));
-    Materializer::new(MaterializeOptions { cache_bytes, engine })
+    Materializer::new(MaterializeOptions { cache_bytes, engine, threads, ..MaterializeOptions::default() })
 }
 
 /// Decodes file number `file` of `archive` on `threads` threads. `place` is given every window with its offset, by the thread

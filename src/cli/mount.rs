@@ -3,9 +3,11 @@
 //! Exit codes are those of mount(8): 0 mounted (in the foreground: and unmounted again), 1 wrong usage, 2 the system
 //! lacks something, 4 a mistake of ours, 8 interrupted before the mount answered, 32 the mount failed.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser};
 use log::LevelFilter;
@@ -13,10 +15,11 @@ use log::LevelFilter;
 use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
-use crate::daemon::{self, DaemonError, ServeOptions};
+use crate::daemon::{self, DaemonError, DecodedCache, MemoryPlan, ServeOptions};
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
+use crate::vfs::DecodeAhead;
 
 const WRONG_USAGE: u8 = 1;
 const SYSTEM: u8 = 2;
@@ -26,6 +29,9 @@ const MOUNT_FAILED: u8 = 32;
 
 /// The kernel's readahead below the mount where nobody says: good for whole models and bearable for slices.
 const READAHEAD_KIB: u32 = 1024;
+
+/// How often the source is listed again where nobody says.
+const RESCAN_SECONDS: u64 = 10;
 
 /// Mounts a directory of archives: each shows its .safetensors files, decoded as they are read.
 #[derive(Args, Clone, Debug)]
@@ -49,13 +55,25 @@ pub struct MountArgs {
 /// What `-o` can say too.
 #[derive(Args, Clone, Debug, Default)]
 struct MountFlags {
-    /// Memory for decoded weights [default: a quarter of what this process may use]
+    /// Memory for everything that is decoded, kept or on its way to readers [default: half of the machine's, or three
+    /// quarters of what the control group allows]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_limit: Option<u64>,
+    /// The part of it for decoded weights that are kept [default: a half]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     cache_size: Option<u64>,
     /// What decodes [default: auto]
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
-    /// Threads that decode one tensor together [default: all cores]
+    /// Keep whole decoded files in DIR, at most SIZE of them [default: three quarters of what is free]: later opens, also
+    /// after a restart, read them at the speed of that disk, as root without coming here at all
+    #[arg(long, value_name = "DIR[:SIZE]", value_parser = parse_decoded_cache)]
+    decoded_cache: Option<DecodedCache>,
+    /// How far weights are decoded before they are asked for: off, file (the rest of a file that is being read), or model
+    /// (on into the archive's next file) [default: model]
+    #[arg(long, value_enum, hide_possible_values = true)]
+    decode_ahead: Option<DecodeAhead>,
+    /// Threads that decode at a time [default: all cores]
     #[arg(long, value_name = "COUNT", value_parser = parse_threads)]
     threads: Option<usize>,
     /// How far the kernel reads ahead, set as root only [default: 1MiB]
@@ -82,6 +100,16 @@ struct MountFlags {
     /// What /proc/mounts shows as source [default: mcwcfs]
     #[arg(long, value_name = "NAME")]
     fsname: Option<String>,
+    /// Seconds between looks at SRC for new, changed and removed files; 0: only on SIGHUP [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    rescan: Option<u64>,
+    /// Serve Prometheus metrics and a status page on this address; a port alone means 127.0.0.1 [default: none]
+    #[arg(long, value_name = "[IP:]PORT", value_parser = parse_address)]
+    metrics: Option<SocketAddr>,
+    /// Serve in this process, so that a crash ends the mount; otherwise a supervisor starts a new worker, and readers
+    /// notice nothing but time (Linux 6.9 or newer)
+    #[arg(long)]
+    no_supervisor: bool,
     /// off, error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<LevelFilter>,
@@ -110,12 +138,21 @@ fn run_unguarded(args: MountArgs) -> ExitCode {
         Ok(mirrored) => args.flags.or(mirrored),
         Err(message) => return fail(WRONG_USAGE, &message),
     };
-    let is_daemon = launch::is_daemon();
-    if !args.foreground && !is_daemon {
+    let (is_daemon, is_worker) = (launch::is_daemon(), launch::is_worker());
+    if !args.foreground && !is_daemon && !is_worker {
         return in_background(&args.mountpoint, flags.log_file.as_deref());
     }
     telemetry::start(flags.log_level.unwrap_or(LevelFilter::Info));
-    match serve(&args.source, &args.mountpoint, flags, is_daemon) {
+    let options = serve_options(args.source, args.mountpoint, flags);
+    if is_worker {
+        return match daemon::run_worker(options, exit_code) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => ExitCode::from(exit_code(&error)), // the supervisor has its message
+        };
+    }
+    let ready = || if is_daemon { launch::report_ready() } else { Ok(()) };
+    let arguments = std::env::args_os().skip(1).collect();
+    match daemon::run(&options, arguments, ready) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_daemon => {
             log::error!("{error}");
@@ -126,22 +163,24 @@ fn run_unguarded(args: MountArgs) -> ExitCode {
     }
 }
 
-fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -> Result<(), DaemonError> {
-    if let Some(threads) = flags.threads {
-        let built = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-        let wrap =
-            |error| DaemonError::System { what: "starting decoder threads", source: std::io::Error::other(error) };
-        built.map_err(wrap)?;
-    }
+fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> ServeOptions {
     let default = MountOptions::default();
-    let options = ServeOptions {
-        source: source.to_owned(),
-        mountpoint: mountpoint.to_owned(),
+    let memory = MemoryPlan::new(flags.memory_limit, flags.cache_size);
+    let rescan = flags.rescan.unwrap_or(RESCAN_SECONDS);
+    ServeOptions {
+        source,
+        mountpoint,
         materialize: MaterializeOptions {
-            cache_bytes: flags.cache_size.unwrap_or_else(daemon::default_cache_bytes),
+            cache_bytes: memory.cache_bytes,
+            working_bytes: memory.working_bytes,
+            threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
         },
+        decode_ahead: flags.decode_ahead.unwrap_or_default(),
         readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
+        rescan_interval: (rescan > 0).then(|| Duration::from_secs(rescan)),
+        metrics: flags.metrics,
+        supervise: !flags.no_supervisor,
         mount: MountOptions {
             fsname: flags.fsname.unwrap_or(default.fsname),
             allow_other: flags.allow_other,
@@ -150,10 +189,12 @@ fn serve(source: &Path, mountpoint: &Path, flags: MountFlags, is_daemon: bool) -
             gid: flags.gid.unwrap_or(default.gid),
             file_mode: flags.file_mode.unwrap_or(default.file_mode),
             directory_mode: flags.dir_mode.unwrap_or(default.directory_mode),
+            reply_bytes: memory.reply_bytes,
+            passthrough: flags.decoded_cache.is_some(),
             ..default
         },
-    };
-    daemon::serve(&options, || if is_daemon { launch::report_ready() } else { Ok(()) })
+        decoded_cache: flags.decoded_cache,
+    }
 }
 
 fn in_background(mountpoint: &Path, log_file: Option<&Path>) -> ExitCode {
@@ -216,12 +257,18 @@ impl MountFlags {
     /// These flags, and where they say nothing, `other`.
     fn or(self, other: Self) -> Self {
         Self {
+            memory_limit: self.memory_limit.or(other.memory_limit),
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
+            decoded_cache: self.decoded_cache.or(other.decoded_cache),
+            decode_ahead: self.decode_ahead.or(other.decode_ahead),
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
             allow_other: self.allow_other || other.allow_other,
             noexec: self.noexec || other.noexec,
+            rescan: self.rescan.or(other.rescan),
+            metrics: self.metrics.or(other.metrics),
+            no_supervisor: self.no_supervisor || other.no_supervisor,
             uid: self.uid.or(other.uid),
             gid: self.gid.or(other.gid),
             file_mode: self.file_mode.or(other.file_mode),
@@ -231,6 +278,22 @@ impl MountFlags {
             log_file: self.log_file.or(other.log_file),
         }
     }
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let port = text.parse().map(|port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    port.or_else(|_| text.parse())
+        .map_err(|_| format!("{text:?}: expected a port, or an IP address with one such as 127.0.0.1:9464"))
+}
+
+/// `DIR` or `DIR:SIZE`. The directory is made absolute: a daemon has another current directory.
+fn parse_decoded_cache(text: &str) -> Result<DecodedCache, String> {
+    let (directory, bytes) = match text.rsplit_once(':') {
+        Some((directory, size)) => (directory, Some(parse_size(size)?)),
+        None => (text, None),
+    };
+    let directory = std::path::absolute(directory).map_err(|error| format!("{directory:?}: {error}"))?;
+    Ok(DecodedCache { directory, bytes })
 }
 
 fn parse_mode(text: &str) -> Result<u16, String> {
@@ -244,13 +307,20 @@ fn parse_mode(text: &str) -> Result<u16, String> {
 pub(super) fn exit_code(error: &DaemonError) -> u8 {
     match error {
         DaemonError::Overlap { .. } => WRONG_USAGE,
-        DaemonError::System { .. } | DaemonError::Fuse(FuseError::Session { .. }) => SYSTEM,
+        DaemonError::Worker { exit_code, .. } => *exit_code,
+        DaemonError::Handover { .. } => INTERNAL,
+        DaemonError::System { .. }
+        | DaemonError::DecodedFiles(_)
+        | DaemonError::Listen { .. }
+        | DaemonError::Fuse(FuseError::Session { .. }) => SYSTEM,
         DaemonError::AlreadyMounted { .. }
         | DaemonError::NotMounted { .. }
         | DaemonError::Source(_)
         | DaemonError::Fuse(_)
         | DaemonError::NotAnswering { .. }
         | DaemonError::Ended { .. }
+        | DaemonError::KeepsDying { .. }
+        | DaemonError::NotUpgraded { .. }
         | DaemonError::StillRunning { .. } => MOUNT_FAILED,
     }
 }
@@ -298,6 +368,16 @@ mod tests {
         let flags = MountFlags { uid: Some(1), ..MountFlags::default() };
         let merged = flags.or(options("uid=2,gid=3").unwrap());
         assert_eq!((merged.uid, merged.gid), (Some(1), Some(3)));
+    }
+
+    #[test]
+    fn metrics_are_for_this_machine_unless_an_address_says_otherwise() {
+        assert_eq!(parse_address("9464"), Ok(SocketAddr::from(([127, 0, 0, 1], 9464))));
+        assert_eq!(parse_address("0.0.0.0:80"), Ok(SocketAddr::from(([0, 0, 0, 0], 80))));
+        assert_eq!(parse_address("[::1]:80"), Ok("[::1]:80".parse().unwrap()));
+        for text in ["", "host:80", "127.0.0.1", "70000"] {
+            assert!(parse_address(text).is_err(), "{text}");
+        }
     }
 
     #[test]

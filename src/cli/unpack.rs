@@ -137,8 +137,6 @@ struct Written {
 /// Unpacks and, with `--json`, prints what was written.
 pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
-    // Decoding one tensor spreads over this pool; an error says that another one is in place already, which decodes too.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 
     let outputs = plan(&args.source, &args.output)?;
     let exists = outputs.iter().find(|output| fs::symlink_metadata(&output.path).is_ok());
@@ -248,7 +246,7 @@ impl Output {
         partial: &File,
         progress: &ProgressBar,
     ) -> Result<Option<[u8; 32]>, UnpackError> {
-        let materializer = sequential_materializer(archive, args.engine);
+        let materializer = sequential_materializer(archive, args.engine, threads);
         let mut hash = Sha256::new();
         let place = |offset, bytes: &[u8]| {
             let written = partial.write_all_at(bytes, offset);

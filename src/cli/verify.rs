@@ -112,8 +112,6 @@ pub struct VerifiedFile {
 pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
     let tree = PackedTree::read(&args.packed)?;
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
-    // Decoding one tensor spreads over this pool; an error says that another one is in place already, which decodes too.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 
     let mut verification = Verification { sound: true, archives: Vec::new(), problems: Vec::new() };
     for relative in &tree.archives {
@@ -214,7 +212,7 @@ fn verify_file(
         None => None,
     };
 
-    let materializer = sequential_materializer(archive, args.engine);
+    let materializer = sequential_materializer(archive, args.engine, threads);
     let mut decoded_hash = Sha256::new();
     let mut original_hash = Sha256::new();
     let mut original_bytes = Vec::new();

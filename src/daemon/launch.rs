@@ -18,8 +18,9 @@ use signal_hook::consts::SIGINT;
 use signal_hook::flag::register_conditional_shutdown;
 
 /// Environment variable that tells the child what it is.
-const ROLE: &str = "MCWCFS_ROLE";
+pub(super) const ROLE: &str = "MCWCFS_ROLE";
 const DAEMON: &str = "daemon";
+pub(super) const WORKER: &str = "worker";
 const READY: &str = "ready";
 
 /// What became of the daemon.
@@ -34,6 +35,11 @@ pub enum Outcome {
 /// Whether this process is the child of [`launch`].
 pub fn is_daemon() -> bool {
     std::env::var_os(ROLE).is_some_and(|role| role == DAEMON)
+}
+
+/// Whether this process serves a mount that its supervisor owns: see [`super::run_worker`].
+pub fn is_worker() -> bool {
+    std::env::var_os(ROLE).is_some_and(|role| role == WORKER)
 }
 
 /// Starts this program again with the same `arguments` (without its name) as a daemon, and waits until it has said what

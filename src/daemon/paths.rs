@@ -1,16 +1,20 @@
 //! Whether a source and a mount point can go together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::DaemonError;
-use crate::fuse::{self, FuseError};
+use super::{DaemonError, process};
+use crate::fuse::{self, FuseError, MountEntry};
 use crate::vfs::VfsError;
 
+/// How long a mount whose daemon is gone may take to be seen dead.
+const DYING: Duration = Duration::from_secs(2);
+
 /// Refuses what would deadlock or confuse: a mount point in, around or equal to the source, and one already in use by us.
-pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(), DaemonError> {
-    if fuse::is_dead(mountpoint) {
-        return Err(FuseError::DeadMount { path: mountpoint.to_owned() }.into());
-    }
+/// Clears what a daemon that was killed left there. Returns both paths, absolute and without symbolic links.
+pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(PathBuf, PathBuf), DaemonError> {
+    clear_dead(mountpoint)?;
     let source = source
         .canonicalize()
         .map_err(|error| DaemonError::Source(VfsError::Source { path: source.to_owned(), source: error }))?;
@@ -20,10 +24,26 @@ pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(), DaemonError>
     if source.starts_with(&mountpoint) || mountpoint.starts_with(&source) {
         return Err(DaemonError::Overlap { source_path: source, mountpoint });
     }
-    match fuse::mount_at(&mountpoint) {
-        Some(entry) if entry.is_ours() => Err(DaemonError::AlreadyMounted { mountpoint, what: entry.source }),
-        _ => Ok(()),
+    let is_ours = |mountpoint: &Path| fuse::mount_at(mountpoint).filter(MountEntry::is_ours);
+    // A supervisor that was killed a moment ago leaves a worker that is about to notice.
+    let started = Instant::now();
+    while is_ours(&mountpoint).is_some() && process::daemon_of(&mountpoint).is_none() && started.elapsed() < DYING {
+        clear_dead(&mountpoint)?;
+        thread::sleep(Duration::from_millis(10));
     }
+    match is_ours(&mountpoint) {
+        Some(entry) => Err(DaemonError::AlreadyMounted { mountpoint, what: entry.source }),
+        _ => Ok((source, mountpoint)),
+    }
+}
+
+fn clear_dead(mountpoint: &Path) -> Result<(), DaemonError> {
+    while fuse::is_dead(mountpoint) {
+        if !fuse::clear_if_dead(mountpoint) {
+            return Err(FuseError::DeadMount { path: mountpoint.to_owned() }.into());
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -4,9 +4,8 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::process;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -14,14 +13,17 @@ use fuser::{
     ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use log::debug;
+use log::{debug, warn};
 
-use super::MountOptions;
 use super::errno::errno;
+use super::passthrough::{CACHED, PASSED, Passthrough};
+use super::replies::Replies;
 use super::workers::Workers;
-use crate::vfs::{Attributes, Inode, Kind, Vfs, VfsError};
+use super::{MountOptions, RootAttributes};
+use crate::metrics::METRICS;
+use crate::vfs::{Attributes, Inode, Keeper, Kind, Vfs, VfsError};
 
-/// The tree is a snapshot, so the kernel need not ask again. A rescan will have to tell it what changed.
+/// The tree is a snapshot, so the kernel need not ask again. After a rescan it is told what changed.
 const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
 /// Inode numbers are never used for other content: see `vfs/inode.rs`.
 const GENERATION: Generation = Generation(0);
@@ -29,22 +31,30 @@ const GENERATION: Generation = Generation(0);
 const BLOCK_BYTES: u32 = 4096;
 /// Requests the kernel may have in flight that nobody waits for, such as readahead. The default of 12 throttles it.
 const MAX_BACKGROUND: u16 = 1024;
-/// Attribute of the root that `mcwcfs umount` reads to wait for the daemon's end. Not listed: it is no property of data.
-const DAEMON_PID: &str = "user.mcwc.daemon_pid";
+
+/// Bit of a request's number by which the kernel marks what it hands out again.
+const RESENT: u64 = 1 << 63;
 
 /// A tree, and who reads for it.
-#[derive(Debug)]
 pub(super) struct Adapter {
     vfs: Arc<Vfs>,
-    workers: Workers,
+    workers: Arc<Workers>,
+    replies: Arc<Replies>,
+    passthrough: Passthrough,
     options: MountOptions,
+    root_attributes: Arc<RootAttributes>,
 }
 
 impl Adapter {
-    /// # Errors
-    /// When no worker can be started.
-    pub(super) fn new(vfs: Vfs, options: &MountOptions) -> io::Result<Self> {
-        Ok(Self { vfs: Arc::new(vfs), workers: Workers::new()?, options: options.clone() })
+    pub(super) fn new(
+        vfs: Arc<Vfs>,
+        workers: Arc<Workers>,
+        options: &MountOptions,
+        root_attributes: Arc<RootAttributes>,
+    ) -> Self {
+        let replies = Arc::new(Replies::new(options.reply_bytes));
+        let passthrough = Passthrough::new(options.passthrough);
+        Self { vfs, workers, replies, passthrough, options: options.clone(), root_attributes }
     }
 
     fn file_attributes(&self, attributes: &Attributes) -> FileAttr {
@@ -93,13 +103,60 @@ impl Adapter {
         }
         Ok(())
     }
+}
 
-    fn extended_attribute(&self, inode: INodeNo, name: &OsStr) -> Result<String, VfsError> {
-        if inode == INodeNo::ROOT && name == DAEMON_PID {
-            return Ok(process::id().to_string());
-        }
-        self.vfs.extended_attribute(Inode(inode.0), name)
+/// A read request that has no answer yet, for the metrics. Dropped without an answer, it is one that failed.
+struct PendingRead {
+    arrived: Instant,
+    length: Option<usize>,
+}
+
+impl PendingRead {
+    fn new() -> Self {
+        METRICS.waiting_requests.add(1);
+        Self { arrived: Instant::now(), length: None }
     }
+
+    /// It is about to be answered, with that many bytes or an error.
+    fn answered(mut self, length: Option<usize>) {
+        self.length = length;
+    }
+}
+
+impl Drop for PendingRead {
+    fn drop(&mut self) {
+        METRICS.waiting_requests.sub(1);
+        METRICS.reads.add(1);
+        METRICS.read_seconds.record(self.arrived.elapsed());
+        match self.length {
+            Some(length) => METRICS.read_bytes.add(length as u64),
+            None => METRICS.read_errors.add(1),
+        }
+    }
+}
+
+/// What is asked of the kernel when it greets. The same for every process that serves a mount: the kernel hears it once.
+pub(super) fn configure(config: &mut KernelConfig, options: &MountOptions) {
+    let wanted = [
+        InitFlags::FUSE_DO_READDIRPLUS,
+        InitFlags::FUSE_READDIRPLUS_AUTO,
+        InitFlags::FUSE_PARALLEL_DIROPS,
+        InitFlags::FUSE_CACHE_SYMLINKS,
+        InitFlags::FUSE_ASYNC_DIO,
+        InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+    ];
+    for capability in wanted {
+        if config.add_capabilities(capability).is_err() {
+            debug!("kernel without {capability:?}");
+        }
+    }
+    if options.passthrough && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() {
+        // The files that are passed lie on a file system that is not itself stacked on another.
+        let _ = config.set_max_stack_depth(1);
+    }
+    // Neither can fail: both are above zero. `max_write` is left alone, because it caps reads too.
+    let _ = config.set_max_background(MAX_BACKGROUND);
+    let _ = config.set_congestion_threshold(MAX_BACKGROUND);
 }
 
 /// Answers a query whose length the caller may not know: size 0 asks for it.
@@ -113,22 +170,7 @@ fn reply_value(reply: ReplyXattr, size: u32, value: &[u8]) {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let wanted = [
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-        ];
-        for capability in wanted {
-            if config.add_capabilities(capability).is_err() {
-                debug!("kernel without {capability:?}");
-            }
-        }
-        // Neither can fail: both are above zero. `max_write` is left alone, because it caps reads too.
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        let _ = config.set_congestion_threshold(MAX_BACKGROUND);
+        configure(config, &self.options);
         Ok(())
     }
 
@@ -168,11 +210,19 @@ impl Filesystem for Adapter {
         if flags.acc_mode() != OpenAccMode::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
-        match self.vfs.check_file(Inode(inode.0)).and_then(|()| self.vfs.path(Inode(inode.0))) {
+        match self.vfs.open_file(Inode(inode.0)) {
             Ok(path) => {
                 debug!("open: {}", path.display());
-                // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
-                reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+                METRICS.opens.add(1);
+                let find = || self.vfs.decoded_file(Inode(inode.0));
+                match self.passthrough.open(Inode(inode.0), find, |file| reply.open_backing(file)) {
+                    Some(backing) => {
+                        METRICS.passed_opens.add(1);
+                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH, &backing);
+                    }
+                    // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
+                    None => reply.opened(CACHED, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+                }
             }
             Err(error) => reply.error(errno(&error)),
         }
@@ -180,30 +230,56 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         _handle: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let inode = Inode(inode.0);
+        let (inode, pending) = (Inode(inode.0), PendingRead::new());
+        if self.options.refuse_resent && request.unique().0 & RESENT != 0 {
+            warn!("read refused: inode {inode}, byte {offset}: a process died while it had this request");
+            return reply.error(Errno::EIO);
+        }
         if let Some(bytes) = self.vfs.resident(inode, offset, size.into()) {
-            return reply.data(bytes);
+            pending.answered(Some(bytes.len()));
+            return reply.data(&bytes);
         }
         let vfs = Arc::clone(&self.vfs);
-        self.workers.submit(move |buffer| {
-            let size = size as usize;
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
-            match vfs.read(inode, offset, &mut buffer[..size]) {
-                Ok(length) => reply.data(&buffer[..length]),
-                Err(error) => reply.error(errno(&error)),
+        let replies = Arc::clone(&self.replies);
+        // The kernel keeps what it is given, but for readers that pass it by.
+        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
+        self.workers.submit(move || {
+            let mut bytes = replies.take(size as usize);
+            match vfs.read(inode, offset, keeper, &mut bytes) {
+                Ok(length) => {
+                    pending.answered(Some(length));
+                    reply.data(&bytes[..length]);
+                }
+                Err(error) => {
+                    pending.answered(None);
+                    reply.error(errno(&error));
+                }
             }
         });
+        self.workers.hold_while_draining();
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.passthrough.close(Inode(inode.0), handle);
+        reply.ok();
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -249,7 +325,17 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        match self.extended_attribute(inode, name) {
+        let inode = Inode(inode.0);
+        if inode == Inode::ROOT {
+            let (attributes, name) = (Arc::clone(&self.root_attributes), name.to_owned());
+            // They are made on request, and that may take longer than an event loop should.
+            self.workers.submit(move || match attributes(&name) {
+                Some(value) => reply_value(reply, size, value.as_bytes()),
+                None => reply.error(errno(&VfsError::NoSuchAttribute)),
+            });
+            return;
+        }
+        match self.vfs.extended_attribute(inode, name) {
             Ok(value) => reply_value(reply, size, value.as_bytes()),
             Err(error) => reply.error(errno(&error)),
         }

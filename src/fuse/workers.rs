@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use log::{error, warn};
 
-/// What a worker does. It is lent a buffer that the worker keeps between jobs.
-type Job = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
+/// What a worker does.
+type Job = Box<dyn FnOnce() + Send>;
 
 /// Threads that never go away, so that a job is done even where no thread can be added.
 const PERMANENT: usize = 4;
@@ -29,10 +29,12 @@ pub(super) struct Workers {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
     arrived: Condvar,
+    /// While draining: a job ended.
+    ended: Condvar,
 }
 
 #[derive(Default)]
@@ -40,13 +42,15 @@ struct State {
     queue: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    running: usize,
+    is_draining: bool,
     is_closed: bool,
 }
 
 impl std::fmt::Debug for State {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { queue, threads, idle, is_closed } = self;
-        write!(formatter, "{} queued, {threads} threads, {idle} idle, closed: {is_closed}", queue.len())
+        let Self { queue, threads, idle, running, .. } = self;
+        write!(formatter, "{} queued, {threads} threads, {idle} idle, {running} running", queue.len())
     }
 }
 
@@ -56,7 +60,7 @@ impl Workers {
     /// # Errors
     /// When the system grants no thread.
     pub(super) fn new() -> io::Result<Self> {
-        let workers = Self { shared: Arc::new(Shared { state: Mutex::default(), arrived: Condvar::new() }) };
+        let workers = Self { shared: Arc::new(Shared::default()) };
         for _ in 0..PERMANENT {
             workers.shared.lock().threads += 1;
             workers.shared.add_thread()?;
@@ -65,7 +69,7 @@ impl Workers {
     }
 
     /// Has `job` done by a worker, soon.
-    pub(super) fn submit(&self, job: impl FnOnce(&mut Vec<u8>) + Send + 'static) {
+    pub(super) fn submit(&self, job: impl FnOnce() + Send + 'static) {
         let mut state = self.shared.lock();
         state.queue.push_back(Box::new(job));
         if state.idle >= state.queue.len() {
@@ -80,6 +84,26 @@ impl Workers {
         if let Err(error) = self.shared.add_thread() {
             self.shared.lock().threads -= 1;
             warn!("no more worker threads: {error}");
+        }
+    }
+}
+
+impl Workers {
+    /// Waits until every job is done, at most `limit`; returns whether they are. From now on
+    /// [`Self::hold_while_draining`] does not return.
+    pub(super) fn drain(&self, limit: Duration) -> bool {
+        let mut state = self.shared.lock();
+        state.is_draining = true;
+        let waiting = |state: &mut State| state.running > 0 || !state.queue.is_empty();
+        let waited = self.shared.ended.wait_timeout_while(state, limit, waiting);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// Called by an event loop that has handed a request over: while draining it waits for ever, so that it takes no
+    /// other request from the device. A successor does.
+    pub(super) fn hold_while_draining(&self) {
+        while self.shared.lock().is_draining {
+            thread::park();
         }
     }
 }
@@ -108,12 +132,15 @@ impl Shared {
     }
 
     fn run(&self) {
-        let mut buffer = Vec::new();
         while let Some(job) = self.next_job() {
             // A panic is our mistake. It costs its reader an I/O error (the dropped reply sends it) and no one else.
-            if catch_unwind(AssertUnwindSafe(|| job(&mut buffer))).is_err() {
+            if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 error!("internal error in a worker: the reader got an I/O error; please report this");
-                buffer = Vec::new();
+            }
+            let mut state = self.lock();
+            state.running -= 1;
+            if state.is_draining {
+                self.ended.notify_all();
             }
         }
     }
@@ -123,6 +150,7 @@ impl Shared {
         let mut state = self.lock();
         loop {
             if let Some(job) = state.queue.pop_front() {
+                state.running += 1;
                 return Some(job);
             }
             if state.is_closed {
@@ -155,12 +183,12 @@ mod tests {
         let released = Arc::new(Mutex::new(released));
         for _ in 0..100 {
             let released = Arc::clone(&released);
-            workers.submit(move |_| {
+            workers.submit(move || {
                 let _ = released.lock().unwrap().recv();
             });
         }
         let (done, is_done) = mpsc::channel();
-        workers.submit(move |_| done.send(()).unwrap());
+        workers.submit(move || done.send(()).unwrap());
         is_done.recv().unwrap();
         drop(release);
     }
@@ -171,7 +199,7 @@ mod tests {
         let all = Arc::new(Barrier::new(201));
         for _ in 0..200 {
             let all = Arc::clone(&all);
-            workers.submit(move |_| {
+            workers.submit(move || {
                 all.wait();
             });
         }
@@ -182,16 +210,25 @@ mod tests {
     fn a_panicking_job_takes_no_thread_away() {
         let workers = Workers::new().unwrap();
         for _ in 0..3 * PERMANENT {
-            workers.submit(|_| panic!("a bug"));
+            workers.submit(|| panic!("a bug"));
         }
         let (done, is_done) = mpsc::channel();
-        workers.submit(move |buffer| {
-            assert!(buffer.is_empty() || buffer.len() == 7);
-            buffer.resize(7, 0);
-            done.send(()).unwrap();
-        });
+        workers.submit(move || done.send(()).unwrap());
         is_done.recv().unwrap();
         assert!(workers.shared.lock().threads >= PERMANENT);
+    }
+
+    #[test]
+    fn draining_waits_for_jobs_and_no_longer_than_it_may() {
+        let workers = Workers::new().unwrap();
+        workers.hold_while_draining();
+        let (release, released) = mpsc::channel::<()>();
+        workers.submit(move || {
+            let _ = released.recv();
+        });
+        assert!(!workers.drain(Duration::from_millis(10)));
+        drop(release);
+        assert!(workers.drain(Duration::from_secs(60)));
     }
 
     #[test]
@@ -200,14 +237,14 @@ mod tests {
         let alive = Arc::new(());
         let (started, has_started) = mpsc::channel();
         let (release, released) = mpsc::channel::<()>();
-        workers.submit(move |_| {
+        workers.submit(move || {
             started.send(()).unwrap();
             let _ = released.recv();
         });
         has_started.recv().unwrap();
         workers.shared.lock().queue.push_back({
             let alive = Arc::clone(&alive);
-            Box::new(move |_| drop(alive))
+            Box::new(move || drop(alive))
         });
         drop(workers);
         assert_eq!(Arc::strong_count(&alive), 1);

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use crate::archive::{Archive, ArchivedFile};
 use crate::materialize::Materializer;
 
+pub use crate::materialize::Keeper;
+
 /// Why an archive cannot be opened or decoded. Opaque here: it is logged, and the reader gets an I/O error.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -29,7 +31,11 @@ pub trait Checkpoint: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// With a message that names the archive, the tensor and the record.
-    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError>;
+    fn read(&self, file: usize, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, BoxError>;
+
+    /// Decodes `length_bytes` of file `file` from `offset_bytes` on when nothing else is to be done, and returns when
+    /// reading them takes no decoding any more; does nothing where that cannot be had.
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64);
 }
 
 /// An archive and what decodes it.
@@ -67,7 +73,11 @@ impl Checkpoint for DecodedArchive {
         self.archive.files()
     }
 
-    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError> {
-        Ok(self.materializer.read(&self.archive, file, offset_bytes, out)?)
+    fn read(&self, file: usize, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, BoxError> {
+        Ok(self.materializer.read_for(keeper, &self.archive, file, offset_bytes, out)?)
+    }
+
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
+        self.materializer.decode_ahead(&self.archive, file, offset_bytes, length_bytes);
     }
 }

@@ -47,7 +47,7 @@ pub enum VfsError {
     },
     /// A sidecar is not what it was when the tree was listed.
     #[error(
-        "{path}: changed since it was mounted ({found_bytes} bytes now, {expected_bytes} then): mount again to see it",
+        "{path}: changed since it was listed ({found_bytes} bytes now, {expected_bytes} then): list the source again to see it",
         path = path.display()
     )]
     Changed {

@@ -20,7 +20,7 @@ pub(super) const NAMES: [&str; 5] = [SHA256, SOURCE_SHA256, BITS_PER_PARAMETER, 
 
 /// The value of the attribute, or `None` if there is none of that name.
 pub(super) fn value(archived: &Archived, name: &OsStr) -> Option<String> {
-    let (checkpoint, file) = (&archived.checkpoint, archived.file());
+    let (checkpoint, file) = (archived.checkpoint(), archived.file());
     match name.to_str()? {
         SHA256 => Some(hexadecimal(&file.decoded_sha256)),
         SOURCE_SHA256 => Some(hexadecimal(&file.source_sha256)),

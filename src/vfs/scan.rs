@@ -1,4 +1,5 @@
-//! Lists a source directory: what is there, before anything is decided about what is shown.
+//! Lists a source directory: what is there, before any archive is opened and before anything is decided about what is
+//! shown.
 //!
 //! Symbolic links are resolved inside the tree and never leave it. A link to a file is listed as that file, under the
 //! link's name (Hugging Face caches are made of such links); a link `X.mcwc` as that archive; a link to a directory stays a
@@ -7,32 +8,26 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, Metadata};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::SystemTime;
 
-use log::{error, warn};
-
 use super::VfsError;
-use super::checkpoint::{BoxError, Checkpoint};
+use super::checkpoint::BoxError;
+use super::log_once::LogOnce;
 use super::source::{Source, SourceFile};
 use crate::archive::UNFINISHED_PREFIX;
 
-/// Everything found, by directory, each path from the root of the source.
-#[derive(Debug)]
+/// Everything found, by directory, each path from the root of the source. Two scans of an unchanged source are equal.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Scan {
     pub(super) directories: BTreeMap<PathBuf, Listing>,
-    pub(super) refused_archives: u64,
 }
 
 /// One directory.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Listing {
     pub(super) modified: SystemTime,
     pub(super) subdirectories: Vec<OsString>,
@@ -40,77 +35,43 @@ pub(super) struct Listing {
     pub(super) links: BTreeMap<OsString, PathBuf>,
     pub(super) sidecars: BTreeMap<OsString, SourceFile>,
     /// By the name of the `.mcwc` file: where two contradict each other, the order decides.
-    pub(super) archives: BTreeMap<OsString, FoundArchive>,
-}
-
-/// An archive whose index is sound.
-#[derive(Debug)]
-pub(super) struct FoundArchive {
-    pub(super) modified: SystemTime,
-    pub(super) checkpoint: Arc<dyn Checkpoint>,
-}
-
-/// An archive that has yet to be opened: opening reads, so several are opened at once.
-struct Candidate {
-    directory: PathBuf,
-    name: OsString,
-    file: SourceFile,
+    pub(super) archives: BTreeMap<OsString, SourceFile>,
 }
 
 impl Scan {
-    /// Lists the tree under `source` and opens its archives.
-    pub(super) fn new<C: Checkpoint + 'static>(
-        source: &Source,
-        open_archive: impl Fn(&Path) -> Result<C, BoxError> + Sync,
-    ) -> Result<Self, VfsError> {
+    /// Lists the tree under `source`. A directory that cannot be listed is taken to be as in `previous`: a network file
+    /// system that hiccups must not make models vanish. One that was never listed is empty.
+    ///
+    /// # Errors
+    /// When the source directory itself cannot be listed.
+    pub(super) fn new(source: &Source, previous: &Self, log: &LogOnce) -> Result<Self, VfsError> {
         let mut directories = BTreeMap::new();
-        let mut candidates = Vec::new();
         let mut waiting = vec![PathBuf::new()];
         while let Some(path) = waiting.pop() {
-            match list(source, &path, &mut candidates) {
-                Ok(listing) => {
-                    waiting.extend(listing.subdirectories.iter().map(|name| path.join(name)));
-                    directories.insert(path, listing);
-                }
+            let listing = match list(source, &path, log) {
+                Ok(listing) => listing,
                 Err(error) if path.as_os_str().is_empty() => {
                     return Err(VfsError::Source { path: source.root().to_owned(), source: error });
                 }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Listing::empty(), // gone since its parent was listed
                 Err(error) => {
-                    warn!("directory shown empty: {}: {error}", path.display());
-                    let modified = SystemTime::UNIX_EPOCH;
-                    directories.insert(path, Listing { modified, ..Listing::empty() });
+                    let known = previous.directories.get(&path);
+                    let shown = if known.is_some() { "as it was" } else { "empty" };
+                    log.warn(&format!("directory shown {shown}: {}: {error}", path.display()));
+                    known.cloned().unwrap_or_else(Listing::empty)
                 }
-            }
+            };
+            waiting.extend(listing.subdirectories.iter().map(|name| path.join(name)));
+            directories.insert(path, listing);
         }
-        let mut scan = Self { directories, refused_archives: 0 };
-        scan.open_archives(source, candidates, open_archive);
-        Ok(scan)
+        Ok(Self { directories })
     }
 
-    fn open_archives<C: Checkpoint + 'static>(
-        &mut self,
-        source: &Source,
-        candidates: Vec<Candidate>,
-        open_archive: impl Fn(&Path) -> Result<C, BoxError> + Sync,
-    ) {
-        let opened = in_parallel(&candidates, |candidate| {
-            // A panic is our mistake, and still no reason to take the other archives away.
-            catch_unwind(AssertUnwindSafe(|| open_archive(&source.root().join(&candidate.file.path))))
-                .unwrap_or_else(|_| Err("internal error while opening: please report it with the archive".into()))
-        });
-        for (Candidate { directory, name, file }, result) in candidates.into_iter().zip(opened) {
-            match result {
-                Ok(checkpoint) => {
-                    let found = FoundArchive { modified: file.modified, checkpoint: Arc::new(checkpoint) };
-                    let listing = self.directories.get_mut(&directory).expect("its directory was listed");
-                    listing.archives.insert(name, found);
-                }
-                Err(error) => {
-                    error!("archive refused: {}: {error}", directory.join(name).display());
-                    self.refused_archives += 1;
-                }
-            }
-        }
+    /// Every archive: the path under which it lies, from the root of the source, and its file.
+    pub(super) fn archives(&self) -> impl Iterator<Item = (PathBuf, &SourceFile)> {
+        self.directories.iter().flat_map(|(directory, listing)| {
+            listing.archives.iter().map(move |(name, file)| (directory.join(name), file))
+        })
     }
 }
 
@@ -136,7 +97,7 @@ fn is_archive_name(name: &OsStr) -> bool {
     Path::new(name).extension().is_some_and(|extension| extension == "mcwc")
 }
 
-fn list(source: &Source, path: &Path, candidates: &mut Vec<Candidate>) -> io::Result<Listing> {
+fn list(source: &Source, path: &Path, log: &LogOnce) -> io::Result<Listing> {
     let absolute = source.root().join(path);
     let mut listing = Listing { modified: fs::metadata(&absolute)?.modified()?, ..Listing::empty() };
     for entry in fs::read_dir(&absolute)? {
@@ -146,20 +107,15 @@ fn list(source: &Source, path: &Path, candidates: &mut Vec<Candidate>) -> io::Re
         }
         let shown = path.join(&name);
         // A file that vanished meanwhile, a link to nothing: one name is left out, not its directory.
-        if let Err(reason) = classify(source, path, name, &mut listing, candidates) {
-            warn!("left out: {}: {reason}", shown.display());
+        if let Err(reason) = classify(source, path, name, &mut listing) {
+            log.warn(&format!("left out: {}: {reason}", shown.display()));
         }
     }
+    listing.subdirectories.sort_unstable(); // the system's order may change from one listing to the next
     Ok(listing)
 }
 
-fn classify(
-    source: &Source,
-    directory: &Path,
-    name: OsString,
-    listing: &mut Listing,
-    candidates: &mut Vec<Candidate>,
-) -> Result<(), BoxError> {
+fn classify(source: &Source, directory: &Path, name: OsString, listing: &mut Listing) -> Result<(), BoxError> {
     let path = directory.join(&name);
     let is_link = fs::symlink_metadata(source.root().join(&path))?.is_symlink();
     let real =
@@ -172,32 +128,9 @@ fn classify(
     } else if !metadata.is_file() {
         return Err("neither a file nor a directory".into());
     } else if is_archive_name(&name) {
-        candidates.push(Candidate { directory: directory.to_owned(), name, file: source_file(real, &metadata)? });
+        listing.archives.insert(name, SourceFile::new(real, &metadata)?);
     } else {
-        listing.sidecars.insert(name, source_file(real, &metadata)?);
+        listing.sidecars.insert(name, SourceFile::new(real, &metadata)?);
     }
     Ok(())
-}
-
-fn source_file(path: PathBuf, metadata: &Metadata) -> io::Result<SourceFile> {
-    Ok(SourceFile { path, length_bytes: metadata.len(), modified: metadata.modified()? })
-}
-
-/// `work` on every item by a few threads, results in order. Enough to hide a disk's or network's latency.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    const THREADS: usize = 8;
-    let next = AtomicUsize::new(0);
-    let mut results: Vec<(usize, R)> = thread::scope(|scope| {
-        let worker = || {
-            let take = || {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                items.get(index).map(|item| (index, item))
-            };
-            std::iter::from_fn(take).map(|(index, item)| (index, work(item))).collect::<Vec<_>>()
-        };
-        let threads: Vec<_> = (0..THREADS.min(items.len())).map(|_| scope.spawn(worker)).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("the work does not panic")).collect()
-    });
-    results.sort_unstable_by_key(|&(index, _)| index);
-    results.into_iter().map(|(_, result)| result).collect()
 }

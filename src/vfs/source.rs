@@ -6,11 +6,11 @@
 //! starts at a descriptor, it does not go through a mount that was put on top of the source either.
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::SystemTime;
 
@@ -24,12 +24,22 @@ pub(super) struct Source {
 }
 
 /// A file of the source as it was when it was listed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SourceFile {
     /// From the root of the source, without symbolic links.
     pub(super) path: PathBuf,
     pub(super) length_bytes: u64,
     pub(super) modified: SystemTime,
+    /// Device, inode and the time of the last change of any kind, which no program can set: a file rewritten with its
+    /// old length and modification time is still seen to be another.
+    identity: (u64, u64, i64, i64),
+}
+
+impl SourceFile {
+    pub(super) fn new(path: PathBuf, metadata: &Metadata) -> io::Result<Self> {
+        let identity = (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
+        Ok(Self { path, length_bytes: metadata.len(), modified: metadata.modified()?, identity })
+    }
 }
 
 impl Source {
@@ -112,8 +122,7 @@ mod tests {
     use super::*;
 
     fn listed(source: &Source, path: &str) -> SourceFile {
-        let metadata = fs::metadata(source.root().join(path)).unwrap();
-        SourceFile { path: path.into(), length_bytes: metadata.len(), modified: metadata.modified().unwrap() }
+        SourceFile::new(path.into(), &fs::metadata(source.root().join(path)).unwrap()).unwrap()
     }
 
     #[test]

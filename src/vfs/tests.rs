@@ -1,5 +1,7 @@
 //! The file system on real directories, with checkpoints in memory in place of archives.
 
+mod rescan;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
@@ -66,8 +68,10 @@ impl Checkpoint for Fake {
         &self.files
     }
 
+    fn decode_ahead(&self, _: usize, _: u64, _: u64) {}
+
     /// `bad` fails as a damaged record does, `short` as a decoder does that loses bytes.
-    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError> {
+    fn read(&self, file: usize, offset_bytes: u64, _: Keeper, out: &mut [u8]) -> Result<usize, BoxError> {
         match self.data[file].as_slice() {
             b"bad" => Err("record 3: CRC-32C".into()),
             b"short" => Ok(out.len() - 1),
@@ -108,7 +112,7 @@ fn names(vfs: &Vfs, path: &str) -> Vec<String> {
 fn content(vfs: &Vfs, path: &str) -> Result<Vec<u8>, VfsError> {
     let attributes = find(vfs, path)?;
     let mut out = vec![0xaa; attributes.length_bytes as usize + 10];
-    let length = vfs.read(attributes.inode, 0, &mut out)?;
+    let length = vfs.read(attributes.inode, 0, Keeper::Reader, &mut out)?;
     out.truncate(length);
     Ok(out)
 }
@@ -194,12 +198,12 @@ fn reads_end_where_the_file_ends() {
     for (path, length) in [("m.safetensors", 16), ("sidecar", 10)] {
         let inode = find(&vfs, path).unwrap().inode;
         let mut out = [0; 8];
-        assert_eq!(vfs.read(inode, length - 3, &mut out).unwrap(), 3, "{path}");
+        assert_eq!(vfs.read(inode, length - 3, Keeper::Reader, &mut out).unwrap(), 3, "{path}");
         assert_eq!(&out[..3], b"789");
         for past in [length, length + 1, u64::MAX] {
-            assert_eq!(vfs.read(inode, past, &mut out).unwrap(), 0, "{path}");
+            assert_eq!(vfs.read(inode, past, Keeper::Reader, &mut out).unwrap(), 0, "{path}");
         }
-        assert_eq!(vfs.read(inode, 0, &mut []).unwrap(), 0);
+        assert_eq!(vfs.read(inode, 0, Keeper::Reader, &mut []).unwrap(), 0);
     }
 }
 
@@ -207,12 +211,12 @@ fn reads_end_where_the_file_ends() {
 fn the_header_is_resident_and_nothing_past_it() {
     let (_source, vfs) = tree(&[("m.mcwc", "m.safetensors=bad"), ("sidecar", "HEADER")]);
     let inode = find(&vfs, "m.safetensors").unwrap().inode;
-    assert_eq!(vfs.resident(inode, 0, 6), Some(&b"HEADER"[..]));
-    assert_eq!(vfs.resident(inode, 2, 3), Some(&b"ADE"[..]));
-    assert_eq!(vfs.resident(inode, 2, 5), None);
-    assert_eq!(vfs.resident(inode, u64::MAX, 1), None);
-    assert_eq!(vfs.resident(find(&vfs, "sidecar").unwrap().inode, 0, 1), None);
-    assert_eq!(vfs.resident(Inode::ROOT, 0, 1), None);
+    assert_eq!(vfs.resident(inode, 0, 6).as_deref(), Some(&b"HEADER"[..]));
+    assert_eq!(vfs.resident(inode, 2, 3).as_deref(), Some(&b"ADE"[..]));
+    assert!(vfs.resident(inode, 2, 5).is_none());
+    assert!(vfs.resident(inode, u64::MAX, 1).is_none());
+    assert!(vfs.resident(find(&vfs, "sidecar").unwrap().inode, 0, 1).is_none());
+    assert!(vfs.resident(Inode::ROOT, 0, 1).is_none());
 }
 
 #[test]
@@ -304,7 +308,7 @@ fn names_that_are_no_unicode_pass_through() {
     let vfs = Vfs::open(source.path(), Fake::open).unwrap();
     let inode = vfs.lookup(Inode::ROOT, &name).unwrap().inode;
     let mut out = [0; 5];
-    assert_eq!(vfs.read(inode, 0, &mut out).unwrap(), 5);
+    assert_eq!(vfs.read(inode, 0, Keeper::Reader, &mut out).unwrap(), 5);
 }
 
 #[test]
@@ -344,7 +348,7 @@ fn many_readers_share_one_tree() {
             let vfs = Arc::clone(&vfs);
             scope.spawn(move || {
                 let mut out = [0; 16];
-                let length = vfs.read(inode, from as u64, &mut out).unwrap();
+                let length = vfs.read(inode, from as u64, Keeper::Reader, &mut out).unwrap();
                 assert_eq!(&out[..length], &b"HEADER0123456789"[from..]);
             });
         }

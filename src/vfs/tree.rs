@@ -15,9 +15,9 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use log::{error, warn};
-
-use super::checkpoint::{BoxError, Checkpoint};
+use super::checkpoint::{BoxError, Checkpoint, Keeper};
+use super::log_once::LogOnce;
+use super::opened::{Opened, OpenedArchive};
 use super::scan::{Listing, Scan};
 use super::source::{Source, SourceFile};
 use super::{Attributes, DirectoryEntry, Inode, Kind, Totals, VfsError};
@@ -27,7 +27,9 @@ use crate::safetensors::ShardIndex;
 /// Every inode shown, by number. Immutable once built.
 #[derive(Debug)]
 pub(super) struct Tree {
-    nodes: HashMap<Inode, Node>,
+    nodes: HashMap<Inode, Arc<Node>>,
+    /// By path.
+    archives: Vec<Arc<OpenedArchive>>,
     totals: Totals,
 }
 
@@ -53,18 +55,15 @@ pub(super) enum Content {
 pub(super) struct Directory {
     pub(super) parent: Inode,
     /// Sorted by name.
-    pub(super) entries: Vec<DirectoryEntry>,
+    pub(super) entries: Arc<[DirectoryEntry]>,
 }
 
 /// A file decoded from an archive.
 #[derive(Clone, Debug)]
 pub(super) struct Archived {
-    pub(super) checkpoint: Arc<dyn Checkpoint>,
+    pub(super) archive: Arc<OpenedArchive>,
     /// Which of the checkpoint's files.
-    index: usize,
-    /// The `.mcwc` file, from the root of the source.
-    archive_path: PathBuf,
-    modified: SystemTime,
+    pub(super) index: usize,
 }
 
 /// What one name of a directory stands for, once decided.
@@ -76,15 +75,33 @@ enum Shown {
 }
 
 impl Archived {
+    pub(super) fn checkpoint(&self) -> &Arc<dyn Checkpoint> {
+        &self.archive.checkpoint
+    }
+
     pub(super) fn file(&self) -> &ArchivedFile {
-        &self.checkpoint.files()[self.index]
+        &self.checkpoint().files()[self.index]
+    }
+
+    /// Notes that a reader got these bytes.
+    pub(super) fn count_read(&self, offset_bytes: u64, length_bytes: u64) {
+        self.archive.activity.count_read(self.index, offset_bytes, length_bytes);
     }
 
     /// Fills `out`, which must lie inside the file, from `offset_bytes` on; `path` is the file's, for the error.
-    pub(super) fn read_exact_at(&self, path: &Path, offset_bytes: u64, out: &mut [u8]) -> Result<(), VfsError> {
-        let result = self.checkpoint.read(self.index, offset_bytes, out);
+    pub(super) fn read_exact_at(
+        &self,
+        path: &Path,
+        offset_bytes: u64,
+        keeper: Keeper,
+        out: &mut [u8],
+    ) -> Result<(), VfsError> {
+        let result = self.checkpoint().read(self.index, offset_bytes, keeper, out);
         let source: BoxError = match result {
-            Ok(found) if found == out.len() => return Ok(()),
+            Ok(found) if found == out.len() => {
+                self.count_read(offset_bytes, out.len() as u64);
+                return Ok(());
+            }
             // The kernel would take it for the end of the file and show zeros.
             Ok(found) => format!("{found} bytes decoded at byte {offset_bytes}, expected {}", out.len()).into(),
             Err(error) => error,
@@ -94,32 +111,40 @@ impl Archived {
 }
 
 impl Tree {
-    /// Decides what is shown of `scan`; `source` is read for the shard indexes only.
-    pub(super) fn build(source: &Source, scan: Scan) -> Self {
-        let mut refused_archives = scan.refused_archives;
-        let mut archives = 0;
+    /// Decides what is shown of `scan`, whose archives are `opened`; `source` is read for the shard indexes only.
+    pub(super) fn build(source: &Source, scan: &Scan, opened: &Opened, log: &LogOnce) -> Self {
+        let mut refused_archives = opened.refused();
+        let mut archives = Vec::new();
         let mut shown: BTreeMap<PathBuf, BTreeMap<OsString, Shown>> = BTreeMap::new();
         let mut modified = HashMap::new();
-        for (path, listing) in scan.directories {
+        for (path, listing) in &scan.directories {
             modified.insert(path.clone(), listing.modified);
-            let found = listing.archives.len() as u64;
-            let (mut entries, refused) = decide(&path, listing);
-            hide_broken_indexes(source, &path, &mut entries);
-            archives += found - refused;
-            refused_archives += refused;
-            shown.insert(path, entries);
+            let decided = decide(path, listing, opened, log);
+            let mut entries = decided.entries;
+            hide_broken_indexes(source, path, &mut entries, log);
+            archives.extend(decided.archives);
+            refused_archives += decided.refused;
+            shown.insert(path.clone(), entries);
         }
         let mut builder = Builder { nodes: HashMap::new(), shown, modified };
         builder.directory(Path::new(""), Inode::ROOT, Inode::ROOT);
-        let nodes = builder.nodes;
+        let nodes: HashMap<_, _> = builder.nodes.into_iter().map(|(inode, node)| (inode, Arc::new(node))).collect();
         let files = nodes.values().filter(|node| node.attributes.kind == Kind::File);
         let bytes = files.fold(0_u64, |sum, node| sum.saturating_add(node.attributes.length_bytes));
-        let totals = Totals { inodes: nodes.len() as u64, bytes, archives, refused_archives };
-        Self { nodes, totals }
+        let totals = Totals { inodes: nodes.len() as u64, bytes, archives: archives.len() as u64, refused_archives };
+        Self { nodes, archives, totals }
     }
 
-    pub(super) fn node(&self, inode: Inode) -> Option<&Node> {
+    pub(super) fn node(&self, inode: Inode) -> Option<&Arc<Node>> {
         self.nodes.get(&inode)
+    }
+
+    pub(super) fn archives(&self) -> &[Arc<OpenedArchive>] {
+        &self.archives
+    }
+
+    pub(super) fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.nodes.values()
     }
 
     pub(super) fn totals(&self) -> Totals {
@@ -127,35 +152,39 @@ impl Tree {
     }
 }
 
-/// What each name of the directory `path` stands for, and how many archives were refused.
-fn decide(path: &Path, listing: Listing) -> (BTreeMap<OsString, Shown>, u64) {
+/// What each name of a directory stands for.
+struct Decided {
+    entries: BTreeMap<OsString, Shown>,
+    /// Those shown.
+    archives: Vec<Arc<OpenedArchive>>,
+    /// Archives that contradict one that is shown.
+    refused: u64,
+}
+
+fn decide(path: &Path, listing: &Listing, opened: &Opened, log: &LogOnce) -> Decided {
     let Listing { subdirectories, links, sidecars, archives, .. } = listing;
-    let mut shown = BTreeMap::new();
-    shown.extend(subdirectories.into_iter().map(|name| (name, Shown::Subdirectory)));
-    shown.extend(links.into_iter().map(|(name, target)| (name, Shown::Link(relative(path, &target)))));
-    shown.extend(sidecars.into_iter().map(|(name, file)| (name, Shown::Sidecar(file))));
-    let mut refused = 0;
-    for (archive_name, found) in archives {
-        let archive_path = path.join(&archive_name);
-        if let Err(reason) = check_names(&shown, found.checkpoint.files()) {
-            error!("archive refused: {}: {reason}", archive_path.display());
-            refused += 1;
+    let mut entries = BTreeMap::new();
+    entries.extend(subdirectories.iter().map(|name| (name.clone(), Shown::Subdirectory)));
+    entries.extend(links.iter().map(|(name, target)| (name.clone(), Shown::Link(relative(path, target)))));
+    entries.extend(sidecars.iter().map(|(name, file)| (name.clone(), Shown::Sidecar(file.clone()))));
+    let mut decided = Decided { entries, archives: Vec::new(), refused: 0 };
+    for archive in archives.keys().filter_map(|name| opened.get(&path.join(name))) {
+        let archive_path = archive.path.display();
+        if let Err(reason) = check_names(&decided.entries, archive.checkpoint.files()) {
+            log.error(&format!("archive refused: {archive_path}: {reason}"));
+            decided.refused += 1;
             continue;
         }
-        for (index, file) in found.checkpoint.files().iter().enumerate() {
-            let archived = Archived {
-                checkpoint: Arc::clone(&found.checkpoint),
-                index,
-                archive_path: archive_path.clone(),
-                modified: found.modified,
-            };
-            if shown.insert(file.name.clone().into(), Shown::Archived(archived)).is_some() {
-                let (hidden, archive) = (path.join(&file.name), archive_path.display());
-                warn!("hidden: {}: archive {archive} holds a file of this name", hidden.display());
+        decided.archives.push(Arc::clone(archive));
+        for (index, file) in archive.checkpoint.files().iter().enumerate() {
+            let archived = Archived { archive: Arc::clone(archive), index };
+            if decided.entries.insert(file.name.clone().into(), Shown::Archived(archived)).is_some() {
+                let hidden = path.join(&file.name);
+                log.warn(&format!("hidden: {}: archive {archive_path} holds a file of this name", hidden.display()));
             }
         }
     }
-    (shown, refused)
+    decided
 }
 
 /// Whether all files of an archive can be shown beside what is shown already.
@@ -171,14 +200,14 @@ fn check_names(shown: &BTreeMap<OsString, Shown>, files: &[ArchivedFile]) -> Res
             return Err(format!("file name: {name:?} twice, expected different names"));
         }
         if let Some(Shown::Archived(other)) = shown.get(OsStr::new(name)) {
-            return Err(format!("file name: {name:?} is shown from {} already", other.archive_path.display()));
+            return Err(format!("file name: {name:?} is shown from {} already", other.archive.path.display()));
         }
     }
     Ok(())
 }
 
 /// Takes out each shard index of which a shard is missing, or that cannot be read and so promises who knows what.
-fn hide_broken_indexes(source: &Source, path: &Path, entries: &mut BTreeMap<OsString, Shown>) {
+fn hide_broken_indexes(source: &Source, path: &Path, entries: &mut BTreeMap<OsString, Shown>, log: &LogOnce) {
     const MAX_INDEX_BYTES: u64 = 100 << 20; // the limit of a safetensors header, which lists the same names
     let mut hidden = Vec::new();
     for (name, entry) in entries.iter() {
@@ -197,7 +226,7 @@ fn hide_broken_indexes(source: &Source, path: &Path, entries: &mut BTreeMap<OsSt
             Err(error) => Some(error.clone()),
         };
         if let Some(reason) = reason {
-            error!("hidden: {}: {reason}", path.join(name).display());
+            log.error(&format!("hidden: {}: {reason}", path.join(name).display()));
             hidden.push(name.clone());
         }
     }
@@ -235,7 +264,7 @@ impl Builder {
         let subdirectories = entries.iter().filter(|entry| entry.kind == Kind::Directory).count();
         let node = self.nodes.get_mut(&inode).expect("added above");
         node.attributes.links = u32::try_from(2 + subdirectories).unwrap_or(u32::MAX);
-        node.content = Content::Directory(Directory { parent, entries });
+        node.content = Content::Directory(Directory { parent, entries: entries.into() });
     }
 
     fn entry(&mut self, directory: &Path, parent: Inode, name: OsString, shown: Shown) -> DirectoryEntry {
@@ -258,8 +287,8 @@ impl Builder {
                 (inode, Kind::File)
             }
             Shown::Archived(archived) => {
-                let inode = self.free(Inode::of_archived(&path, &archived.checkpoint.content_id()));
-                let (length_bytes, modified) = (archived.file().length_bytes, archived.modified);
+                let inode = self.free(Inode::of_archived(&path, &archived.checkpoint().content_id()));
+                let (length_bytes, modified) = (archived.file().length_bytes, archived.archive.file.modified);
                 self.add(inode, path, Kind::File, length_bytes, modified, Content::Archived(archived));
                 (inode, Kind::File)
             }
@@ -292,7 +321,7 @@ impl Builder {
 
 impl Directory {
     fn empty(parent: Inode) -> Self {
-        Self { parent, entries: Vec::new() }
+        Self { parent, entries: Arc::new([]) }
     }
 }
 

@@ -115,7 +115,8 @@ pub type Window = Result<Vec<u8>, ReadError>;
 /// The files of an archive in windows of `window` bytes, each decoded or an error: what a reader of a mount would get.
 pub fn read_in_windows(path: &Path, engine: EngineChoice, window: usize) -> Result<Vec<Vec<Window>>, ReadError> {
     let archive = Arc::new(Archive::open(path).map_err(ReadError::Open)?);
-    let materializer = Materializer::new(MaterializeOptions { cache_bytes: 1 << 22, engine });
+    let materializer =
+        Materializer::new(MaterializeOptions { cache_bytes: 1 << 22, engine, ..MaterializeOptions::default() });
     let read = |file: usize, offset: u64| {
         let mut bytes = vec![0; window];
         let length = materializer.read(&archive, file, offset, &mut bytes).map_err(ReadError::Decode)?;

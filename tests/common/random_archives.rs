@@ -30,7 +30,8 @@ pub fn write_random_archive(seed: u64, path: &Path) {
     std::fs::write(path, writer.bytes([0; 32])).expect("an archive");
     let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
     let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
-    let options = MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference };
+    let options =
+        MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference, ..MaterializeOptions::default() };
     let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
     read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     std::fs::write(path, writer.bytes(Sha256::digest(&decoded).into())).expect("an archive");

@@ -1,93 +1,16 @@
 //! What `mcwc-pack` wrote, mounted by `mcwcfs mount`: the original's bytes, or for a lossy archive those of `unpack`.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread;
+use std::path::Path;
 
-use memmap2::MmapOptions;
 use sha2::{Digest, Sha256};
 
-use crate::common::{Bert, Random, assert_same_directories, mcwcfs_ok, safetensors};
+use crate::common::{Bert, Random, assert_same_directories, safetensors};
+use crate::packed::{MODEL, Packed};
 use crate::support::{errno, extended_attribute, require_fuse};
 
-const MODEL: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-
-/// A checkpoint, what it was packed into, and what is mounted of that.
-struct Packed {
-    directory: tempfile::TempDir,
-}
-
-impl Packed {
-    /// A small BERT with its sidecars, packed with `options`.
-    fn bert(options: &[&str]) -> Self {
-        let packed = Self { directory: tempfile::tempdir().unwrap() };
-        fs::create_dir(packed.path("mnt")).unwrap();
-        fs::create_dir_all(packed.original()).unwrap();
-        Bert { hidden: 64, ffn_units: 256, ..Bert::default() }.write(&packed.original());
-        packed.pack(options);
-        packed
-    }
-
-    fn pack(&self, options: &[&str]) {
-        fs::create_dir_all(self.path("packed")).unwrap();
-        let paths = [self.original(), self.path("packed/bert")];
-        let options = options.iter().map(|option| (*option).into());
-        mcwcfs_ok(["pack".into()].into_iter().chain(paths.map(PathBuf::into_os_string)).chain(options));
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn original(&self) -> PathBuf {
-        self.path("original")
-    }
-
-    fn archive(&self) -> PathBuf {
-        self.path("packed/bert/model.mcwc")
-    }
-
-    /// The mounted checkpoint directory.
-    fn mounted(&self) -> PathBuf {
-        self.path("mnt/bert")
-    }
-
-    fn mount(&self, options: &[&str]) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mcwcfs"));
-        command.arg("mount").args([self.path("packed"), self.path("mnt")]).args(options);
-        let output = command.arg("--log-file").arg(self.path("log")).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    fn umount(&self) {
-        mcwcfs_ok(["umount".into(), self.path("mnt").into_os_string()]);
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.path("log")).unwrap()
-    }
-
-    /// What the mount must show of the model.
-    fn expected(&self, is_lossy: bool) -> Vec<u8> {
-        if !is_lossy {
-            return fs::read(self.original().join(MODEL)).unwrap();
-        }
-        let unpacked = self.path("unpacked");
-        mcwcfs_ok(["unpack".into(), self.path("packed/bert").into_os_string(), unpacked.clone().into_os_string()]);
-        fs::read(unpacked.join(MODEL)).unwrap()
-    }
-}
-
-impl Drop for Packed {
-    fn drop(&mut self) {
-        while mcwcfs::fuse::mount_at(&self.path("mnt")).is_some()
-            && mcwcfs::fuse::unmount(&self.path("mnt"), true).is_ok()
-        {}
-    }
-}
 
 fn hexadecimal_sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
@@ -148,40 +71,9 @@ fn every_range_reads_the_same_however_small_the_cache() {
 }
 
 #[test]
-fn threads_fault_and_read_a_lossy_file_at_once() {
-    require_fuse!();
-    let packed = Packed::bert(&["--bpp", "6"]);
-    let expected = packed.expected(true);
-    packed.mount(&["--cache-size", "200K"]);
-    let file = File::open(packed.mounted().join(MODEL)).unwrap();
-    // SAFETY: nobody can change a file of a read-only mount.
-    let map = unsafe { MmapOptions::new().map(&file) }.unwrap();
-    thread::scope(|scope| {
-        for seed in 0..16 {
-            let (map, file, expected) = (&map, &file, &expected);
-            scope.spawn(move || {
-                let mut random = Random::new(seed);
-                for _ in 0..100 {
-                    let from = random.below(expected.len() - 1000);
-                    if seed % 2 == 0 {
-                        assert!(map[from..][..1000] == expected[from..][..1000], "bytes from {from}");
-                    } else {
-                        let mut out = [0; 1000];
-                        file.read_exact_at(&mut out, from as u64).unwrap();
-                        assert!(out == expected[from..][..1000], "bytes from {from}");
-                    }
-                }
-            });
-        }
-    });
-}
-
-#[test]
 fn shards_are_shown_with_their_index_and_a_remount_changes_no_inode() {
     require_fuse!();
-    let packed = Packed { directory: tempfile::tempdir().unwrap() };
-    fs::create_dir(packed.path("mnt")).unwrap();
-    fs::create_dir_all(packed.original()).unwrap();
+    let packed = Packed::empty();
     let tensors = Bert::default().tensors();
     let (first, second) = tensors.split_at(tensors.len() / 2);
     let mut entries = Vec::new();

@@ -1,107 +1,16 @@
 //! The program: `mcwcfs mount` and `mcwcfs umount`, readiness, signals, exit codes.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::BufRead;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use memmap2::MmapOptions;
 
 use crate::common::Random;
-use crate::support::{checked, extended_attribute, require_fuse};
-
-/// A source with sidecars, a mount point, and whatever is mounted there, which comes down with the value.
-struct Place {
-    directory: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir_all(directory.path().join("source/bert")).unwrap();
-        fs::create_dir(directory.path().join("mnt")).unwrap();
-        let place = Self { directory };
-        fs::write(place.source().join("bert/config.json"), "{}").unwrap();
-        fs::write(place.source().join("weights.bin"), Random::new(1).bytes(1 << 20)).unwrap();
-        place
-    }
-
-    fn source(&self) -> PathBuf {
-        self.directory.path().join("source")
-    }
-
-    fn mountpoint(&self) -> PathBuf {
-        self.directory.path().join("mnt")
-    }
-
-    fn log(&self) -> PathBuf {
-        self.directory.path().join("daemon.log")
-    }
-
-    fn command(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_mcwcfs"));
-        command.arg("mount").args([self.source(), self.mountpoint()]).args(options);
-        command.arg("--log-file").arg(self.log()).stdin(Stdio::null());
-        command
-    }
-
-    /// Mounts in the background.
-    fn mount(&self, options: &[&str]) -> Output {
-        self.command(options).output().unwrap()
-    }
-
-    /// Mounts in the foreground, and returns when the log says that it is mounted.
-    fn foreground(&self) -> (Child, BufReader<std::process::ChildStderr>) {
-        let mut child = self.command(&["--foreground"]).stderr(Stdio::piped()).spawn().unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("mounted: ") {
-            line.clear();
-            assert!(log.read_line(&mut line).unwrap() > 0, "ended before it was mounted");
-        }
-        (child, log)
-    }
-
-    fn umount(&self, options: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_mcwcfs")).arg("umount").args(options).arg(self.mountpoint()).output().unwrap()
-    }
-
-    fn is_mounted(&self) -> bool {
-        mcwcfs::fuse::mount_at(&self.mountpoint()).is_some()
-    }
-
-    fn daemon(&self) -> i32 {
-        extended_attribute(&self.mountpoint(), "user.mcwc.daemon_pid").unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        while self.is_mounted() && mcwcfs::fuse::unmount(&self.mountpoint(), true).is_ok() {}
-    }
-}
-
-fn kill(pid: i32, signal: i32) {
-    // SAFETY: the call takes two integers, and the process is one that this test started.
-    checked(unsafe { libc::kill(pid, signal) }).unwrap();
-}
-
-/// Whether a process still runs; one that ended and that nobody has waited for does not.
-fn is_running(pid: i32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    status.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with(['Z', 'X']))
-}
-
-#[track_caller]
-fn assert_fails(output: &Output, code: i32, parts: &[&str]) {
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{message}");
-    assert_eq!(message.lines().count(), 1, "{message}");
-    for part in parts {
-        assert!(message.contains(part), "{part:?} in: {message}");
-    }
-}
+use crate::place::{Place, assert_fails, is_running, kill};
+use crate::support::require_fuse;
 
 #[test]
 fn mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone() {
@@ -149,9 +58,9 @@ fn readahead_is_set_where_permitted() {
 #[test]
 fn line_18_a_signal_unmounts_cleanly() {
     require_fuse!();
-    for signal in [libc::SIGTERM, libc::SIGINT] {
+    for (signal, options) in [(libc::SIGTERM, &[][..]), (libc::SIGINT, &[]), (libc::SIGTERM, &["--no-supervisor"])] {
         let place = Place::new();
-        let (mut child, _log) = place.foreground();
+        let (mut child, _log) = place.foreground(options);
         kill(child.id() as i32, signal);
         assert_eq!(child.wait().unwrap().code(), Some(0));
         assert!(!place.is_mounted());
@@ -162,7 +71,7 @@ fn line_18_a_signal_unmounts_cleanly() {
 fn line_18_a_signal_lets_the_last_user_finish() {
     require_fuse!();
     let place = Place::new();
-    let (mut child, mut log) = place.foreground();
+    let (mut child, mut log) = place.foreground(&[]);
     let file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
     kill(child.id() as i32, libc::SIGTERM);
     let mut line = String::new();
@@ -182,7 +91,7 @@ fn line_18_a_signal_lets_the_last_user_finish() {
 fn line_18_a_second_signal_does_not_wait() {
     require_fuse!();
     let place = Place::new();
-    let (mut child, mut log) = place.foreground();
+    let (mut child, mut log) = place.foreground(&[]);
     let _file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
     kill(child.id() as i32, libc::SIGTERM);
     let mut line = String::new();
@@ -195,10 +104,10 @@ fn line_18_a_second_signal_does_not_wait() {
 }
 
 #[test]
-fn line_18_a_killed_daemon_leaves_cached_pages_readable_and_a_mount_that_is_named_and_cleared() {
+fn line_18_a_killed_daemon_leaves_cached_pages_readable_and_a_mount_that_the_next_one_clears() {
     require_fuse!();
     let place = Place::new();
-    let (mut child, _log) = place.foreground();
+    let (mut child, _log) = place.foreground(&[]);
     let file = fs::File::open(place.mountpoint().join("weights.bin")).unwrap();
     // SAFETY: nobody can change a file of a read-only mount.
     let map = unsafe { MmapOptions::new().populate().map(&file) }.unwrap();
@@ -206,12 +115,12 @@ fn line_18_a_killed_daemon_leaves_cached_pages_readable_and_a_mount_that_is_name
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(map[..] == Random::new(1).bytes(1 << 20));
-    assert!(mcwcfs::fuse::is_dead(&place.mountpoint()));
-    assert_fails(&place.mount(&[]), 32, &["dead mount", "mcwcfs umount"]);
-    let output = place.umount(&[]);
+    let output = place.mount(&[]);
     assert!(output.status.success(), "{output:?}");
-    assert!(!place.is_mounted());
-    assert!(place.mount(&[]).status.success());
+    assert!(fs::read(place.mountpoint().join("weights.bin")).unwrap() == Random::new(1).bytes(1 << 20));
+    assert!(fs::read_to_string(place.log()).unwrap().contains("dead mount cleared"));
+    assert!(place.umount(&[]).status.success());
+    assert!(!place.is_mounted(), "the dead mount is not below");
 }
 
 #[test]
@@ -283,7 +192,7 @@ fn a_user_without_privileges_mounts_through_the_setuid_helper() {
         return;
     }
     let place = Place::new();
-    let path = place.directory.path();
+    let path = place.path();
     fs::create_dir(path.join("dev")).unwrap();
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-eu", "-c", AS_NOBODY]).env("PLACE", path);

@@ -1,8 +1,9 @@
 //! The filesystem contract on real mounts, read as unmodified readers read.
 //!
 //! `contract` has a test for each line of the contract, named after it: `line_07_...`. Its mounts run inside the test's own
-//! process, over checkpoints in memory that can count, fail and wait. `daemon` runs the program. `archives` mounts what
-//! `mcwc-pack` wrote.
+//! process, over checkpoints in memory that can count, fail and wait. `daemon` runs the program, `life` changes its source and asks it
+//! how it is, and `supervisor` kills it. `archives` mounts what `mcwc-pack` wrote, and `load` has many readers at once
+//! read that. `decoded_files` reads what was kept on disk.
 //!
 //! Where there is no `/dev/fuse` each test says so in one line and passes; where there is one, none is skipped.
 
@@ -12,4 +13,11 @@ mod common;
 mod concurrency;
 mod contract;
 mod daemon;
+mod decoded_files;
+mod life;
+mod load;
+mod packed;
+mod place;
+mod supervisor;
 mod support;
+mod systemd;

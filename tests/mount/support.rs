@@ -7,13 +7,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use mcwcfs::archive::ArchivedFile;
 use mcwcfs::fuse::{self, MountOptions, Mounted};
 use mcwcfs::tensor::{Dtype, TensorInfo};
-use mcwcfs::vfs::{BoxError, Checkpoint, Vfs};
+use mcwcfs::vfs::{BoxError, Checkpoint, Keeper, Vfs};
 
 use crate::common::Random;
 
@@ -37,6 +37,8 @@ pub struct InMemory {
     bytes: Vec<Vec<u8>>,
     before_decode: Box<BeforeDecode>,
     pub decodes: Arc<AtomicU64>,
+    /// What was asked for ahead: file, offset, length.
+    pub ahead: Arc<Mutex<Vec<(usize, u64, u64)>>>,
 }
 
 impl std::fmt::Debug for InMemory {
@@ -53,6 +55,7 @@ impl InMemory {
             bytes: Vec::new(),
             before_decode: Box::new(|_, _| Ok(())),
             decodes: Arc::default(),
+            ahead: Arc::default(),
         };
         for (index, name) in names.iter().enumerate() {
             let header = b"\x10\0\0\0\0\0\0\0{\"header\": true}".to_vec();
@@ -108,11 +111,15 @@ impl Checkpoint for InMemory {
         &self.files
     }
 
-    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError> {
+    fn read(&self, file: usize, offset_bytes: u64, _: Keeper, out: &mut [u8]) -> Result<usize, BoxError> {
         self.decodes.fetch_add(1, Ordering::Relaxed);
         (self.before_decode)(&self.files[file].name, offset_bytes)?;
         out.copy_from_slice(&self.bytes[file][offset_bytes as usize..][..out.len()]);
         Ok(out.len())
+    }
+
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
+        self.ahead.lock().unwrap().push((file, offset_bytes, length_bytes));
     }
 }
 
@@ -148,7 +155,7 @@ impl TestMount {
         let root = source.canonicalize().unwrap();
         let archives: BTreeMap<PathBuf, Arc<InMemory>> =
             archives.into_iter().map(|(name, checkpoint)| (root.join(name), Arc::new(checkpoint))).collect();
-        let vfs = Vfs::open(&source, |path| {
+        let vfs = Vfs::open(&source, move |path| {
             archives.get(path).cloned().map(Shared).ok_or_else(|| "preamble: magic: expected MCWC".into())
         });
         let mounted = fuse::mount(vfs.unwrap(), &path, options).unwrap();
@@ -172,7 +179,7 @@ impl Drop for TestMount {
     fn drop(&mut self) {
         // Lazily: a failing test may still have files open.
         let unmounted = fuse::unmount(&self.path, true);
-        let ended = self.mounted.take().expect("taken here only").join();
+        let ended = self.mounted.take().expect("taken here only").wait();
         if !std::thread::panicking() {
             unmounted.unwrap();
             ended.unwrap();
@@ -205,8 +212,12 @@ impl Checkpoint for Shared {
         self.0.files()
     }
 
-    fn read(&self, file: usize, offset_bytes: u64, out: &mut [u8]) -> Result<usize, BoxError> {
-        self.0.read(file, offset_bytes, out)
+    fn read(&self, file: usize, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, BoxError> {
+        self.0.read(file, offset_bytes, keeper, out)
+    }
+
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
+        self.0.decode_ahead(file, offset_bytes, length_bytes);
     }
 }
 

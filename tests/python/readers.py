@@ -4,17 +4,23 @@
 
 ORIGINAL holds the files that MOUNTED must equal: the checkpoint that was packed, or for a lossy archive what
 `mcwcfs unpack` wrote. Every check reads MOUNTED through one reader's own path into the kernel: safetensors over a
-private memory map, safetensors over `pread`, slices, four threads that fault pages of one map, `transformers`, and plain
-`read`. Prints one line per check; the exit status is 1 if any byte, name or size differs.
+private memory map, safetensors over `pread`, slices, four threads that fault pages of one map, `transformers`, mlx
+(whole tensors by `pread` from several threads, out of order), a conversion to GGUF (a private map per tensor at unaligned
+offsets, as llama.cpp's convert_hf_to_gguf does), and plain `read`. Prints one line per check; the exit status is 1 if any byte, name or size differs.
 """
 
 import hashlib
 import json
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gguf
+import mlx.core
+import numpy as np
 import torch
+from gguf.utility import SafetensorsLocal
 from safetensors import SafetensorError, safe_open
 
 
@@ -122,6 +128,51 @@ def compare_models(original, mounted):
     return f"{architectures[0]}: {len(expected)} parameters equal"
 
 
+def compare_arrays(original, mounted):
+    tensors = 0
+    for file in weight_files(original):
+        expected, got = (mlx.core.load(str(directory / file)) for directory in (original, mounted))
+        if expected.keys() != got.keys():
+            raise Differs(f"{file}: tensor names")
+        for name, array in expected.items():
+            arrays = [np.array(one.reshape(-1).view(mlx.core.uint8)) for one in (array, got[name])]
+            if array.dtype != got[name].dtype or array.shape != got[name].shape or not np.array_equal(*arrays):
+                raise Differs(f"{file}: {name}")
+            tensors += 1
+    return f"{tensors} arrays equal"
+
+
+def convert_to_gguf(directory, file, output):
+    writer = gguf.GGUFWriter(output, "none")
+    tensors = SafetensorsLocal(directory / file).tensors
+    for name, tensor in tensors.items():
+        stored = tensor.mmap_bytes()
+        if tensor.dtype == "BF16":
+            rows = stored.reshape(*tensor.shape[:-1], 2 * tensor.shape[-1])
+            writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            numbers = stored.view({"F32": np.float32, "F16": np.float16, "I64": np.int64}[tensor.dtype])
+            writer.add_tensor(name, numbers.reshape(tensor.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return len(tensors)
+
+
+def compare_conversions(original, mounted):
+    tensors = 0
+    with tempfile.TemporaryDirectory() as work:
+        outputs = Path(work, "original.gguf"), Path(work, "mounted.gguf")
+        for file in weight_files(original):
+            for directory, output in zip((original, mounted), outputs):
+                converted = convert_to_gguf(directory, file, output)
+            if outputs[0].read_bytes() != outputs[1].read_bytes():
+                raise Differs(f"{file}: converted to GGUF")
+            tensors += converted
+    return f"{tensors} tensors converted alike"
+
+
 def compare_digests(original, mounted):
     for name in relative_files(original):
         digests = []
@@ -141,6 +192,8 @@ CHECKS = {
     "pread": lambda original, mounted: compare_tensors(original, mounted, "pread"),
     "threads": compare_with_threads,
     "transformers": compare_models,
+    "mlx": compare_arrays,
+    "gguf": compare_conversions,
     "digests": compare_digests,
 }
 

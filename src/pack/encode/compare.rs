@@ -9,7 +9,7 @@ use super::super::quantize::values_of;
 use super::super::record::Treatment;
 use super::{Encoder, PackError};
 use crate::archive::Archive;
-use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
 
 /// Bytes decoded at once when the finished archive is compared with its source.
 const COMPARE_WINDOW: usize = 8 << 20;
@@ -29,8 +29,10 @@ impl Encoder<'_> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let archive = Arc::new(Archive::open(&path)?);
-        let materializer =
-            Materializer::new(MaterializeOptions { cache_bytes: self.compare_cache(), engine: EngineChoice::Auto });
+        let materializer = Materializer::new(MaterializeOptions {
+            cache_bytes: self.compare_cache(),
+            ..MaterializeOptions::default()
+        });
         let quantized = self.quantized_tensors();
         let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
         let mut window = Vec::new();
@@ -101,9 +103,6 @@ impl Encoder<'_> {
 }
 
 /// Fills `out` from `offset` on, on as many threads as there are.
-///
-/// Plain threads, not rayon's: one that waits for a tensor that another decodes must not be a thread that the decoding is
-/// spread over, or it would wait for itself.
 fn read_in_parallel(
     materializer: &Materializer,
     archive: &Arc<Archive>,

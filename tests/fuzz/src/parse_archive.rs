@@ -22,7 +22,7 @@ fuzz_target!(|bytes: &[u8]| {
     if archive.files().iter().map(|file| file.length_bytes).sum::<u64>() > DECODED_BYTES {
         return;
     }
-    let materializer = Materializer::new(MaterializeOptions { cache_bytes: 1 << 20, engine: EngineChoice::Reference });
+    let materializer = Materializer::new(MaterializeOptions { cache_bytes: 1 << 20, engine: EngineChoice::Reference, ..MaterializeOptions::default() });
     let archive = Arc::new(archive);
     for (number, file) in archive.files().iter().enumerate() {
         // An odd window: strips and tensors are entered and left in their middle.

@@ -1,0 +1,149 @@
+//! The worker: serves a mount that its supervisor owns, and does what that says.
+//!
+//! It may be killed at any moment. Whatever it knows it has from the command line and the source, and what it took from
+//! the kernel and did not answer goes to its successor.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use log::{debug, error, info};
+
+use super::handover::{self, Handover};
+use super::service::{Prepared, Service};
+use super::{DaemonError, ServeOptions, answers, process};
+
+/// How long a worker that is replaced may take to answer what it has taken. What is left then goes to its successor.
+const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a supervisor tells its worker, one word a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    /// List the source again.
+    Rescan,
+    /// A successor serves: answer what you have and end.
+    Drain,
+    /// A successor was asked for and did not start.
+    CountFailedUpgrade,
+}
+
+/// What a worker tells its supervisor, one line each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Message {
+    /// The mount answers; the text says what it shows.
+    Ready(String),
+    /// It ends, and why: an exit code and a message.
+    Failed(u8, String),
+}
+
+impl Command {
+    const WORDS: [(Self, &'static str); 3] =
+        [(Self::Rescan, "rescan"), (Self::Drain, "drain"), (Self::CountFailedUpgrade, "failed-upgrade")];
+
+    pub(super) fn word(self) -> &'static str {
+        Self::WORDS.into_iter().find(|(command, _)| *command == self).expect("each has one").1
+    }
+
+    fn parse(word: &str) -> Option<Self> {
+        Self::WORDS.into_iter().find(|(_, known)| *known == word).map(|(command, _)| command)
+    }
+}
+
+impl Message {
+    fn line(&self) -> String {
+        let line = match self {
+            Self::Ready(status) => format!("ready {status}"),
+            Self::Failed(code, message) => format!("failed {code} {message}"),
+        };
+        line.replace('\n', " ") + "\n"
+    }
+
+    pub(super) fn parse(line: &str) -> Option<Self> {
+        match line.split_once(' ')? {
+            ("ready", status) => Some(Self::Ready(status.to_owned())),
+            ("failed", rest) => {
+                let (code, message) = rest.split_once(' ')?;
+                Some(Self::Failed(code.parse().ok()?, message.to_owned()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The whole life of a worker. `exit_code` says which code a failure ends the program with.
+///
+/// # Errors
+/// When what the supervisor prepared is not there, the source cannot be listed, or the conversation with the kernel
+/// breaks. The supervisor has been told.
+pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Result<(), DaemonError> {
+    let Handover { source, device, control, listener, facts } = handover::receive()?;
+    let options = ServeOptions { source, mountpoint: device.mountpoint().to_owned(), ..options };
+    let serve = || {
+        process::raise_descriptor_limit();
+        let service = Prepared::new(&options)?.serve(&options, device, listener, facts)?;
+        let mountpoint = service.mounted.mountpoint();
+        answers(mountpoint)
+            .map_err(|problem| DaemonError::NotAnswering { mountpoint: mountpoint.to_owned(), problem })?;
+        Ok(service)
+    };
+    let service = serve().inspect_err(|error| tell(&control, &Message::Failed(exit_code(error), error.to_string())))?;
+    let Service { mounted, rescans, status } = service;
+    tell(&control, &Message::Ready(status.summary()));
+    info!("serving: {}", mounted.mountpoint().display());
+    let mounted = Arc::new(mounted);
+    let has_ended = Arc::new(AtomicBool::new(false));
+    let listen = {
+        let (mounted, has_ended) = (Arc::clone(&mounted), Arc::clone(&has_ended));
+        move || {
+            for line in BufReader::new(control).lines().map_while(Result::ok) {
+                match Command::parse(&line) {
+                    Some(Command::Rescan) => rescans.request(),
+                    Some(Command::CountFailedUpgrade) => status.count_failed_upgrade(),
+                    Some(Command::Drain) => {
+                        let all = mounted.drain(DRAIN_WITHIN);
+                        debug!("drained: {}", if all { "every request answered" } else { "the rest is resent" });
+                        std::process::exit(0);
+                    }
+                    None => debug!("command not understood: {line:?}"),
+                }
+            }
+            if !has_ended.load(Ordering::Relaxed) {
+                error!("the supervisor is gone: ending, so that readers get an error and not silence");
+                std::process::exit(1);
+            }
+        }
+    };
+    let start = thread::Builder::new().name("control".to_owned()).spawn(listen);
+    start.map_err(|source| DaemonError::System { what: "starting a thread", source })?;
+    let mountpoint = mounted.mountpoint().to_owned();
+    let result = mounted.wait();
+    has_ended.store(true, Ordering::Relaxed);
+    result.map_err(|source| DaemonError::Ended { mountpoint, source })
+}
+
+fn tell(mut control: &UnixStream, message: &Message) {
+    // Without a supervisor there is nobody to tell, and the end of the connection ends this process.
+    let _ = control.write_all(message.line().as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_is_understood() {
+        for command in [Command::Rescan, Command::Drain, Command::CountFailedUpgrade] {
+            assert_eq!(Command::parse(command.word()), Some(command));
+        }
+        assert_eq!(Command::parse("self-destruct"), None);
+        for message in [Message::Ready("7 archives".into()), Message::Failed(32, "source /x: gone".into())] {
+            assert_eq!(Message::parse(message.line().trim_end()), Some(message));
+        }
+        for line in ["", "ready", "failed", "failed x y", "failed 999 y", "hello world"] {
+            assert_eq!(Message::parse(line), None, "{line:?}");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Parts whose strips are decoded apart from one another: those without prediction.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Keeper, MaterializeError, Materializer, UnitKey, bytes_of, zeroed};
+use crate::archive::{Archive, PartAddress};
+use crate::decode::PreparedPart;
+use crate::metrics::METRICS;
+
+/// What the kernel asks for at once, and so what is decoded at once.
+pub(super) const TOGETHER_BYTES: usize = 1 << 20;
+
+/// The strips of a part, and what they are called in the cache.
+#[derive(Clone, Copy)]
+struct Strips<'a> {
+    archive: &'a Archive,
+    address: PartAddress,
+    part: &'a PreparedPart,
+}
+
+/// What a reader wants of one strip.
+struct Piece<'a> {
+    strip: usize,
+    /// First byte wanted, counted in the strip.
+    from: usize,
+    out: &'a mut [u8],
+}
+
+impl Strips<'_> {
+    fn key(&self, strip: usize) -> UnitKey {
+        let PartAddress { record, part } = self.address;
+        UnitKey { archive: self.archive.instance(), record, part, strip: Some(strip as u32) }
+    }
+
+    /// Memory for decoding these strips, which lie side by side.
+    fn stored_bytes(&self, strips: Range<usize>) -> u64 {
+        self.part.strip_range(strips.end - 1).end - self.part.strip_range(strips.start).start
+    }
+
+    /// Cuts `out`, the bytes from `offset` on, into what each strip has of it.
+    fn pieces<'a>(&self, offset: u64, out: &'a mut [u8]) -> Vec<Piece<'a>> {
+        let strip_bytes = self.part.full_strip_output_bytes();
+        let (mut offset, mut out, mut pieces) = (offset, out, Vec::new());
+        while !out.is_empty() {
+            let (strip, from) = ((offset / strip_bytes) as usize, (offset % strip_bytes) as usize);
+            let length = (self.part.strip_output_bytes(strip) - from).min(out.len());
+            let (piece, rest) = out.split_at_mut(length);
+            pieces.push(Piece { strip, from, out: piece });
+            offset += length as u64;
+            out = rest;
+        }
+        pieces
+    }
+
+    fn is_whole(&self, piece: &Piece<'_>) -> bool {
+        piece.out.len() == self.part.strip_output_bytes(piece.strip)
+    }
+
+    fn reaches_the_end(&self, piece: &Piece<'_>) -> bool {
+        piece.from + piece.out.len() == self.part.strip_output_bytes(piece.strip)
+    }
+}
+
+impl Materializer {
+    /// Fills `out` with the bytes of a part from `offset` on.
+    pub(super) fn read_strips(
+        &self,
+        keeper: Keeper,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let strips = Strips { archive, address, part };
+        let mut pieces = strips.pieces(offset, out);
+        for pieces in pieces.chunks_mut(self.strips_together(part)) {
+            let keys: Vec<UnitKey> = pieces.iter().map(|piece| strips.key(piece.strip)).collect();
+            let is_known = self.cache.knows(&keys);
+            let in_place = |(piece, is_known): (&Piece<'_>, &bool)| {
+                keeper == Keeper::Reader && !is_known && strips.is_whole(piece)
+            };
+            let in_place: Vec<bool> = pieces.iter().zip(&is_known).map(in_place).collect();
+            let numbers = pieces[0].strip..pieces[pieces.len() - 1].strip + 1;
+            let kept_bytes: usize = (pieces.iter().zip(&in_place))
+                .filter(|(_, in_place)| !**in_place)
+                .map(|(piece, _)| part.strip_output_bytes(piece.strip))
+                .sum();
+            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers));
+            let mut pieces: Vec<(&mut Piece<'_>, bool)> = pieces.iter_mut().zip(in_place).collect();
+            for alike in pieces.chunk_by_mut(|a, b| a.1 == b.1) {
+                let in_place = alike[0].1;
+                let pieces = alike.iter_mut().map(|(piece, _)| &mut **piece);
+                if in_place {
+                    let first = alike[0].0.strip;
+                    let outs = alike.iter_mut().map(|(piece, _)| &mut *piece.out).collect();
+                    self.decode(archive, address, part, first, None, outs)?;
+                } else {
+                    self.copy_from_cache(keeper, strips, pieces.collect())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills pieces of strips that lie side by side through the cache.
+    fn copy_from_cache(
+        &self,
+        keeper: Keeper,
+        strips: Strips<'_>,
+        pieces: Vec<&mut Piece<'_>>,
+    ) -> Result<(), MaterializeError> {
+        let numbers: Vec<usize> = pieces.iter().map(|piece| piece.strip).collect();
+        let decoded = self.strips_through_cache(strips, &numbers)?;
+        let mut done_with = Vec::new();
+        for (piece, decoded) in pieces.into_iter().zip(&decoded) {
+            piece.out.copy_from_slice(&decoded[piece.from..][..piece.out.len()]);
+            // A reader that keeps its bytes and has the last of a strip has gone past it.
+            if keeper == Keeper::Reader && strips.reaches_the_end(piece) {
+                done_with.push(strips.key(piece.strip));
+            }
+        }
+        if !done_with.is_empty() {
+            self.cache.forget(&done_with);
+        }
+        Ok(())
+    }
+
+    /// Decoded strips, through the cache. The caller holds the memory for them.
+    fn strips_through_cache(&self, strips: Strips<'_>, numbers: &[usize]) -> Result<Vec<Arc<[u8]>>, MaterializeError> {
+        let keys: Vec<UnitKey> = numbers.iter().map(|&strip| strips.key(strip)).collect();
+        self.cache.get_or_make_all(&keys, |missing| {
+            let missing: Vec<usize> = missing.iter().map(|&place| numbers[place]).collect();
+            let runs = missing.chunk_by(|a, b| a + 1 == *b);
+            runs.flat_map(|run| self.decode_strips(strips, run)).collect()
+        })
+    }
+
+    /// Decodes strips that lie side by side. Where they do not all decode, each is tried alone, so that one damaged strip
+    /// takes no other away.
+    fn decode_strips(&self, strips: Strips<'_>, run: &[usize]) -> Vec<Result<Arc<[u8]>, MaterializeError>> {
+        let Strips { archive, address, part } = strips;
+        let mut decoded: Vec<Arc<[u8]>> = run.iter().map(|&strip| zeroed(part.strip_output_bytes(strip))).collect();
+        let outs = decoded.iter_mut().map(bytes_of).collect();
+        let result = self.decode(archive, address, part, run[0], None, outs);
+        match result {
+            Ok(()) => decoded.into_iter().map(Ok).collect(),
+            Err(error) if run.len() == 1 => vec![Err(error)],
+            Err(_) => run.chunks(1).flat_map(|strip| self.decode_strips(strips, strip)).collect(),
+        }
+    }
+
+    /// Decodes into the cache what it does not have of the `length` bytes of a part from `offset` on.
+    pub(super) fn decode_strips_ahead(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        offset: u64,
+        length: u64,
+    ) -> Result<(), MaterializeError> {
+        let strips = Strips { archive, address, part };
+        let strip_bytes = part.full_strip_output_bytes();
+        let numbers = (offset / strip_bytes) as usize..(offset + length).div_ceil(strip_bytes) as usize;
+        let numbers: Vec<usize> = numbers.collect();
+        for numbers in numbers.chunks(self.strips_together(part)) {
+            self.processors.wait_until_idle();
+            let keys: Vec<UnitKey> = numbers.iter().map(|&strip| strips.key(strip)).collect();
+            let is_known = self.cache.knows(&keys);
+            let missing = numbers.iter().zip(is_known).filter(|(_, is_known)| !is_known);
+            let missing: Vec<usize> = missing.map(|(&strip, _)| strip).collect();
+            let (Some(first), Some(last)) = (missing.first(), missing.last()) else { continue };
+            let decoded_bytes: usize = missing.iter().map(|&strip| part.strip_output_bytes(strip)).sum();
+            let _memory = self.take_memory(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1));
+            self.strips_through_cache(strips, &missing)?;
+            METRICS.decoded_ahead_bytes.add(decoded_bytes as u64);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! Parts that are decoded whole: what is predicted, and what others are predicted from.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use super::{MaterializeError, Materializer, UnitKey, bytes_of, strips, zeroed};
+use crate::archive::{Archive, PartAddress};
+use crate::decode::PreparedPart;
+use crate::metrics::METRICS;
+
+impl Materializer {
+    /// Fills `out` with the bytes of a part from `offset` on.
+    pub(super) fn read_whole(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let mut copy = |whole: &[u8]| out.copy_from_slice(&whole[offset as usize..][..out.len()]);
+        if let Some(whole) = self.cache.get(&key_of_whole(archive, address)) {
+            copy(&whole);
+            return Ok(());
+        }
+        let _memory = self.take_memory(self.memory_for_whole(part));
+        copy(&self.whole(archive, address)?);
+        Ok(())
+    }
+
+    /// Decodes a part into the cache, unless it would push out what others need.
+    pub(super) fn decode_whole_ahead(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+    ) -> Result<(), MaterializeError> {
+        self.processors.wait_until_idle();
+        let is_small_enough = part.length_bytes() <= self.cache.stats().budget_bytes / 4;
+        if !is_small_enough || self.cache.knows(&[key_of_whole(archive, address)]) == [true] {
+            return Ok(());
+        }
+        let _memory = self.take_memory(self.memory_for_whole(part));
+        self.whole(archive, address)?;
+        METRICS.decoded_ahead_bytes.add(part.length_bytes());
+        Ok(())
+    }
+
+    /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
+    /// chain are of one length, and never more than two of them are held.
+    fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
+        let held = if part.prediction().is_some() { 2 } else { 1 };
+        held * part.length_bytes() + self.processors.total() * strips::TOGETHER_BYTES as u64
+    }
+
+    /// A whole decoded tensor, through the cache; its reference first (Algorithm 1's context buffer). The caller holds the
+    /// memory for it.
+    fn whole(&self, archive: &Archive, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
+        self.cache.get_or_try_insert(key_of_whole(archive, address), || {
+            let record = self.prepared.get(archive, address.record)?;
+            let part = &record[address.part as usize];
+            let reference = match part.prediction() {
+                Some(prediction) => {
+                    let reference = archive.record(address.record).reference.expect("checked when it was prepared");
+                    Some(self.whole(archive, PartAddress { record: reference, part: prediction.reference_part })?)
+                }
+                None => None,
+            };
+            let mut decoded = zeroed(part.length_bytes() as usize);
+            self.decode_in_parallel(archive, address, part, reference.as_deref(), bytes_of(&mut decoded))?;
+            Ok(decoded)
+        })
+    }
+
+    /// Decodes a part on as many threads as processors have nothing else to do, and one at least.
+    ///
+    /// Threads of its own, not a pool's: a pool's thread that waits for a task takes up another one meanwhile, which may
+    /// ask for the very tensor that the first is decoding.
+    fn decode_in_parallel(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        reference: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let strip_bytes = part.full_strip_output_bytes() as usize;
+        let together = self.strips_together(part);
+        let groups = out.len().div_ceil(together * strip_bytes) as u64;
+        let groups_left = Mutex::new(out.chunks_mut(together * strip_bytes).enumerate());
+        let work = || {
+            loop {
+                let next = groups_left.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some((group, out)) = next else { return Ok(()) };
+                let outs = out.chunks_mut(strip_bytes).collect();
+                self.decode(archive, address, part, group * together, reference, outs)?;
+            }
+        };
+        let helpers = self.processors.take_what_is_free(groups).amount().saturating_sub(1);
+        thread::scope(|scope| {
+            // A thread that the system does not grant is done without.
+            let helpers: Vec<_> = (0..helpers)
+                .filter_map(|_| thread::Builder::new().name("decode".to_owned()).spawn_scoped(scope, work).ok())
+                .collect();
+            let own = work();
+            let joined = helpers.into_iter().map(|helper| match helper.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            joined.fold(own, Result::and)
+        })
+    }
+}
+
+fn key_of_whole(archive: &Archive, address: PartAddress) -> UnitKey {
+    UnitKey { archive: archive.instance(), record: address.record, part: address.part, strip: None }
+}

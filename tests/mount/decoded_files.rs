@@ -1,0 +1,161 @@
+//! `--decoded-cache`: files that were decoded once are read from disk, by the kernel itself where it can.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use memmap2::MmapOptions;
+
+use crate::common::mcwcfs_ok;
+use crate::packed::Packed;
+use crate::support::require_fuse;
+
+/// A packed checkpoint, and a directory for its decoded files.
+struct Kept {
+    packed: Packed,
+    /// What the mount must show.
+    expected: Vec<u8>,
+}
+
+impl Kept {
+    fn new() -> Self {
+        let packed = Packed::bert(&["--bpp", "6"]);
+        let expected = packed.expected(true);
+        Self { packed, expected }
+    }
+
+    fn mount(&self, more: &[&str]) {
+        let option = format!("--decoded-cache={}", self.packed.path("kept").display());
+        self.packed.mount(&[&[option.as_str()], more].concat());
+    }
+
+    /// The file on disk, if it is complete.
+    fn file(&self) -> Option<PathBuf> {
+        let entries = fs::read_dir(self.packed.path("kept")).ok()?;
+        let mut paths = entries.map(|entry| entry.unwrap().path());
+        paths.find(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+    }
+
+    /// Reads the model and waits until it is kept on disk.
+    fn load(&self) {
+        assert!(fs::read(self.packed.model()).unwrap() == self.expected);
+        while self.file().is_none_or(|file| !file.with_extension("seen").exists()) {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn counted(&self, name: &str) -> u64 {
+        let status = mcwcfs_ok(["status".into(), "--json".into(), self.packed.path("mnt").into_os_string()]);
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        status["metrics"][name].as_f64().unwrap_or_else(|| panic!("no {name} in: {status}")) as u64
+    }
+
+    fn assert_all_ways_of_reading_agree(&self) {
+        let expected = &self.expected;
+        assert!(fs::read(self.packed.model()).unwrap() == *expected);
+        let file = File::open(self.packed.model()).unwrap();
+        // SAFETY: nobody can change a file of a read-only mount.
+        let (shared, private) = unsafe { (MmapOptions::new().map(&file), MmapOptions::new().map_copy(&file)) };
+        assert!(shared.unwrap()[..] == *expected);
+        let mut private = private.unwrap();
+        assert!(private[..] == *expected);
+        private[0] ^= 1; // stays private
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(self.packed.model()).unwrap();
+        for (file, from) in [(&file, 12_345), (&direct, 4096)] {
+            let mut out = vec![0; 8192];
+            file.read_exact_at(&mut out, from as u64).unwrap();
+            assert!(out == expected[from..][..8192]);
+        }
+        assert_eq!(file.read_at(&mut [0; 10], expected.len() as u64).unwrap(), 0);
+    }
+}
+
+#[test]
+fn a_load_after_a_restart_decodes_nothing() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    kept.load();
+    assert!(fs::read(kept.file().unwrap()).unwrap() == kept.expected);
+    kept.packed.umount();
+    kept.mount(&[]);
+    kept.assert_all_ways_of_reading_agree();
+    assert_eq!(kept.counted("mcwcfs_decoded_bytes_total"), 0);
+    if kept.packed.log().contains("no passthrough") {
+        eprintln!("not tested: the kernel does not read files by itself here");
+    } else {
+        assert_eq!(kept.counted("mcwcfs_read_requests_total"), 0, "the kernel reads by itself");
+        assert!(kept.counted("mcwcfs_passthrough_opens_total") > 0);
+    }
+}
+
+#[test]
+fn who_has_the_file_open_meanwhile_and_who_opens_it_then_both_read_on() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    let before = File::open(kept.packed.model()).unwrap();
+    kept.load();
+    kept.assert_all_ways_of_reading_agree();
+    let mut out = vec![0; kept.expected.len()];
+    before.read_exact_at(&mut out, 0).unwrap();
+    assert!(out == kept.expected);
+    drop(before);
+    // Once nobody has it open, it may be opened the other way; who opens it first decides for all.
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    assert!(fs::read(kept.packed.model()).unwrap() == kept.expected);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_damaged_file_on_disk_is_not_believed() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    kept.load();
+    kept.packed.umount();
+    let path = kept.file().unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xff; 100], 5000).unwrap();
+    kept.mount(&[]);
+    kept.load();
+    // Read through in the background, found wrong, written anew.
+    while fs::read(&path).unwrap() != kept.expected {
+        thread::sleep(Duration::from_millis(20));
+    }
+    kept.assert_all_ways_of_reading_agree();
+}
+
+#[test]
+fn a_file_that_vanishes_from_disk_is_decoded_again() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    kept.load();
+    fs::remove_dir_all(kept.packed.path("kept")).unwrap();
+    kept.packed.umount();
+    kept.mount(&[]);
+    kept.assert_all_ways_of_reading_agree();
+}
+
+#[test]
+fn a_directory_without_room_is_no_reason_to_fail() {
+    require_fuse!();
+    let kept = Kept::new();
+    let option = format!("--decoded-cache={}:1K", kept.packed.path("kept").display());
+    kept.packed.mount(&[&option]);
+    kept.assert_all_ways_of_reading_agree();
+    while !kept.packed.log().contains("not kept") {
+        thread::sleep(Duration::from_millis(20));
+    }
+    kept.assert_all_ways_of_reading_agree();
+    assert!(kept.file().is_none());
+}
