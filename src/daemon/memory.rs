@@ -23,7 +23,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Divides `limit_bytes`, by default [`default_limit_bytes`] and never under [`LEAST_LIMIT_BYTES`]. The cache gets
+    /// Divides `limit_bytes`, by default [`default_limit_bytes`] and never under 32 MiB. The cache gets
     /// `cache_bytes`, by default a half, and leaves a quarter to the others in any case.
     pub fn new(limit_bytes: Option<u64>, cache_bytes: Option<u64>) -> Self {
         // A cache that was asked for is not cut by a limit that was not.
