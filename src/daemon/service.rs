@@ -59,7 +59,8 @@ impl Prepared {
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
         let passed = std::mem::take(&mut facts.passed);
-        // What a predecessor's readers have open, and in which way, is not known; mixing the ways would be their error.
+        // What a predecessor's readers have open through the page cache is not known; to pass such a file would be their
+        // error. What it passed is known.
         let is_first = facts.restarts == 0 && facts.upgrades == 0;
         let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
