@@ -5,17 +5,14 @@
 
 #![no_main]
 
+mod open;
 mod repair;
 
-use std::cell::RefCell;
-use std::io::{Seek, Write};
-use std::path::Path;
 use std::sync::Arc;
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
-use mcwcfs::archive::Archive;
 use mcwcfs::materialize::{EngineChoice, MaterializeOptions, Materializer};
-use tempfile::NamedTempFile;
+use open::open;
 
 /// Larger claims are not decoded: a small archive may rightly hold much, and time is better spent on more archives.
 const DECODED_BYTES: u64 = 4 << 20;
@@ -41,23 +38,3 @@ fuzz_target!(|bytes: &[u8]| {
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     repair::mutate(data, size, max_size, seed)
 });
-
-/// Opens bytes in memory: archives are opened by path.
-fn open(bytes: &[u8]) -> Option<Archive> {
-    thread_local! {
-        static FILE: RefCell<NamedTempFile> = RefCell::new(scratch_file());
-    }
-    FILE.with_borrow_mut(|file| {
-        let io = "the scratch file can be written";
-        file.as_file().set_len(0).expect(io);
-        file.rewind().expect(io);
-        file.write_all(bytes).expect(io);
-        file.flush().expect(io);
-        Archive::open(file.path()).ok()
-    })
-}
-
-fn scratch_file() -> NamedTempFile {
-    let in_memory = Path::new("/dev/shm");
-    if in_memory.is_dir() { NamedTempFile::new_in(in_memory) } else { NamedTempFile::new() }.expect("a scratch file")
-}
