@@ -2,11 +2,13 @@
 """What a rate costs on the task: packs every model, mounts the archives and runs the evaluation on the mounted files.
 
     cargo build --release
-    python3 benches/task_metric.py [--eval DIR] [--models NAME ...] [--rates BITS ...]
+    .bench-venv/bin/python benches/task_metric.py [--eval DIR] [--models NAME ...] [--rates BITS ...] [--no-peers]
 
-Needs numpy (benches/setup's environment has it) and an evaluation folder: models/, and eval.py, which reads a
-checkpoint directory by plain open, seek and read, and prints its task metric and the distance to the original as JSON.
-Prints one Markdown table. The first row of a model is the lossless archive: its metric is the original's.
+Needs benches/setup's environment and an evaluation folder: models/, and eval.py, which reads a checkpoint directory by
+plain open, seek and read, and prints its task metric and the distance to the original as JSON. Beside each rate stand
+NNCodec and GGUF's format at the rate nearest to it: their decoded matrices in a copy of the checkpoint, everything
+else as it was and counted as it was. Prints one Markdown table. The first row of a model is the lossless archive: its
+metric is the original's.
 """
 
 import argparse
@@ -17,10 +19,11 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from measure import checkpoint
-from measure.ours import DEFAULT_BINARY, Mcwcfs
+from measure import checkpoint, gguf, rewritten
+from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
+from measure.store import Store
 
-RATES = (8.0, 5.0, 4.2)
+RATES = (8.0, 5.0, 4.2, 3.3, 2.8, 2.1)
 
 
 @contextmanager
@@ -50,7 +53,58 @@ def distance(result):
     return f"KL {task['kl_to_ref']:.5f} nats, top-1 agreement {task['top1_agree']:.2%}"
 
 
-def measure(mcwcfs, script, model, rates, work):
+def row(model, asked, codec, bits, error, result):
+    """A row of the table; also told as soon as it is known."""
+    primary = result["primary"]
+    text = (
+        f"| {model.name} | {asked} | {codec} | {bits:.3f} | {error:.2e} "
+        f"| {primary['task']} {primary['metric']} | {primary['value']:.4f} | {distance(result)} |"
+    )
+    print(text, file=sys.stderr, flush=True)
+    return text
+
+
+class Peers:
+    """What the other codecs make of one model."""
+
+    def __init__(self, ggml, store, script, model):
+        from measure import nncodec  # only where it is installed
+
+        self.nncodec = nncodec
+        self.ggml, self.store, self.script, self.model = ggml, store, script, model
+        self.weights = checkpoint.matrices(model.files())
+        self.fingerprint = checkpoint.fingerprint(model.files())
+        self.parameters = rewritten.parameters(model)
+        self.other_bits = rewritten.other_bits(model, self.weights)
+        self.formats = {}
+
+    def rows(self, rate):
+        """A row for each codec at the rate nearest to `rate` bits per parameter."""
+        matrix_bits = (rate * self.parameters - self.other_bits) / checkpoint.weight_count(self.weights)
+        key = f"{self.fingerprint}-nncodec-{self.nncodec.VERSION}-{matrix_bits:.3f}"
+        points = self.store.points(key, lambda: self.nncodec.around(self.weights, matrix_bits))
+        nearest = min(points, key=lambda point: abs(point.bits - matrix_bits))
+        bitstream = self.nncodec.encode(self.weights, self.nncodec.quantization_parameter_of(nearest))
+        yield self.row(rate, "NNCodec", 8 * len(bitstream), self.nncodec.decode(bitstream))
+        if self.ggml is not None:
+            if not self.formats:
+                self.formats = {name: gguf.round_trip(self.ggml, self.weights, name) for name in gguf.TYPES}
+            aim = matrix_bits * checkpoint.weight_count(self.weights)
+            name = min(self.formats, key=lambda name: abs(8 * self.formats[name][0] - aim))
+            taken, decoded = self.formats[name]
+            yield self.row(rate, f"GGUF {name}", 8 * taken, decoded)
+
+    def row(self, rate, codec, bits, decoded):
+        """The row of a codec that takes `bits` for the matrices."""
+        with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+            directory = Path(work) / self.model.name
+            rewritten.write(self.model, directory, decoded)
+            result = evaluate(self.script, directory, self.model.directory)
+        error = checkpoint.relative_squared_error(self.weights, decoded)
+        return row(self.model, f"{rate:g}", codec, (bits + self.other_bits) / self.parameters, error, result)
+
+
+def measure(mcwcfs, script, model, rates, work, peers):
     """Rows of the table for one model."""
     packed, mount_point = work / "packed", work / "mnt"
     packed.mkdir()
@@ -61,18 +115,16 @@ def measure(mcwcfs, script, model, rates, work):
         reports[name] = mcwcfs.pack(model.directory, packed / name, *options)
         if reports[name]["target_missed"]:
             print(f"{model.name}, {name}: {reports[name]['target_missed']}", file=sys.stderr)
-    rows = []
+    rows = {}
     with mounted(mcwcfs, packed, mount_point):
         for name, _ in choices:
             result = evaluate(script, mount_point / name, model.directory)
-            primary, report = result["primary"], reports[name]
-            rows.append(
-                f"| {model.name} | {name} | {report['bits_per_parameter']:.3f} "
-                f"| {report['relative_squared_error']:.2e} "
-                f"| {primary['task']} {primary['metric']} | {primary['value']:.4f} | {distance(result)} |"
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+            report = reports[name]
+            bits, error = report["bits_per_parameter"], report["relative_squared_error"]
+            rows[name] = [row(model, name, "mcwcfs", bits, error, result)]
+    for rate in rates if peers else ():
+        rows[f"{rate:g}"] += peers.rows(rate)
+    return [row for of_rate in rows.values() for row in of_rate]
 
 
 def main():
@@ -82,21 +134,33 @@ def main():
     parser.add_argument(
         "--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per parameter of the file"
     )
+    parser.add_argument("--no-peers", action="store_true", help="mcwcfs alone: needs numpy and nothing else")
+    parser.add_argument(
+        "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
+    )
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:
         return
-    mcwcfs = Mcwcfs(arguments.binary)
+    mcwcfs, store = Mcwcfs(arguments.binary), Store(arguments.keep)
+    ggml = None
+    if not arguments.no_peers:
+        try:
+            ggml = gguf.Ggml()
+        except gguf.Unavailable as why:
+            print(f"GGUF is not measured: {why}", file=sys.stderr)
     rows = []
     for model in checkpoint.open_models(folder, arguments.models):
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
-            rows += measure(mcwcfs, folder / "eval.py", model, arguments.rates, Path(work))
+            script = folder / "eval.py"
+            peers = None if arguments.no_peers else Peers(ggml, store, script, model)
+            rows += measure(mcwcfs, script, model, arguments.rates, Path(work), peers)
     print(
-        "| model | asked | bits per parameter | relative squared error "
-        "| metric | through the mount | distance to the original |"
+        "| model | asked | codec | bits per parameter | relative squared error "
+        "| metric | value | distance to the original |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 
 

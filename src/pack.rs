@@ -2,6 +2,10 @@
 //!
 //! [`encode`] is Algorithm 1's upper half over a whole checkpoint. It uses the decoder's own engine for its local decode loop
 //! and never repeats it.
+//!
+//! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]); a sample of it in the
+//! [`survey`], on which step and tables are found ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`],
+//! [`mode_decision`], [`align`]), strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
 
 pub mod align;
 pub mod counting;

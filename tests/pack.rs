@@ -57,7 +57,7 @@ fn number(value: &Value) -> f64 {
 fn every_effort_meets_the_rate_and_more_effort_has_less_error() {
     let work = medium();
     let error = |effort: &str| {
-        let report = work.pack(effort, &["--bpp", "4", "--effort", effort]);
+        let report = work.pack(effort, &["--bpp", "4", "--trellis-states", "8", "--effort", effort]);
         let bits = number(&report["bits_per_parameter"]);
         assert!((bits / 4.0 - 1.0).abs() < 0.005, "{effort}: {bits} bits per parameter");
         number(&report["relative_squared_error"])
@@ -71,7 +71,7 @@ fn every_effort_meets_the_rate_and_more_effort_has_less_error() {
 fn an_error_bound_is_met_from_below_and_nearly() {
     let work = medium();
     for bound in ["0.02", "0.0005"] {
-        work.pack(bound, &["--max-rel-mse", bound]);
+        work.pack(bound, &["--max-rel-mse", bound, "--trellis-states", "8"]);
         let (found, bound) = (work.verified_error(bound), bound.parse::<f64>().expect("a number"));
         assert!(found <= bound && found > 0.99 * bound, "{found} for {bound}");
     }
@@ -89,7 +89,8 @@ fn a_bound_that_quantizing_meets_only_with_more_bits_gives_the_original_back() {
 #[test]
 fn a_kept_tensor_is_bit_exact_or_has_its_own_rate_and_plan_and_archive_say_so() {
     let work = medium();
-    let rules = ["--bpp", "4", "--keep", "*.query.weight=2.5", "--keep", "*layer.1.*query*=lossless"];
+    let rules =
+        ["--trellis-states", "8", "--bpp", "4", "--keep", "*.query.weight=2.5", "--keep", "*layer.1.*query*=lossless"];
     let report = work.pack("kept", &rules);
     let tensor = |name: &str| {
         let tensors = report["tensors"].as_array().expect("tensors");
@@ -126,7 +127,8 @@ fn a_rate_for_one_tensor_leaves_the_others_bit_exact() {
 fn every_ablation_makes_an_archive_that_decodes_and_takes_more_bits() {
     let work = medium();
     let error_with = |name: &str, options: &[&str]| {
-        work.pack(name, &[&["--bpp", "4"], options].concat());
+        // Without prediction, which pays far more on this checkpoint than anything else.
+        work.pack(name, &[&["--bpp", "4", "--trellis-states", "8", "--predictor", "none"], options].concat());
         work.verified_error(name)
     };
     let everything = error_with("everything", &[]);
@@ -137,18 +139,17 @@ fn every_ablation_makes_an_archive_that_decodes_and_takes_more_bits() {
         ("fixed-length-scalar", &["--entropy-model", "fixed-length", "--quantization", "scalar"]),
         ("steps-per-run", &["--steps", "per-run"]),
         ("steps-per-group", &["--steps", "per-group"]),
-        ("no-prediction", &["--predictor", "none"]),
     ] {
         let without = error_with(name, options);
-        assert!(without > 0.995 * everything, "{name}: {without} and {everything} with everything");
+        assert!(without > everything, "{name}: {without} and {everything} with everything");
     }
 }
 
 #[test]
 fn statistics_name_every_stage_and_change_nothing() {
     let work = medium();
-    let plain = work.pack("plain", &["--bpp", "3"]);
-    let measured = work.pack("measured", &["--bpp", "3", "--stats"]);
+    let plain = work.pack("plain", &["--bpp", "3", "--trellis-states", "8"]);
+    let measured = work.pack("measured", &["--bpp", "3", "--trellis-states", "8", "--stats"]);
     assert_eq!(plain["stats"], Value::Null);
     assert!(fs::read(work.archive("plain")).expect("an archive") == fs::read(work.archive("measured")).expect("one"));
     let saved = |stage: &str| {
@@ -171,7 +172,7 @@ fn statistics_name_every_stage_and_change_nothing() {
 fn the_archive_is_the_same_for_any_number_of_threads() {
     let work = medium();
     for threads in ["1", "2", "7"] {
-        work.pack(threads, &["--bpp", "3.3", "--threads", threads]);
+        work.pack(threads, &["--bpp", "3.3", "--trellis-states", "8", "--threads", threads]);
     }
     let bytes = |name: &str| fs::read(work.archive(name)).expect("an archive");
     assert!(bytes("1") == bytes("2") && bytes("1") == bytes("7"));

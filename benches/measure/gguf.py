@@ -81,10 +81,16 @@ def open_lazily(path):
     return ctypes.CDLL(str(path), handle=handle)
 
 
-def point(ggml, weights, format_name):
-    """Rate and error of one format over all matrices."""
+def round_trip(ggml, weights, format_name):
+    """Bytes that all matrices take in one format, and the values that come back."""
     taken, decoded = 0, {}
     for name, values in weights.items():
         size, decoded[name] = ggml.round_trip(format_name, values)
         taken += size
+    return taken, decoded
+
+
+def point(ggml, weights, format_name):
+    """Rate and error of one format over all matrices."""
+    taken, decoded = round_trip(ggml, weights, format_name)
     return Point(8 * taken / weight_count(weights), relative_squared_error(weights, decoded), format_name)

@@ -36,6 +36,11 @@ def around(weights, bits):
         point = next_point
 
 
+def quantization_parameter_of(point):
+    """The quantization parameter that made a point."""
+    return int(point.label.removeprefix("QP "))
+
+
 def at(weights, quantization_parameter):
     """The point at this quantization parameter: all matrices encoded, the bitstream counted whole, and decoded."""
     bitstream = encode(weights, quantization_parameter)

@@ -12,8 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
-use crate::archive::UNFINISHED_PREFIX;
-use crate::pack::encode::{Encoder, PackError, Progress, system_error};
+use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
     AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
@@ -253,8 +252,7 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
         let target = directory.join(&sidecar.name);
         let parent = target.parent().unwrap_or(directory);
         std::fs::create_dir_all(parent).map_err(io_at(parent))?;
-        let temporary = tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(parent);
-        let temporary = temporary.map_err(|error| io_at(&target)(system_error(error)))?;
+        let temporary = hidden_file(parent, "").map_err(io_at(&target))?;
         let temporary = temporary.into_temp_path(); // closed: there may be more of them than descriptors
         std::fs::copy(&sidecar.path, &temporary).map_err(io_at(&sidecar.path))?;
         copies.push((temporary, target));

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use self::compare::Compared;
 pub use self::error::PackError;
-pub use self::finished::{Finished, system_error};
+pub use self::finished::{Finished, hidden_file};
 use super::keep::{Keep, kept};
 use super::options::{PackOptions, PredictorChoice};
 use super::report::{PackReport, TensorReport};

@@ -1,9 +1,8 @@
 //! From a hidden file to an archive: nothing that looks finished is there before it is.
 
-use std::fs::Permissions;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -37,9 +36,9 @@ impl Finished {
         let renamed = if replace { temporary.persist(&out) } else { temporary.persist_noclobber(&out) };
         renamed.map_err(|error| match error.error.kind() {
             io::ErrorKind::AlreadyExists => PackError::Exists(out.clone()),
-            _ => output(system_error(error.error)),
+            _ => output(error.error),
         })?;
-        std::fs::File::open(directory_of(&out)).and_then(|directory| directory.sync_all()).map_err(output)?;
+        File::open(directory_of(&out)).and_then(|directory| directory.sync_all()).map_err(output)?;
         Ok(report)
     }
 }
@@ -47,12 +46,17 @@ impl Finished {
 /// The hidden file beside `out`, without an archive's suffix: a run cut short leaves nothing that looks finished.
 pub(super) fn create(out: &Path) -> Result<NamedTempFile, PackError> {
     name_leftovers(directory_of(out));
-    tempfile::Builder::new()
-        .prefix(UNFINISHED_PREFIX)
-        .suffix(SUFFIX)
-        .permissions(Permissions::from_mode(0o666)) // less the umask, as any other new file
-        .tempfile_in(directory_of(out))
-        .map_err(|error| PackError::Output { path: out.to_owned(), source: system_error(error) })
+    hidden_file(directory_of(out), SUFFIX).map_err(|source| PackError::Output { path: out.to_owned(), source })
+}
+
+/// A new hidden file that is no part of any checkpoint. An error is the system's alone: `tempfile_in` would add the hidden
+/// name, and the user gave another.
+///
+/// # Errors
+/// Where it cannot be made.
+pub fn hidden_file(directory: &Path, suffix: &str) -> io::Result<NamedTempFile> {
+    let create = |path: &Path| File::options().read(true).write(true).create_new(true).open(path);
+    tempfile::Builder::new().prefix(UNFINISHED_PREFIX).suffix(suffix).make_in(directory, create)
 }
 
 /// Warns of hidden files that a run left behind which could not clean up.
@@ -63,16 +67,6 @@ fn name_leftovers(directory: &Path) {
             let path = entry.path();
             log::warn!("{}: of another run; unless that still runs, it may be deleted", path.display());
         }
-    }
-}
-
-/// What the system said, without the hidden name that `tempfile` adds to it: the user gave another.
-pub fn system_error(error: io::Error) -> io::Error {
-    let said =
-        error.get_ref().and_then(|wrapped| wrapped.source()).and_then(|source| source.downcast_ref::<io::Error>());
-    match said.and_then(io::Error::raw_os_error) {
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => error,
     }
 }
 

@@ -9,7 +9,7 @@ use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
-use super::steering::Steering;
+use super::steering::{Steering, replan};
 use super::{Encoder, PackError, quantized_tensors};
 
 /// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
@@ -142,7 +142,7 @@ impl Encoder<'_> {
                     let bits = 8.0 * bytes as f64;
                     let off = (bits / (wanted * parameters) - 1.0).abs();
                     if off < tolerance || settled {
-                        let missed = (off >= 0.01 && is_steered)
+                        let missed = (off >= 2.0 * tolerance && is_steered)
                             .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
                         let compared = self.compare(file, out, &written.parts)?;
                         return Ok((written, compared, missed));
@@ -168,7 +168,7 @@ impl Encoder<'_> {
                 }
             }
             log::debug!("target not met: encoding again after {attempt}");
-            plan.probe.parts = written.parts;
+            plan.probe.parts = replan(self.options.target, plan.budget, plan.slope, &plan.probe.parts, &written.parts);
         }
         unreachable!("the last attempt returns")
     }
