@@ -79,7 +79,9 @@ struct StageReport {
     seconds: f64,
 }
 
-/// Load times at a bandwidth, and the bandwidths at which both ways take equally long (Eqs. 109-110).
+/// Load times at a bandwidth (Eqs. 109-110), and the bandwidths at which both ways take equally long: where Eq. 115 is 0,
+/// serially, and where the transfer of the original takes as long as decoding alone, overlapped. Making weights of the
+/// original's bytes is taken to cost nothing, as where they are mapped, so the break-even is the least that can be claimed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 struct Loading {
     bandwidth: u64,
