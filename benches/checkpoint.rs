@@ -52,7 +52,7 @@ fn packed_bert(directory: &Path) -> Vec<PathBuf> {
     let bert = common::Bert { hidden: 512, heads: 8, ffn_units: 2048, dtype: "BF16", ..common::Bert::default() };
     bert.write(&checkpoint);
     let options =
-        |target| PackOptions { target, trellis_states: "8".parse().expect("eight"), ..PackOptions::default() };
+        |target| PackOptions { target, trellis_states: Some("8".parse().expect("eight")), ..PackOptions::default() };
     let packed = [
         ("lossless", PackOptions::default()),
         ("4.2 bits", options(Target::BitsPerParameter(4.2))),

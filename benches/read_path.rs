@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A synthetic bfloat16 checkpoint is packed losslessly and at 4.2 bits per parameter, mounted, and read by one thread:
-//! with `read`, a mebibyte at a time, and by copying out of a map. Cold is the first read after a mount, warm the second.
+//! with `read`, a mebibyte at a time, and by copying out of a map. Cold is the first read after a mount, warm the second;
+//! the kept file is one of `--decoded-cache`, on tmpfs too.
 //! Each figure is the best of several rounds, in which the lines take turns, because on a shared machine everything may be
 //! half as fast a minute later. `x decoder` compares with all cores decoding into memory and doing nothing else. `CPU` counts
 //! daemon, reader and system together, and says more than the speed where cores are few or others use them too.
@@ -80,7 +81,10 @@ fn main() {
 
 /// Prints the lines of one archive.
 fn measure(name: &str, source: &Path, mountpoint: &Path, plain: &Path, decoder: f64, options: &[String]) {
-    let mut best = [const { Sample::SLOWEST }; 6];
+    let mut best = [const { Sample::SLOWEST }; 8];
+    let kept = mountpoint.with_file_name(format!("{name}, kept"));
+    let keeping = [&[format!("--decoded-cache={}", kept.display())], options].concat();
+    keep_decoded(source, mountpoint, &kept, &keeping);
     for _ in 0..ROUNDS {
         let mut keep = |line: usize, sample: Sample| {
             if sample.rate > best[line].rate {
@@ -88,25 +92,42 @@ fn measure(name: &str, source: &Path, mountpoint: &Path, plain: &Path, decoder: 
             }
         };
         for (way, read) in [read_all as fn(&Path), copy_map as fn(&Path)].into_iter().enumerate() {
-            keep(3 * way, Sample::of(plain, None, read));
+            keep(4 * way, Sample::of(plain, None, read));
+            let file = mountpoint.join("large").join(MODEL);
             let mount = Mount::new(source, mountpoint, options);
-            let file = mount.path.join("large").join(MODEL);
-            keep(3 * way + 1, Sample::of(&file, Some(mount.daemon()), read));
-            keep(3 * way + 2, Sample::of(&file, Some(mount.daemon()), read));
+            keep(4 * way + 1, Sample::of(&file, Some(mount.workers()), read));
+            keep(4 * way + 2, Sample::of(&file, Some(mount.workers()), read));
+            drop(mount);
+            let mount = Mount::new(source, mountpoint, &keeping);
+            keep(4 * way + 3, Sample::of(&file, Some(mount.workers()), read));
         }
     }
-    let [read, cold_read, warm_read, map, cold_map, warm_map] = best;
+    let [read, cold_read, warm_read, kept_read, map, cold_map, warm_map, kept_map] = best;
     for (line, sample, plain) in [
         ("read from tmpfs", &read, &read),
         ("cold read", &cold_read, &read),
         ("warm read", &warm_read, &read),
+        ("read of the kept file", &kept_read, &read),
         ("map copied from tmpfs", &map, &map),
         ("cold map copied", &cold_map, &map),
         ("warm map copied", &warm_map, &map),
+        ("map of the kept file", &kept_map, &map),
     ] {
         let Sample { rate, cpu } = *sample;
         let line = format!("{name}, {line}");
         println!("{line:<28} {rate:>8.2} {:>8.2} {:>10.2} {cpu:>10.2}", rate / plain.rate, rate / decoder);
+    }
+}
+
+/// Loads the large checkpoint once with a directory for decoded files, and waits until it is kept there.
+fn keep_decoded(source: &Path, mountpoint: &Path, kept: &Path, options: &[String]) {
+    let mount = Mount::new(source, mountpoint, options);
+    read_all(&mount.path.join("large").join(MODEL));
+    let is_seen = |entry: std::io::Result<fs::DirEntry>| {
+        entry.is_ok_and(|entry| entry.path().extension().is_some_and(|extension| extension == "seen"))
+    };
+    while !fs::read_dir(kept).is_ok_and(|mut entries| entries.any(is_seen)) {
+        thread::sleep(std::time::Duration::from_millis(100));
     }
 }
 
@@ -121,9 +142,10 @@ struct Sample {
 impl Sample {
     const SLOWEST: Self = Self { rate: 0.0, cpu: f64::INFINITY };
 
-    fn of(file: &Path, daemon: Option<u32>, read: fn(&Path)) -> Self {
+    fn of(file: &Path, workers: Option<Vec<u32>>, read: fn(&Path)) -> Self {
         let gigabytes = fs::metadata(file).expect("a file").len() as f64 / 1e9;
-        let cpu = || process_seconds(std::process::id()) + daemon.map_or(0.0, process_seconds);
+        let others = workers.unwrap_or_default();
+        let cpu = || others.iter().copied().map(process_seconds).sum::<f64>() + process_seconds(std::process::id());
         let (start, cpu_at_start) = (Instant::now(), cpu());
         read(file);
         let seconds = start.elapsed().as_secs_f64();
@@ -202,6 +224,14 @@ impl Mount {
         assert!(command.status().expect("mcwcfs starts").success(), "{command:?}");
         assert_eq!(fs::metadata(mountpoint).expect("a mount").ino(), 1);
         Self { path: mountpoint.to_owned() }
+    }
+
+    /// The processes that serve it: the supervisor and its worker.
+    fn workers(&self) -> Vec<u32> {
+        let daemon = self.daemon();
+        let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap_or_default();
+        let children = children.split_whitespace().map(|pid| pid.parse().expect("a number"));
+        children.chain([daemon]).collect()
     }
 
     fn daemon(&self) -> u32 {

@@ -4,8 +4,11 @@
 //! and never repeats it.
 
 pub mod align;
+pub mod counting;
 pub mod encode;
 pub mod entropy_model;
+pub mod histogram;
+pub mod keep;
 pub mod lossless;
 pub mod mode_decision;
 pub mod options;
@@ -16,4 +19,9 @@ pub mod rate;
 pub mod record;
 pub mod report;
 pub mod source;
+pub mod split_symbols;
+pub mod statistics;
+pub mod survey;
+pub mod symbols;
+pub mod treatment;
 pub mod trellis_search;

@@ -174,3 +174,67 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn values_wanted_together_are_made_together_and_each_once() {
+    let cache = Cache::new(1000);
+    cache.get_or_try_insert(1, make(10)).unwrap();
+    let mut asked = Vec::new();
+    let values = cache.get_or_make_all(&[0, 1, 2, 3], |places| {
+        asked.push(places.to_vec());
+        places.iter().map(|&place| Ok::<_, String>(bytes(place))).collect()
+    });
+    assert_eq!(asked, [[0, 2, 3]]);
+    assert_eq!(values.unwrap().iter().map(|value| value.len()).collect::<Vec<_>>(), [0, 10, 2, 3]);
+    assert_eq!(cache.knows(&[0, 1, 2, 3, 4]), [true, true, true, true, false]);
+    let stats = cache.stats();
+    assert_eq!((stats.hits, stats.misses, stats.entries), (1, 4, 4));
+}
+
+#[test]
+fn a_caller_makes_its_own_part_while_another_makes_the_rest() {
+    let cache = Cache::new(1000);
+    let (first_claimed, both_making) = (Barrier::new(2), Barrier::new(2));
+    let all = |places: &[usize]| -> Vec<Result<Arc<[u8]>, String>> { places.iter().map(|_| Ok(bytes(1))).collect() };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let values = cache.get_or_make_all(&[1, 2], |places| {
+                first_claimed.wait();
+                both_making.wait();
+                all(places)
+            });
+            assert_eq!(values.unwrap().len(), 2);
+        });
+        first_claimed.wait();
+        let values = cache.get_or_make_all(&[0, 1], |places| {
+            both_making.wait();
+            assert_eq!(places, [0], "the other is being made");
+            all(places)
+        });
+        assert_eq!(values.unwrap().len(), 2);
+    });
+    assert_eq!((cache.stats().entries, cache.stats().misses, cache.stats().duplicate_makes), (3, 3, 0));
+}
+
+#[test]
+fn one_value_that_cannot_be_made_takes_no_other_away() {
+    let cache = Cache::new(1000);
+    let make = |places: &[usize]| -> Vec<Result<Arc<[u8]>, String>> {
+        places.iter().map(|&place| if place == 1 { Err("CRC".to_owned()) } else { Ok(bytes(5)) }).collect()
+    };
+    assert_eq!(cache.get_or_make_all(&["a", "b", "c"], make).unwrap_err(), "CRC");
+    assert_eq!(cache.knows(&["a", "b", "c"]), [true, false, true]);
+}
+
+#[test]
+fn what_is_forgotten_takes_no_room_and_making_it_again_is_no_duplicate() {
+    let cache = Cache::new(20);
+    for key in [0, 1] {
+        cache.get_or_try_insert(key, make(10)).unwrap();
+    }
+    cache.forget(&[0, 7]);
+    assert_eq!((cache.stats().bytes, cache.knows(&[0, 1])), (10, vec![false, true]));
+    cache.get_or_try_insert(0, make(10)).unwrap();
+    let stats = cache.stats();
+    assert_eq!((stats.bytes, stats.evictions, stats.duplicate_makes), (20, 0, 0));
+}

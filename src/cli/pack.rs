@@ -3,14 +3,21 @@
 use std::io::{IsTerminal, StdoutLock, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
 use crate::archive::UNFINISHED_PREFIX;
-use crate::pack::encode::{Encoder, PackError, Progress};
-use crate::pack::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates};
+use crate::pack::encode::{Encoder, PackError, Progress, system_error};
+use crate::pack::keep::KeepRule;
+use crate::pack::options::{
+    AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
+};
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
@@ -23,6 +30,13 @@ pub struct PackArgs {
     output: PathBuf,
     #[command(flatten)]
     target: TargetArgs,
+    /// What single tensors get instead: `PATTERN=lossless`, or `PATTERN=BITS` per element. PATTERN is a glob on tensor names
+    /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
+    #[arg(long, value_name = "PATTERN=lossless|BITS")]
+    keep: Vec<KeepRule>,
+    /// How much time packing may take.
+    #[arg(long, value_enum, default_value_t)]
+    effort: Effort,
     /// Layers from one keyframe to the next: more predict more, fewer decode more in parallel.
     #[arg(long, value_name = "K", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
     keyframe_interval: u32,
@@ -38,9 +52,13 @@ pub struct PackArgs {
     /// How values become codes.
     #[arg(long, value_enum, default_value_t)]
     quantization: Quantization,
+    /// What codes are coded with.
+    #[arg(long, value_enum, default_value_t)]
+    entropy_model: EntropyModel,
     /// States of the trellis, 8 to 256: more give less error at the same rate, and take longer to search but not to decode.
-    #[arg(long, value_name = "STATES", default_value_t)]
-    trellis_states: TrellisStates,
+    /// The effort chooses where it is not given.
+    #[arg(long, value_name = "STATES")]
+    trellis_states: Option<TrellisStates>,
     /// Round to the nearest code, whatever it costs.
     #[arg(long)]
     no_rate_aware_rounding: bool,
@@ -53,6 +71,9 @@ pub struct PackArgs {
     /// Say what would be done to every tensor, and write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Measure what every stage saves, or would have cost, and print it. The archive is the same.
+    #[arg(long)]
+    stats: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -105,6 +126,9 @@ pub enum PackCommandError {
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
+    /// SIGINT and SIGTERM cannot be caught.
+    #[error("signals: {0}")]
+    Signals(std::io::Error),
     /// No thread pool.
     #[error("--threads: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -128,30 +152,34 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     };
     let options = PackOptions {
         target,
+        effort: args.effort,
+        keep: args.keep.clone(),
         keyframe_interval: args.keyframe_interval,
         alignment: args.alignment,
         predictor: args.predictor,
         steps: args.steps,
         quantization: args.quantization,
+        entropy_model: args.entropy_model,
         trellis_states: args.trellis_states,
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
+        stats: args.stats,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let destination = Destination::of(&args.output, &checkpoint)?;
     if !args.dry_run && !args.force {
         destination.refuse_existing(&checkpoint.sidecars)?;
     }
-    let progress = Bar::new();
+    let progress = Bar::new()?;
     let encoder = Encoder::new(&checkpoint, &options, &progress);
     if args.dry_run {
         let plan = encoder.dry_run()?;
-        progress.0.finish_and_clear();
+        progress.bar.finish_and_clear();
         print(|output| print_plan(output, &plan, args.json))?;
         return Ok(ExitCode::SUCCESS);
     }
     let report = destination.fill(&encoder, &checkpoint.sidecars, args.force)?;
-    progress.0.finish_and_clear();
+    progress.bar.finish_and_clear();
     let copied = destination.directory.is_some().then_some(checkpoint.sidecars.len());
     print(|output| print_report(output, &report, copied, args.json))?;
     if let Some(missed) = &report.target_missed {
@@ -225,8 +253,8 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
         let target = directory.join(&sidecar.name);
         let parent = target.parent().unwrap_or(directory);
         std::fs::create_dir_all(parent).map_err(io_at(parent))?;
-        let temporary =
-            tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(parent).map_err(io_at(parent))?;
+        let temporary = tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(parent);
+        let temporary = temporary.map_err(|error| io_at(&target)(system_error(error)))?;
         let temporary = temporary.into_temp_path(); // closed: there may be more of them than descriptors
         std::fs::copy(&sidecar.path, &temporary).map_err(io_at(&sidecar.path))?;
         copies.push((temporary, target));
@@ -237,30 +265,45 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
     Ok(())
 }
 
-/// A bar on a terminal, nothing elsewhere.
-struct Bar(ProgressBar);
+/// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
+struct Bar {
+    bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
+}
 
 impl Bar {
-    fn new() -> Self {
+    /// From here on, the first signal stops the work in an orderly way, and a second one at once.
+    fn new() -> Result<Self, PackCommandError> {
         let target =
             if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
         let bar = ProgressBar::with_draw_target(Some(0), target);
         bar.set_style(ProgressStyle::with_template(style).expect("the template is right").progress_chars("=> "));
-        Self(bar)
+        let interrupted = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the flag is not yet set when the first signal comes to the first of the two.
+            register_conditional_shutdown(signal, 128 + signal, Arc::clone(&interrupted))
+                .and_then(|_| register(signal, Arc::clone(&interrupted)))
+                .map_err(PackCommandError::Signals)?;
+        }
+        Ok(Self { bar, interrupted })
     }
 }
 
 impl Progress for Bar {
     fn phase(&self, name: &str, bytes: u64) {
-        self.0.reset();
-        self.0.set_length(bytes);
-        self.0.set_message(name.to_owned());
+        self.bar.reset();
+        self.bar.set_length(bytes);
+        self.bar.set_message(name.to_owned());
         log::debug!("phase: {name}");
     }
 
     fn advance(&self, bytes: u64) {
-        self.0.inc(bytes);
+        self.bar.inc(bytes);
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
     }
 }
 
@@ -276,9 +319,10 @@ fn print_plan(output: &mut impl Write, plan: &[TensorReport], json: bool) -> std
     }
     writeln!(output, "{:>10}  {:<10} {:<10} {:<6} tensor", "bits/elem", "treatment", "record", "dtype")?;
     for tensor in plan {
+        let kept = tensor.keep.as_ref().map_or(String::new(), |keep| format!(" (--keep {keep})"));
         writeln!(
             output,
-            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}",
+            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}{kept}",
             tensor.bits_per_element, tensor.treatment, tensor.block_type, tensor.dtype, tensor.name, tensor.shape
         )?;
     }
@@ -318,6 +362,14 @@ fn print_report(
     }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;
+    }
+    if let Some(stats) = &report.stats {
+        writeln!(output, "\n{:>10}  {:<26} instead", "bits/param", "stage saves")?;
+        for stage in stats {
+            let not_used = if stage.is_used { "" } else { " (not used)" };
+            let (bits, name) = (stage.bits_per_parameter, stage.stage);
+            writeln!(output, "{bits:>10.4}  {name:<26} {}{not_used}", stage.instead)?;
+        }
     }
     Ok(())
 }

@@ -57,8 +57,8 @@ pub fn launch(
     let mut command = Command::new(std::env::current_exe()?);
     command.args(arguments).env(ROLE, DAEMON).stdin(Stdio::null()).stdout(Stdio::piped());
     command.stderr(log.map_or_else(Stdio::null, Stdio::from));
-    // SAFETY: between fork and exec only `setsid` is called, which is async-signal-safe.
-    unsafe { command.pre_exec(leave_session) };
+    // SAFETY: between fork and exec only `setsid` and `close_range` are called, which are async-signal-safe.
+    unsafe { command.pre_exec(leave_caller) };
     let mut child = command.spawn()?;
     let output = child.stdout.take().expect("it was piped");
     let outcome = read_outcome(BufReader::new(output))?;
@@ -72,7 +72,12 @@ pub fn launch(
     }
 }
 
-fn leave_session() -> io::Result<()> {
+/// Leaves the caller's session, and whatever files it let us inherit: who waits for the end of a pipe must not wait for
+/// the daemon's.
+fn leave_caller() -> io::Result<()> {
+    // SAFETY: the calls touch no memory of ours. Descriptors are closed by exec, so that those needed until then stay;
+    // that a kernel before 5.11 cannot do this is no failure.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     // SAFETY: the call has no preconditions; it fails only for a group leader, which a new child is not.
     if unsafe { libc::setsid() } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -37,6 +37,21 @@ pub(super) fn raise_descriptor_limit() {
     }
 }
 
+/// Fails where so few descriptors are left that readers need them all: archives must not have them.
+pub(super) fn leave_descriptors_for_readers() -> io::Result<()> {
+    const FOR_READERS: u64 = 64;
+    let lowest_free = fs::File::open("/dev/null")?.as_raw_fd();
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid `rlimit` during the call.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if u64::try_from(lowest_free).unwrap_or(0) + FOR_READERS > limit.rlim_cur {
+        return Err(io::Error::from_raw_os_error(libc::EMFILE));
+    }
+    Ok(())
+}
+
 /// Unmounts what is mounted at `mountpoint` and returns when its daemon has ended.
 ///
 /// `lazily` also works where files are in use: the mount vanishes from its path now, and its daemon serves the last user

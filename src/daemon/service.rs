@@ -12,8 +12,8 @@ use log::{debug, info, warn};
 
 use super::handover::Facts;
 use super::status::Status;
-use super::{DaemonError, DecodedCache, ServeOptions, memory};
-use crate::archive::Archive;
+use super::{DaemonError, DecodedCache, ServeOptions, memory, process};
+use crate::archive::{Archive, ArchiveError};
 use crate::decoded_files::DecodedFiles;
 use crate::fuse::{self, Device, Kernel, MountOptions, Mounted};
 use crate::materialize::Materializer;
@@ -34,6 +34,8 @@ impl Prepared {
         let materializer = Arc::new(Materializer::new(options.materialize));
         let decoder = Arc::clone(&materializer);
         let mut vfs = Vfs::open(&options.source, move |path| {
+            process::leave_descriptors_for_readers()
+                .map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
             Ok(DecodedArchive::new(Arc::new(Archive::open(path)?), Arc::clone(&decoder)))
         })?;
         vfs.decode_ahead(options.decode_ahead, options.materialize.threads, options.materialize.cache_bytes)

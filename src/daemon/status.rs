@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::handover::Facts;
 use crate::materialize::Materializer;
 use crate::metrics::{METRICS, Value};
-use crate::vfs::{ArchiveStatus, Vfs};
+use crate::vfs::{ArchiveStatus, Totals, Vfs};
 
 /// Attribute of the root: the process that owns the mount. `mcwcfs umount` waits for its end.
 pub(super) const DAEMON_PID: &str = "user.mcwc.daemon_pid";
@@ -90,11 +90,8 @@ impl Status {
 
     /// One line about what is shown.
     pub(super) fn summary(&self) -> String {
-        let totals = self.vfs.totals();
-        let refused =
-            if totals.refused_archives > 0 { format!(", {} refused", totals.refused_archives) } else { String::new() };
-        let (archives, source) = (totals.archives, self.vfs.source_path().display());
-        format!("serving {archives} archives of {source}{refused}")
+        let Totals { archives, refused_archives, .. } = self.vfs.totals();
+        format!("serving {}: archives {archives}, refused {refused_archives}", self.vfs.source_path().display())
     }
 
     /// The value of an attribute that only the root has.

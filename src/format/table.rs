@@ -70,11 +70,6 @@ impl Table {
         Ok(Self { codes, frequencies, point_offsets })
     }
 
-    /// The table with every point at its code.
-    pub fn without_points(self) -> Self {
-        Self { point_offsets: Vec::new(), ..self }
-    }
-
     /// Writes the table.
     pub fn write(&self, writer: &mut Writer) {
         writer.u8(self.codes.len() as u8);

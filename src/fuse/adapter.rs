@@ -29,6 +29,8 @@ const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
 const GENERATION: Generation = Generation(0);
 /// One page: what `stat` calls the best size for I/O, and the unit of `statfs`.
 const BLOCK_BYTES: u32 = 4096;
+/// As on the file systems that sources lie on; FUSE itself would let longer ones through.
+const MAX_NAME_BYTES: usize = 255;
 /// Requests the kernel may have in flight that nobody waits for, such as readahead. The default of 12 throttles it.
 const MAX_BACKGROUND: u16 = 1024;
 
@@ -175,6 +177,9 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name.len() > MAX_NAME_BYTES {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
         match self.vfs.lookup(Inode(parent.0), name) {
             Ok(attributes) => reply.entry(&TIME_TO_LIVE, &self.file_attributes(&attributes), GENERATION),
             // Inode 0 with a time to live: the kernel remembers that the name is missing. Loaders probe for many.
@@ -321,7 +326,7 @@ impl Filesystem for Adapter {
     fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
         let totals = self.vfs.totals();
         let blocks = totals.bytes.div_ceil(BLOCK_BYTES.into());
-        reply.statfs(blocks, 0, 0, totals.inodes, 0, BLOCK_BYTES, 255, BLOCK_BYTES);
+        reply.statfs(blocks, 0, 0, totals.inodes, 0, BLOCK_BYTES, MAX_NAME_BYTES as u32, BLOCK_BYTES);
     }
 
     fn getxattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {

@@ -1,7 +1,8 @@
 //! Files that the kernel reads by itself, from a file on disk that we name to it.
 //!
 //! The kernel allows one way at a time for a file: while somebody has it open through its page cache, nobody gets it by
-//! passthrough, and the other way round. So the first open decides for all that overlap with it.
+//! passthrough, and the other way round. So the first open decides for all that overlap with it. A process that succeeds
+//! another on a mount does not know what that one's readers have open, and passes nothing.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -22,7 +23,9 @@ pub(super) const PASSED: FileHandle = FileHandle(1);
 /// Which files are open, and how.
 #[derive(Debug)]
 pub(super) struct Passthrough {
-    is_wanted: AtomicBool,
+    is_wanted: bool,
+    /// Until the kernel has refused once.
+    is_allowed: AtomicBool,
     open: Mutex<HashMap<Inode, Open>>,
 }
 
@@ -37,7 +40,7 @@ struct Open {
 impl Passthrough {
     /// Nothing is open yet.
     pub(super) fn new(is_wanted: bool) -> Self {
-        Self { is_wanted: AtomicBool::new(is_wanted), open: Mutex::default() }
+        Self { is_wanted, is_allowed: AtomicBool::new(true), open: Mutex::default() }
     }
 
     /// Notes an open of `inode`; returns the kernel's name of the file to read where the kernel is to read by itself.
@@ -48,17 +51,17 @@ impl Passthrough {
         find: impl FnOnce() -> Option<Arc<File>>,
         register: impl FnOnce(&File) -> io::Result<BackingId>,
     ) -> Option<Arc<BackingId>> {
-        if !self.is_wanted.load(Ordering::Relaxed) {
+        if !self.is_wanted {
             return None;
         }
         let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let open = all.entry(inode).or_default();
-        if open.backing.is_none() && open.cached == 0 {
+        if open.backing.is_none() && open.cached == 0 && self.is_allowed.load(Ordering::Relaxed) {
             open.backing = find().and_then(|file| match register(&file) {
                 Ok(backing) => Some(Arc::new(backing)),
                 Err(error) => {
                     info!("no passthrough, decoded files are read here: {error}");
-                    self.is_wanted.store(false, Ordering::Relaxed);
+                    self.is_allowed.store(false, Ordering::Relaxed);
                     None
                 }
             });

@@ -161,6 +161,9 @@ impl Materializer {
         length: u64,
     ) -> Result<(), MaterializeError> {
         let strips = Strips { archive, address, part };
+        if self.cache.stats().budget_bytes < 4 * TOGETHER_BYTES as u64 {
+            return Ok(()); // it would be gone before its reader comes
+        }
         let strip_bytes = part.full_strip_output_bytes();
         let numbers = (offset / strip_bytes) as usize..(offset + length).div_ceil(strip_bytes) as usize;
         let numbers: Vec<usize> = numbers.collect();

@@ -1,6 +1,9 @@
 //! Which bit-exact coding suits a tensor: the type that carries it and where its elements are split, by measured entropy.
 
-use super::part::{RunLayout, SplitSymbols, Symbols, mean_raw_bits};
+use super::counting::mean_raw_bits;
+use super::histogram::Histogram;
+use super::split_symbols::SplitSymbols;
+use super::symbols::{RunLayout, Symbols};
 use crate::codec::lossless::narrow;
 use crate::format::part::Carrier;
 use crate::tensor::{Dtype, TensorInfo};
@@ -66,7 +69,7 @@ impl Split {
     /// The tensor's elements under this split.
     pub fn symbols<'a>(&self, tensor: &TensorInfo, bytes: &'a [u8]) -> SplitSymbols<'a> {
         let element_bytes = tensor.dtype.bits().unwrap_or(8) as usize / 8;
-        let layout = RunLayout::of_shape(&tensor.shape);
+        let layout = RunLayout::of_shape(&tensor.shape, None);
         let carrier = (self.carrier, self.carrier_bits);
         SplitSymbols::new(bytes, element_bytes, layout, carrier, self.mantissa_bits, self.raw_bits)
     }
@@ -78,14 +81,11 @@ fn holds_every_element(carrier: Carrier, bytes: &[u8]) -> bool {
 
 /// Entropy of the sampled symbols in bits each, one distribution for all: good enough to compare splits.
 fn split_entropy(symbols: &SplitSymbols<'_>, every: usize) -> f64 {
-    let mut counts = std::collections::BTreeMap::new();
-    let mut total = 0_u64;
+    let mut sampled = Vec::new();
     for run in (0..symbols.layout.runs()).step_by(every.max(1)) {
-        symbols.for_each(run, &mut |symbol, _, _| {
-            *counts.entry(symbol).or_insert(0_u64) += 1;
-            total += 1;
-        });
+        symbols.nearest(run, &mut sampled);
     }
-    let total = total.max(1) as f64;
-    counts.values().map(|&count| -(count as f64 / total) * (count as f64 / total).log2()).sum()
+    let total = sampled.len().max(1) as f64;
+    let counted = Histogram::of(&sampled);
+    counted.occurring().map(|(_, count)| -(count as f64 / total) * (count as f64 / total).log2()).sum()
 }

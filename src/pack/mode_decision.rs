@@ -4,16 +4,17 @@
 //! A keyframe part costs its symbols. A predicted part costs the symbols of its residual and its coefficients, and a record's
 //! permutation is paid for once by all parts that use it. All are measured with the tables that will be used.
 
+use rayon::prelude::*;
+
+use super::counting::measure;
 use super::entropy_model::TablePool;
 use super::options::PredictorChoice;
-use super::part::{RunLayout, measure};
 use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
+use super::symbols::RunLayout;
 use crate::codec::integers;
 use crate::codec::predictor::RunPredictor;
 use crate::format::part::StoredPredictor;
 
-/// Elements measured of a part; larger parts are sampled by whole runs.
-const MEASURED_ELEMENTS: usize = 1 << 20;
 /// A prediction whose residual keeps more energy than this cannot pay: not measured.
 const HOPELESS_ENERGY: f64 = 0.999;
 /// Bits of a predicted part's header beside its coefficients, roughly.
@@ -85,6 +86,8 @@ pub struct PartCandidate<'a> {
     pub raw_bits: u32,
     /// How values become codes.
     pub rounding: Rounding,
+    /// Elements measured; larger parts are sampled by whole runs.
+    pub measured_elements: usize,
 }
 
 /// The cheapest way found to predict a part from one reference, and what it costs.
@@ -98,7 +101,7 @@ pub struct MeasuredPrediction {
 
 impl PartCandidate<'_> {
     fn every(&self) -> usize {
-        (self.layout.elements / MEASURED_ELEMENTS).max(1)
+        self.layout.elements.div_ceil(self.measured_elements)
     }
 
     /// Bits of the part as a keyframe.
@@ -121,12 +124,19 @@ impl PartCandidate<'_> {
         allowed: PredictorChoice,
         pool: &TablePool,
     ) -> Option<MeasuredPrediction> {
+        let moments: Vec<Moments> = (0..self.layout.runs())
+            .into_par_iter()
+            .map(|run| {
+                let range = self.layout.run_range(run);
+                Moments::of(&self.values[range.clone()], &reference[range])
+            })
+            .collect();
         let mut candidates = Vec::new();
         if matches!(allowed, PredictorChoice::Auto | PredictorChoice::ScaledCopy) {
-            candidates.extend(self.fit_scaled_copy(reference));
+            candidates.extend(fit_scaled_copy(&moments));
         }
         if matches!(allowed, PredictorChoice::Auto | PredictorChoice::RowAffine) {
-            candidates.extend(self.fit_row_affine(reference));
+            candidates.extend(fit_row_affine(&moments, (self.step_of_run)(0) / 4.0));
         }
         let measured = candidates.into_iter().map(|predictor| {
             let symbols = QuantizedSymbols {
@@ -142,37 +152,35 @@ impl PartCandidate<'_> {
         });
         measured.min_by(|a, b| a.bits.total_cmp(&b.bits))
     }
+}
 
-    /// The gain of least squares over the whole part.
-    fn fit_scaled_copy(&self, reference: &[f32]) -> Option<FittedPredictor> {
-        let Moments { energy, reference_energy, product, .. } = Moments::of(self.values, reference);
-        let gain = product / reference_energy;
-        let residual_energy = energy - gain * product;
-        let useful = gain.is_finite() && residual_energy < HOPELESS_ENERGY * energy;
-        useful.then_some(FittedPredictor::ScaledCopy(gain as f32))
-    }
+/// The gain of least squares over the whole part.
+fn fit_scaled_copy(runs: &[Moments]) -> Option<FittedPredictor> {
+    let sum = |of: fn(&Moments) -> f64| runs.iter().map(of).sum::<f64>();
+    let (energy, product) = (sum(|run| run.energy), sum(|run| run.product));
+    let gain = product / sum(|run| run.reference_energy);
+    let residual_energy = energy - gain * product;
+    let useful = gain.is_finite() && residual_energy < HOPELESS_ENERGY * energy;
+    useful.then_some(FittedPredictor::ScaledCopy(gain as f32))
+}
 
-    /// Gain and offset of least squares per run, gains in 1/64, offsets in quarters of a typical step.
-    fn fit_row_affine(&self, reference: &[f32]) -> Option<FittedPredictor> {
-        let gain_step = 1.0 / 64.0;
-        let offset_step = (self.step_of_run)(0) / 4.0;
-        let (mut gains, mut offsets) = (Vec::new(), Vec::new());
-        let (mut energy, mut residual_energy) = (0.0, 0.0);
-        for run in 0..self.layout.runs() {
-            let range = self.layout.run_range(run);
-            let moments = Moments::of(&self.values[range.clone()], &reference[range]);
-            let (gain, offset) = moments.affine();
-            let gain = (gain / gain_step).round().clamp(-1024.0, 1024.0);
-            let offset = (offset / f64::from(offset_step)).round().clamp(-65_536.0, 65_536.0);
-            residual_energy += moments.residual_energy(gain * gain_step, offset * f64::from(offset_step));
-            energy += moments.energy;
-            gains.push(gain as i32);
-            offsets.push(offset as i32);
-        }
-        let gain_step = gain_step as f32;
-        let useful = residual_energy < HOPELESS_ENERGY * energy;
-        useful.then_some(FittedPredictor::RowAffine { gain_step, offset_step, gains, offsets })
+/// Gain and offset of least squares per run, gains in 1/64, offsets in units of `offset_step`.
+fn fit_row_affine(runs: &[Moments], offset_step: f32) -> Option<FittedPredictor> {
+    let gain_step = 1.0 / 64.0;
+    let (mut gains, mut offsets) = (Vec::new(), Vec::new());
+    let (mut energy, mut residual_energy) = (0.0, 0.0);
+    for moments in runs {
+        let (gain, offset) = moments.affine();
+        let gain = (gain / gain_step).round().clamp(-1024.0, 1024.0);
+        let offset = (offset / f64::from(offset_step)).round().clamp(-65_536.0, 65_536.0);
+        residual_energy += moments.residual_energy(gain * gain_step, offset * f64::from(offset_step));
+        energy += moments.energy;
+        gains.push(gain as i32);
+        offsets.push(offset as i32);
     }
+    let gain_step = gain_step as f32;
+    let useful = residual_energy < HOPELESS_ENERGY * energy;
+    useful.then_some(FittedPredictor::RowAffine { gain_step, offset_step, gains, offsets })
 }
 
 /// Sums over pairs of a value and its reference.
@@ -186,19 +194,29 @@ struct Moments {
 }
 
 impl Moments {
+    /// In an order that lets them be summed fast.
     fn of(values: &[f32], reference: &[f32]) -> Self {
-        let mut moments =
-            Self { count: 0.0, sum: 0.0, reference_sum: 0.0, energy: 0.0, reference_energy: 0.0, product: 0.0 };
-        for (&value, &reference) in values.iter().zip(reference) {
+        let mut sums = [[0.0_f64; 8]; 5];
+        let mut add = |lane: usize, value: f32, reference: f32| {
             let (value, reference) = (f64::from(value), f64::from(reference));
-            moments.count += 1.0;
-            moments.sum += value;
-            moments.reference_sum += reference;
-            moments.energy += value * value;
-            moments.reference_energy += reference * reference;
-            moments.product += value * reference;
+            sums[0][lane] += value;
+            sums[1][lane] += reference;
+            sums[2][lane] += value * value;
+            sums[3][lane] += reference * reference;
+            sums[4][lane] += value * reference;
+        };
+        let (whole, rest) = values.as_chunks::<8>();
+        let (whole_reference, rest_reference) = reference.as_chunks::<8>();
+        for (values, reference) in whole.iter().zip(whole_reference) {
+            for lane in 0..8 {
+                add(lane, values[lane], reference[lane]);
+            }
         }
-        moments
+        for (&value, &reference) in rest.iter().zip(rest_reference) {
+            add(0, value, reference);
+        }
+        let [sum, reference_sum, energy, reference_energy, product] = sums.map(|lanes| lanes.iter().sum());
+        Self { count: values.len() as f64, sum, reference_sum, energy, reference_energy, product }
     }
 
     fn affine(&self) -> (f64, f64) {
@@ -219,9 +237,9 @@ impl Moments {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pack::part::count;
+    use crate::pack::counting::count;
 
-    const NEAREST: Rounding = Rounding { trellis: None, lambda: 0.0 };
+    const NEAREST: Rounding = Rounding { trellis: None, lambda: 0.0, own_table: None };
 
     /// A deterministic stand-in for weights: sums of hashed uniform numbers.
     fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -234,9 +252,16 @@ mod tests {
     }
 
     fn decide(values: &[f32], reference: &[f32]) -> (f64, Option<MeasuredPrediction>) {
-        let layout = RunLayout::of_shape(&[64, 128]);
+        let layout = RunLayout::of_shape(&[64, 128], None);
         let step_of_run = |_| 0.01;
-        let part = PartCandidate { values, layout, step_of_run: &step_of_run, raw_bits: 0, rounding: NEAREST };
+        let part = PartCandidate {
+            values,
+            layout,
+            step_of_run: &step_of_run,
+            raw_bits: 0,
+            rounding: NEAREST,
+            measured_elements: usize::MAX,
+        };
         let symbols = QuantizedSymbols {
             values,
             prediction: None,

@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::align::Alignment;
+use super::entropy_model::OwnTable;
+use super::keep::KeepRule;
 use super::quantized_symbols::Rounding;
 use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{StoredTrellis, TrellisTables};
@@ -18,6 +20,68 @@ pub enum Target {
     BitsPerParameter(f64),
     /// At most this relative squared error, over all quantized tensors together.
     RelativeSquaredError(f64),
+}
+
+impl Target {
+    /// Whether tensors may lose anything.
+    pub fn is_lossy(self) -> bool {
+        self != Self::Lossless
+    }
+}
+
+/// How much time packing may take for a smaller or more accurate archive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Effort {
+    /// Every record is a keyframe: nothing is aligned or predicted. Tables and step are found on 1 M weights.
+    Fast,
+    /// Alignment and prediction are tried on every eligible record and measured on samples of 128 K weights a tensor; tables
+    /// and step are found on 2 M weights. The target is met within 0.5 % in one encoding.
+    #[default]
+    Default,
+    /// Measured on whole tensors; tables and step are found on 16 M weights. Encoded again until the target is met within
+    /// 0.1 %.
+    Max,
+}
+
+impl Effort {
+    /// Weights of the whole checkpoint that tables and step are found on.
+    pub fn surveyed_elements(self) -> u64 {
+        match self {
+            Self::Fast => 1 << 20,
+            Self::Default => 1 << 21,
+            Self::Max => 1 << 24,
+        }
+    }
+
+    /// Weights of a part that mode decision measures.
+    pub fn measured_elements(self) -> usize {
+        match self {
+            Self::Fast | Self::Default => 1 << 17,
+            Self::Max => usize::MAX,
+        }
+    }
+
+    /// How far off a met target may be, relative.
+    pub fn tolerance(self) -> f64 {
+        match self {
+            Self::Fast | Self::Default => 0.005,
+            Self::Max => 0.001,
+        }
+    }
+
+    /// States of the trellis.
+    pub fn trellis_states(self) -> TrellisStates {
+        match self {
+            Self::Fast => TrellisStates(8),
+            Self::Default => TrellisStates(128),
+            Self::Max => TrellisStates(256),
+        }
+    }
+
+    /// Whether records may be predicted.
+    pub fn predicts(self) -> bool {
+        self != Self::Fast
+    }
 }
 
 /// How blocks are matched between layers (Tables 14 and 15 of the paper).
@@ -74,6 +138,30 @@ pub enum Steps {
     Shared,
     /// A step per row in proportion to its scale, as in the paper.
     PerRun,
+    /// A step per 128 columns of a row, as in most 4-bit formats.
+    PerGroup,
+}
+
+/// Columns that share a step where steps are set per group.
+const GROUP_COLUMNS: usize = 128;
+
+impl Steps {
+    /// Columns of a run, where runs are groups of columns.
+    pub fn group(self) -> Option<usize> {
+        (self == Self::PerGroup).then_some(GROUP_COLUMNS)
+    }
+}
+
+/// What the symbols are coded with (Table 15 of the paper).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum EntropyModel {
+    /// Each row has the table that suits it best, of a family fitted to the checkpoint.
+    #[default]
+    Contextual,
+    /// One table per tensor, fitted to it.
+    Iid,
+    /// All codes of a tensor take the same number of bits.
+    FixedLength,
 }
 
 /// How values become codes.
@@ -98,12 +186,6 @@ impl TrellisStates {
     }
 }
 
-impl Default for TrellisStates {
-    fn default() -> Self {
-        Self(256)
-    }
-}
-
 impl FromStr for TrellisStates {
     type Err = String;
 
@@ -125,6 +207,10 @@ impl fmt::Display for TrellisStates {
 pub struct PackOptions {
     /// What is asked of the decoded weights.
     pub target: Target,
+    /// How much time it may take.
+    pub effort: Effort,
+    /// What is asked of single tensors; the last rule that matches counts.
+    pub keep: Vec<KeepRule>,
     /// Keyframe interval (K).
     pub keyframe_interval: u32,
     /// How blocks are matched.
@@ -135,26 +221,34 @@ pub struct PackOptions {
     pub steps: Steps,
     /// How values become codes.
     pub quantization: Quantization,
-    /// States of the trellis.
-    pub trellis_states: TrellisStates,
+    /// What codes are coded with.
+    pub entropy_model: EntropyModel,
+    /// States of the trellis; as many as the effort allows where not given.
+    pub trellis_states: Option<TrellisStates>,
     /// Whether rounding weighs the bits that a code takes.
     pub rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
     pub embedding_refinement: f32,
+    /// Whether to measure what every stage is worth; the archive is the same.
+    pub stats: bool,
 }
 
 impl Default for PackOptions {
     fn default() -> Self {
         Self {
             target: Target::Lossless,
+            effort: Effort::default(),
+            keep: Vec::new(),
             keyframe_interval: 4,
             alignment: AlignmentChoice::default(),
             predictor: PredictorChoice::default(),
             steps: Steps::default(),
             quantization: Quantization::default(),
-            trellis_states: TrellisStates::default(),
+            entropy_model: EntropyModel::default(),
+            trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.4,
+            stats: false,
         }
     }
 }
@@ -165,6 +259,27 @@ impl Default for PackOptions {
 const LAMBDA: [f32; 2] = [0.1, 0.4];
 
 impl PackOptions {
+    /// The predictors that may be chosen at this effort.
+    pub fn predictor(&self) -> PredictorChoice {
+        if self.effort.predicts() { self.predictor } else { PredictorChoice::None }
+    }
+
+    /// States of the trellis.
+    pub fn trellis_states(&self) -> TrellisStates {
+        self.trellis_states.unwrap_or_else(|| self.effort.trellis_states())
+    }
+
+    /// The table of a part, where parts have one to themselves.
+    pub fn own_table(&self, part: u32) -> Option<OwnTable> {
+        // An archive has at most 4,096 tables, and pairs take two: beyond that parts share.
+        let part = part % 2048;
+        match self.entropy_model {
+            EntropyModel::Contextual => None,
+            EntropyModel::Iid => Some(OwnTable { part, fixed_length: false }),
+            EntropyModel::FixedLength => Some(OwnTable { part, fixed_length: true }),
+        }
+    }
+
     /// How values become codes at the lowest rates.
     pub fn rounding(&self) -> Rounding {
         let tables = match self.quantization {
@@ -172,12 +287,12 @@ impl PackOptions {
             Quantization::TrellisShared => Some(TrellisTables::Shared),
             Quantization::Scalar => None,
         };
-        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits: self.trellis_states.state_bits() });
+        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits: self.trellis_states().state_bits() });
         let lambda = match self.rate_aware_rounding {
             true => LAMBDA[usize::from(trellis.is_some())],
             false => 0.0,
         };
-        Rounding { trellis, lambda }
+        Rounding { trellis, lambda, own_table: None }
     }
 
     /// Tool and options as the archive keeps them. The same input and options give the same archive, so nothing of the
@@ -189,20 +304,28 @@ impl PackOptions {
             Target::RelativeSquaredError(error) => format!("max-rel-mse {error}"),
         };
         let options = format!(
-            "{target}, keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, trellis-states {}, \
+            "{target}, effort {:?}, keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, \
+             trellis-states {}, entropy-model {:?}, \
              rate-aware-rounding {}, embedding-refinement {}",
+            self.effort,
             self.keyframe_interval,
             self.alignment,
             self.predictor,
             self.steps,
             self.quantization,
-            self.trellis_states,
+            self.trellis_states(),
+            self.entropy_model,
             self.rate_aware_rounding,
             self.embedding_refinement
         );
-        vec![
+        let mut provenance = vec![
             ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
             ("options".to_owned(), options.to_lowercase()),
-        ]
+        ];
+        if !self.keep.is_empty() {
+            let rules: Vec<String> = self.keep.iter().map(KeepRule::to_string).collect();
+            provenance.push(("keep".to_owned(), rules.join(", ")));
+        }
+        provenance
     }
 }

@@ -2,26 +2,35 @@
 
 use rayon::prelude::*;
 
-use super::options::{PackOptions, Steps, Target};
-use super::part::RunLayout;
+use super::counting::sum_of_squares;
+use super::entropy_model::{FittedTable, OwnTable};
+use super::histogram::{EXCEPTION_BITS, Histogram};
+use super::options::{PackOptions, Steps};
 use super::quantized_symbols::Rounding;
+use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
 use crate::codec::integers;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
 use crate::format::part::{QuantizerInfo, TrellisTables};
-use crate::numerics::{f32_from_bf16, f32_from_f16};
+use crate::numerics::{f32_from_bf16, f32_from_f16, nearest_integer};
 use crate::tensor::{Dtype, TensorInfo};
 
 /// Smaller tensors are carried bit-exact: they cost little and steer much. Lower than that a small model's projections would
 /// stay bit-exact and be a third of its archive.
 const LEAST_ELEMENTS: u64 = 1024;
-/// Elements looked at to bound the codes.
-const SAMPLED_ELEMENTS: usize = 1 << 16;
+/// Steps from zero to the largest value that is quantized: what an exception's 16 bits hold.
+pub const LARGEST_CODE: f32 = 32_000.0;
 /// Root mean square of a part's values in steps, up to which the two quantizers of the trellis have tables of their own: 0.04 bit
 /// less at 1.3 bits, no less from 2 bits on, where the search makes do with one table.
 const PAIRED_TABLES_REACH: f64 = 1.6;
 /// Codes from the centre to the last coded position of a table.
-const TABLE_REACH: f32 = 30.0;
+const TABLE_REACH: i32 = 30;
+/// Most raw bits below a symbol.
+const MOST_RAW_BITS: u32 = 8;
+/// What raw bits cost besides themselves: no reconstruction points, and less choice for the search.
+const RAW_BITS_COST: f64 = 0.02;
+/// A symbol that takes more has not enough raw bits below it.
+const MOST_SYMBOL_BITS: f64 = 7.0;
 
 /// Whether a tensor may be quantized: a matrix of weights of a float type, not a norm, bias, router or small tensor.
 pub fn may_be_quantized(tensor: &TensorInfo) -> bool {
@@ -55,83 +64,113 @@ pub fn values_of(dtype: &Dtype, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-/// The quantizer of one part, chosen from its values.
-#[derive(Clone, Debug)]
-pub struct PartQuantizer {
+/// Step, raw bits and rounding of a part, chosen from a sample of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QuantizerChoice {
     /// Step of a run with multiplier 1, in weight units.
     pub step: f32,
-    /// Scale integer of each run, where steps follow the runs' scales.
-    pub scales: Option<Vec<i32>>,
     /// Raw bits per symbol.
     pub raw_bits: u32,
     /// How values become codes.
     pub rounding: Rounding,
+    /// Root mean square of the whole part; runs have scales relative to it.
+    pub root_mean_square: f64,
+}
+
+/// The quantizer of one part.
+#[derive(Clone, Debug)]
+pub struct PartQuantizer {
+    /// Step, raw bits and rounding.
+    pub choice: QuantizerChoice,
+    /// Scale integer of each run, where steps follow the runs' scales.
+    pub scales: Option<Vec<i32>>,
 }
 
 impl PartQuantizer {
-    /// A quantizer with the given step. `None` if values are not finite or codes would not fit: such a tensor stays
-    /// bit-exact.
-    pub fn new(values: &[f32], layout: RunLayout, step: f32, options: &PackOptions) -> Option<Self> {
-        if step.is_nan() || step < f32::MIN_POSITIVE || !values.par_iter().all(|value| value.is_finite()) {
+    /// The quantizer with the given step for values like these, whose part has this root mean square. `None` if it would take
+    /// more raw bits than there are, or a step that is no normal number: such a part is carried bit-exact.
+    pub fn choose(
+        values: &[f32],
+        layout: RunLayout,
+        step: f32,
+        root_mean_square: f64,
+        own_table: Option<OwnTable>,
+        options: &PackOptions,
+    ) -> Option<Self> {
+        if step.is_nan() || step < f32::MIN_POSITIVE || values.is_empty() {
             return None;
         }
-        let mut step = step;
-        let mut scales = None;
-        if options.steps == Steps::PerRun {
-            let rms = root_mean_square(values).max(f64::from(f32::MIN_POSITIVE));
-            let scale_of = |run: usize| {
-                let octaves = (root_mean_square(&values[layout.run_range(run)]) / rms).log2();
-                (8.0 * octaves).round().clamp(-160.0, 160.0) as i32 // 20 octaves from the average: a row of zeros
-            };
-            let found: Vec<i32> = (0..layout.runs()).into_par_iter().map(scale_of).collect();
-            debug_assert!(found.iter().all(|scale| (SCALE_RANGE.0..=SCALE_RANGE.1).contains(scale)));
-            // The finest step must stay a normal number.
-            step = step.max(f32::MIN_POSITIVE * 2.0_f32.powi(24));
-            scales = Some(found);
-        }
-        let largest = |values: &mut Vec<f32>| {
-            let rank = values.len() - 1 - values.len() / 20_000;
-            *values.select_nth_unstable_by(rank, f32::total_cmp).1
-        };
-        let step_of_run = |run: usize| scales.as_ref().map_or(step, |scales| step * scale_multiplier(scales[run]));
-        let every = values.len().div_ceil(SAMPLED_ELEMENTS).max(1);
-        // An odd stride visits all columns in turn.
-        let mut sample: Vec<f32> = (0..values.len())
-            .step_by(every | 1)
-            .map(|element| (values[element] / step_of_run(element / layout.run_elements)).abs())
-            .collect();
-        if sample.is_empty() {
-            return None;
-        }
-        let reach = largest(&mut sample);
-        let mut rounding = options.rounding();
+        let mut rounding = Rounding { own_table, ..options.rounding() };
         if let Some(trellis) = &mut rounding.trellis
-            && root_mean_square(values) > PAIRED_TABLES_REACH * f64::from(step)
+            && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
         {
             trellis.tables = TrellisTables::Shared;
         }
+        let mut quantizer =
+            Self::new(QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square }, values, layout, options);
         // Codes of the trellis are two steps apart.
         let code_steps = if rounding.trellis.is_some() { 2.0 } else { 1.0 };
-        let raw_bits = (reach / code_steps / TABLE_REACH).log2().ceil().max(0.0) as u32;
-        let most = values
-            .par_iter()
-            .enumerate()
-            .map(|(element, value)| (value / step_of_run(element / layout.run_elements)).abs())
+        let most = largest_magnitude(values) / quantizer.least_step();
+        if most >= LARGEST_CODE {
+            return None;
+        }
+        let codes: Vec<i32> = (values.iter().enumerate())
+            .map(|(element, value)| {
+                nearest_integer(value / (quantizer.step_of_run(element / layout.run_elements) * code_steps))
+            })
+            .collect();
+        let counted = Histogram::of(&codes);
+        let fixed_length = own_table.is_some_and(|table| table.fixed_length);
+        let bits = |raw_bits: u32| estimated_bits(&counted, raw_bits, fixed_length);
+        quantizer.choice.raw_bits = (0..=MOST_RAW_BITS).min_by(|&a, &b| bits(a).total_cmp(&bits(b)))?;
+        // Of a tensor that even so has many values beyond its tables' reach, the mantissas are as short bit-exact.
+        let reach = bits(quantizer.choice.raw_bits);
+        (reach < f64::from(quantizer.choice.raw_bits) + MOST_SYMBOL_BITS).then_some(quantizer)
+    }
+
+    /// The quantizer of a part whose choice is made.
+    pub fn new(choice: QuantizerChoice, values: &[f32], layout: RunLayout, options: &PackOptions) -> Self {
+        if options.steps == Steps::Shared {
+            return Self { choice, scales: None };
+        }
+        let rms = choice.root_mean_square.max(f64::from(f32::MIN_POSITIVE));
+        let scale_of = |run: usize| {
+            let octaves = (root_mean_square(&values[layout.run_range(run)]) / rms).log2();
+            (8.0 * octaves).round().clamp(-160.0, 160.0) as i32 // 20 octaves from the average: a row of zeros
+        };
+        let scales: Vec<i32> = (0..layout.runs()).into_par_iter().map(scale_of).collect();
+        debug_assert!(scales.iter().all(|scale| (SCALE_RANGE.0..=SCALE_RANGE.1).contains(scale)));
+        // The finest step must stay a normal number.
+        let step = choice.step.max(f32::MIN_POSITIVE * 2.0_f32.powi(24));
+        Self { choice: QuantizerChoice { step, ..choice }, scales: Some(scales) }
+    }
+
+    /// Whether every value has a code.
+    pub fn holds(&self, values: &[f32], layout: RunLayout) -> bool {
+        let most = (values.par_chunks(layout.run_elements).enumerate())
+            .map(|(run, values)| largest_magnitude(values) / self.step_of_run(run))
             .reduce(|| 0.0, f32::max);
-        (raw_bits <= 8 && most < 32_000.0).then_some(Self { step, scales, raw_bits, rounding })
+        most < LARGEST_CODE
     }
 
     /// Step of a run.
     pub fn step_of_run(&self, run: usize) -> f32 {
-        self.scales.as_ref().map_or(self.step, |scales| self.step * scale_multiplier(scales[run]))
+        let step = self.choice.step;
+        self.scales.as_ref().map_or(step, |scales| step * scale_multiplier(scales[run]))
+    }
+
+    /// The finest step of any run.
+    pub fn least_step(&self) -> f32 {
+        let least = self.scales.iter().flatten().min();
+        least.map_or(self.choice.step, |&scale| self.choice.step * scale_multiplier(scale))
     }
 
     /// What the part's header says of it, prediction left open.
     pub fn info(&self) -> QuantizerInfo {
         QuantizerInfo {
-            step: self.step,
-            raw_bits: self.raw_bits as u8,
-            trellis: self.rounding.trellis,
+            step: self.choice.step,
+            raw_bits: self.choice.raw_bits as u8,
+            trellis: self.choice.rounding.trellis,
             scales: self.scales.as_ref().map(|scales| integers::encode(scales)),
             means: None,
             prediction: None,
@@ -139,15 +178,41 @@ impl PartQuantizer {
     }
 }
 
-/// Root of the mean square, 0 for no values.
-pub fn root_mean_square(values: &[f32]) -> f64 {
-    let square: f64 = values.iter().map(|&value| f64::from(value).powi(2)).sum();
-    (square / values.len().max(1) as f64).sqrt()
+/// Bits of a symbol with so many raw bits below it, all runs taken together: enough to compare numbers of raw bits.
+fn estimated_bits(codes: &Histogram, raw_bits: u32, fixed_length: bool) -> f64 {
+    if fixed_length {
+        let shifted = codes.occurring().fold(Histogram::default(), |mut shifted, (code, count)| {
+            shifted.merge(&Histogram::of(&[code >> raw_bits]), count);
+            shifted
+        });
+        let table = shifted.fit_fixed_length(false);
+        return f64::from(raw_bits)
+            + table.map_or(0.0, |table| FittedTable::new(table).cost(&shifted) / codes.symbols() as f64);
+    }
+    let mut inside = [0_u64; 2 * TABLE_REACH as usize + 1];
+    let mut outside = 0;
+    for (code, count) in codes.occurring() {
+        match inside.get_mut(((code >> raw_bits) + TABLE_REACH) as usize) {
+            Some(slot) => *slot += count,
+            None => outside += count,
+        }
+    }
+    let total = codes.symbols() as f64;
+    let entropy = |count: &u64| -(*count as f64 / total) * (*count as f64 / total).log2();
+    let symbols: f64 = inside.iter().filter(|&&count| count > 0).map(entropy).sum();
+    let rounding = if raw_bits > 0 { RAW_BITS_COST } else { 0.0 };
+    symbols + f64::from(raw_bits) + rounding + EXCEPTION_BITS * outside as f64 / total
 }
 
-/// Whether the target asks for quantization at all.
-pub fn is_lossy(target: Target) -> bool {
-    target != Target::Lossless
+/// The largest magnitude, 0 for no values; infinite where a value is not finite.
+pub fn largest_magnitude(values: &[f32]) -> f32 {
+    let magnitude = |value: &f32| if value.is_finite() { value.abs() } else { f32::INFINITY };
+    values.iter().map(magnitude).fold(0.0, f32::max)
+}
+
+/// Root of the mean square, 0 for no values.
+pub fn root_mean_square(values: &[f32]) -> f64 {
+    (sum_of_squares(values) / values.len().max(1) as f64).sqrt()
 }
 
 #[cfg(test)]
@@ -170,22 +235,34 @@ mod tests {
         assert!(!may_be_quantized(&tensor("type_embeddings", Dtype::F32, &[2, 384])));
     }
 
+    fn choose(values: &[f32], step: f32) -> Option<PartQuantizer> {
+        let layout = RunLayout::of_shape(&[64, 64], None);
+        PartQuantizer::choose(values, layout, step, root_mean_square(values), None, &PackOptions::default())
+    }
+
     #[test]
-    fn infinite_values_and_steps_too_fine_keep_a_tensor_bit_exact() {
-        let layout = RunLayout::of_shape(&[64, 64]);
-        let options = PackOptions::default();
+    fn steps_too_fine_are_refused() {
+        assert!(choose(&[0.25; 4096], 0.01).is_some());
+        assert!(choose(&[0.25; 4096], 1e-7).is_none());
+        assert!(choose(&[0.25; 4096], f32::NAN).is_none());
+    }
+
+    #[test]
+    fn infinite_values_and_values_beyond_all_codes_are_not_held() {
+        let layout = RunLayout::of_shape(&[64, 64], None);
         let mut values = vec![0.25; 4096];
-        assert!(PartQuantizer::new(&values, layout, 0.01, &options).is_some());
-        assert!(PartQuantizer::new(&values, layout, 1e-7, &options).is_none());
-        values[7] = f32::INFINITY;
-        assert!(PartQuantizer::new(&values, layout, 0.01, &options).is_none());
+        let quantizer = choose(&values, 0.01).expect("ordinary values");
+        assert!(quantizer.holds(&values, layout));
+        for outlier in [f32::INFINITY, f32::NAN, -400.0] {
+            values[7] = outlier;
+            assert!(!quantizer.holds(&values, layout), "{outlier}");
+        }
     }
 
     #[test]
     fn raw_bits_let_a_fine_step_fit_its_table() {
-        let layout = RunLayout::of_shape(&[64, 64]);
         let values: Vec<f32> = (0..4096).map(|index| index as f32 / 4096.0 - 0.5).collect();
-        let quantizer = PartQuantizer::new(&values, layout, 0.001, &PackOptions::default()).expect("it fits");
-        assert_eq!(quantizer.raw_bits, 4, "250 codes on each side are 16 times 16");
+        let quantizer = choose(&values, 0.001).expect("it fits");
+        assert_eq!(quantizer.choice.raw_bits, 4, "250 codes on each side are 16 times 16");
     }
 }

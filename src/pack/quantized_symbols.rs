@@ -2,14 +2,15 @@
 
 use std::ops::Range;
 
-use super::entropy_model::{FittedTable, Histogram, StreamKind};
-use super::part::{Placed, RunLayout, Symbols};
+use super::entropy_model::{FittedTable, OwnTable, StreamKind};
+use super::histogram::Histogram;
+use super::symbols::{Placed, RunLayout, Symbols};
 use super::trellis_search::Search;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
-use crate::codec::trellis::{Trellis, code_of, quantizer_of};
+use crate::codec::trellis::Trellis;
 use crate::format::part::{StoredTrellis, TrellisTables};
-use crate::format::strip::LANES;
+use crate::numerics::nearest_integer;
 
 /// How values become codes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +19,19 @@ pub struct Rounding {
     pub trellis: Option<StoredTrellis>,
     /// What a bit is worth in squared steps; 0 rounds to the nearest.
     pub lambda: f32,
+    /// Present where the part has one entropy table to itself.
+    pub own_table: Option<OwnTable>,
+}
+
+impl Rounding {
+    /// Which tables fit codes with so many raw bits; of the trellis, the first quantizer's.
+    pub fn kind(self, raw_bits: u32) -> StreamKind {
+        let (raw_bits, own) = (raw_bits as u8, self.own_table);
+        match self.trellis.is_some() {
+            true => StreamKind::Trellis { raw_bits, quantizer: 0, own },
+            false => StreamKind::Quantized { raw_bits, own },
+        }
+    }
 }
 
 /// What a predicted part subtracts before it quantizes.
@@ -45,18 +59,83 @@ pub struct QuantizedSymbols<'a> {
 }
 
 impl QuantizedSymbols<'_> {
-    #[inline]
-    fn residual(&self, element: usize, predictor: Option<RunPredictor>) -> f32 {
-        match (&self.prediction, predictor) {
-            (Some(prediction), Some(predictor)) => {
-                self.values[element] - predictor.predict(prediction.reference[element])
+    /// Adds every value or residual of a run, in steps.
+    fn targets(&self, run: usize, targets: &mut Vec<f32>) {
+        let steps_per_unit = 1.0 / (self.step_of_run)(run);
+        let range = self.layout.run_range(run);
+        let values = &self.values[range.clone()];
+        match &self.prediction {
+            None => targets.extend(values.iter().map(|value| value * steps_per_unit)),
+            Some(prediction) => {
+                let predictor = (prediction.of_run)(run);
+                let residuals = (values.iter().zip(&prediction.reference[range]))
+                    .map(|(&value, &reference)| (value - predictor.predict(reference)) * steps_per_unit);
+                targets.extend(residuals);
             }
-            _ => self.values[element],
         }
     }
 
-    fn predictor_of_run(&self, run: usize) -> Option<RunPredictor> {
-        self.prediction.as_ref().map(|prediction| (prediction.of_run)(run))
+    /// Rate-distortion-optimised rounding: the nearest code, or its neighbour towards zero if that is so much shorter.
+    fn place_scalar(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
+        let mut placed = Placed::default();
+        for (targets, [table, _]) in targets.chunks(self.layout.run_elements).zip(tables) {
+            for &target in targets {
+                let cost = |code: i32| {
+                    let error = target - code as f32;
+                    error * error + self.rounding.lambda * table.bits(code >> self.raw_bits)
+                };
+                let nearest = nearest_integer(target);
+                let shorter = nearest - nearest.signum();
+                let code = if self.raw_bits == 0 && cost(shorter) < cost(nearest) { shorter } else { nearest };
+                let (symbol, raw) = split_code(code, self.raw_bits);
+                let index = placed.positions.len() as u16;
+                placed.positions.push(table.position(symbol).unwrap_or_else(|| {
+                    placed.exceptions.push((index, exception_value(target)));
+                    table.filler()
+                }));
+                if self.raw_bits > 0 {
+                    placed.raw.push(raw.into());
+                }
+                placed.symbols.push(symbol);
+                placed.offsets.push(target - code as f32);
+            }
+        }
+        placed
+    }
+
+    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]], trellis: Trellis) -> Placed {
+        let run_elements = self.layout.run_elements;
+        let search = Search {
+            run_elements,
+            lanes: self.layout.lanes,
+            raw_bits: self.raw_bits,
+            lambda: self.rounding.lambda,
+            trellis,
+        };
+        let multiples = search.multiples(targets, tables);
+        let mut placed = Placed {
+            quantizers: multiples.iter().map(|&multiple| (multiple & 1) as u8).collect(),
+            symbols: multiples.iter().map(|&multiple| multiple >> (1 + self.raw_bits)).collect(),
+            offsets: targets.iter().zip(&multiples).map(|(target, &multiple)| target - multiple as f32).collect(),
+            ..Placed::default()
+        };
+        if self.raw_bits > 0 {
+            let raw = |&multiple: &i32| split_code(multiple >> 1, self.raw_bits).1.into();
+            placed.raw = multiples.iter().map(raw).collect();
+        }
+        for (index, offset) in placed.offsets.iter_mut().enumerate().filter(|(_, offset)| offset.abs() > BEYOND_REACH) {
+            placed.exceptions.push((index as u16, exception_value(targets[index])));
+            *offset = 0.0;
+        }
+        placed.positions.reserve(multiples.len());
+        let of_runs = placed.symbols.chunks(run_elements).zip(placed.quantizers.chunks(run_elements));
+        for ((symbols, quantizers), tables) in of_runs.zip(tables) {
+            placed.positions.extend(symbols.iter().zip(quantizers).map(|(&symbol, &quantizer)| {
+                let position = tables[usize::from(quantizer)].position(symbol);
+                position.expect("the search stays inside the table")
+            }));
+        }
+        placed
     }
 }
 
@@ -66,41 +145,7 @@ impl Symbols for QuantizedSymbols<'_> {
     }
 
     fn kind(&self) -> StreamKind {
-        let raw_bits = self.raw_bits as u8;
-        match self.rounding.trellis.is_some() {
-            true => StreamKind::Trellis { raw_bits, quantizer: 0 },
-            false => StreamKind::Quantized { raw_bits },
-        }
-    }
-
-    fn raw_bits(&self) -> u32 {
-        self.raw_bits
-    }
-
-    fn for_each(&self, run: usize, take: &mut dyn FnMut(i32, u64, f32)) {
-        // Of the trellis, the first quantizer stands for both until the search has decided.
-        let spacing = if self.rounding.trellis.is_some() { 2.0 } else { 1.0 };
-        self.for_each_target(run, |target| {
-            let code = (target / spacing).round_ties_even() as i32;
-            let (symbol, raw) = split_code(code, self.raw_bits);
-            take(symbol, raw.into(), target - code as f32 * spacing);
-        });
-    }
-
-    fn unit(&self, run: usize) -> f32 {
-        (self.step_of_run)(run)
-    }
-
-    fn exception(&self, element: usize) -> Vec<u8> {
-        let run = element / self.layout.run_elements;
-        let residual = self.residual(element, self.predictor_of_run(run));
-        exception_value(residual / (self.step_of_run)(run))
-    }
-
-    fn class(&self, run: &Histogram) -> i32 {
-        let square: f64 = run.occurring().map(|(code, count)| f64::from(code).powi(2) * count as f64).sum();
-        let mean_square = square / run.symbols().max(1) as f64;
-        (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
+        self.rounding.kind(self.raw_bits)
     }
 
     fn second_kind(&self) -> Option<StreamKind> {
@@ -108,13 +153,38 @@ impl Symbols for QuantizedSymbols<'_> {
         self.rounding
             .trellis
             .is_some_and(|trellis| trellis.tables == TrellisTables::Pairs)
-            .then_some(StreamKind::Trellis { raw_bits, quantizer: 1 })
+            .then_some(StreamKind::Trellis { raw_bits, quantizer: 1, own: self.rounding.own_table })
+    }
+
+    fn raw_bits(&self) -> u32 {
+        self.raw_bits
+    }
+
+    fn nearest(&self, run: usize, symbols: &mut Vec<i32>) {
+        let mut targets = Vec::with_capacity(self.layout.run_elements);
+        self.targets(run, &mut targets);
+        // Of the trellis, the first quantizer stands for both until the search has decided.
+        let codes_per_step = if self.rounding.trellis.is_some() { 0.5 } else { 1.0 };
+        symbols.extend(targets.iter().map(|&target| nearest_integer(target * codes_per_step) >> self.raw_bits));
+    }
+
+    fn class(&self, run: &Histogram) -> i32 {
+        if self.rounding.own_table.is_some() {
+            return 0;
+        }
+        let square: f64 = run.occurring().map(|(code, count)| f64::from(code).powi(2) * count as f64).sum();
+        let mean_square = square / run.symbols().max(1) as f64;
+        (2.0 * (mean_square + 1.0 / 64.0).log2()).round() as i32
+    }
+
+    fn unit(&self, run: usize) -> f32 {
+        (self.step_of_run)(run)
     }
 
     fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
         let mut targets = Vec::with_capacity(runs.len() * self.layout.run_elements);
         for run in runs {
-            self.for_each_target(run, |target| targets.push(target));
+            self.targets(run, &mut targets);
         }
         match self.rounding.trellis {
             Some(StoredTrellis { state_bits, .. }) => {
@@ -136,87 +206,16 @@ fn exception_value(target: f32) -> Vec<u8> {
 /// A trellis symbol further than this from its target, in steps, becomes an exception: its table does not reach it.
 const BEYOND_REACH: f32 = 6.0;
 
-impl QuantizedSymbols<'_> {
-    /// Gives every value or residual of a run in steps.
-    fn for_each_target(&self, run: usize, mut take: impl FnMut(f32)) {
-        let step = (self.step_of_run)(run);
-        let predictor = self.predictor_of_run(run);
-        for element in self.layout.run_range(run) {
-            take(self.residual(element, predictor) / step);
-        }
-    }
-
-    /// Rate-distortion-optimised rounding: the nearest code, or its neighbour towards zero if that is so much shorter.
-    fn place_scalar(&self, targets: &[f32], tables: &[[&FittedTable; 2]]) -> Placed {
-        let mut placed = Placed::default();
-        for (targets, [table, _]) in targets.chunks(self.layout.run_elements).zip(tables) {
-            for &target in targets {
-                let cost = |code: i32| {
-                    let error = target - code as f32;
-                    error * error + self.rounding.lambda * table.bits(code >> self.raw_bits)
-                };
-                let nearest = target.round_ties_even() as i32;
-                let shorter = nearest - nearest.signum();
-                let code = if self.raw_bits == 0 && cost(shorter) < cost(nearest) { shorter } else { nearest };
-                let (symbol, raw) = split_code(code, self.raw_bits);
-                let index = placed.positions.len() as u16;
-                placed.positions.push(table.position(symbol).unwrap_or_else(|| {
-                    placed.exceptions.push((index, exception_value(target)));
-                    table.filler()
-                }));
-                placed.raw.push(raw.into());
-                placed.symbols.push((symbol, target - code as f32));
-            }
-        }
-        placed
-    }
-
-    fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]], trellis: Trellis) -> Placed {
-        let run_elements = self.layout.run_elements;
-        let search = Search {
-            run_elements,
-            lanes: self.layout.lanes(),
-            raw_bits: self.raw_bits,
-            lambda: self.rounding.lambda,
-            trellis,
-        };
-        let multiples = search.multiples(targets, tables);
-        let mut placed = Placed::default();
-        let lanes = self.layout.lanes();
-        let mut states = [0; LANES];
-        for ((targets, multiples), tables) in
-            targets.chunks(run_elements).zip(multiples.chunks(run_elements)).zip(tables)
-        {
-            for (index, (&target, &multiple)) in targets.iter().zip(multiples).enumerate() {
-                let state = &mut states[index % lanes];
-                let quantizer = quantizer_of(*state);
-                let table = tables[usize::from(quantizer)];
-                let code = code_of(multiple, quantizer);
-                *state = trellis.next_state(*state, multiple);
-                let (symbol, raw) = split_code(code, self.raw_bits);
-                let mut offset = target - multiple as f32;
-                if offset.abs() > BEYOND_REACH {
-                    placed.exceptions.push((placed.positions.len() as u16, exception_value(target)));
-                    offset = 0.0;
-                }
-                placed.positions.push(table.position(symbol).expect("the search stays inside the table"));
-                placed.raw.push(raw.into());
-                placed.quantizers.push(quantizer);
-                placed.symbols.push((symbol, offset));
-            }
-        }
-        placed
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
     use super::*;
     use crate::codec::entropy::CodingTable;
+    use crate::decode::reference::ReferenceEngine;
     use crate::format::part::{Coding, QuantizerInfo};
-    use crate::pack::part::{EncodedPart, count};
+    use crate::pack::counting::{count, count_placed};
+    use crate::pack::part::EncodedPart;
     use crate::pack::record::decode_part;
     use crate::tensor::{Dtype, TensorInfo};
 
@@ -233,7 +232,7 @@ mod tests {
     /// Bits and squared error per value of unit-variance noise, through the decoder.
     fn rate_and_error(rounding: Rounding, step: f32) -> (f64, f64) {
         let values = noise(256 * 512);
-        let layout = RunLayout::of_shape(&[512, 256]);
+        let layout = RunLayout::of_shape(&[512, 256], None);
         let step_of_run = |_: usize| step;
         let symbols = QuantizedSymbols {
             values: &values,
@@ -244,7 +243,7 @@ mod tests {
             rounding,
         };
         let first = count(&symbols, 1).fit();
-        let pool = crate::pack::part::count_placed(&symbols, &first, 1).expect("fitted").classes.fit();
+        let pool = count_placed(&symbols, &first, &|_| 1).expect("fitted").classes.fit();
         let info =
             QuantizerInfo { step, raw_bits: 0, trellis: rounding.trellis, scales: None, means: None, prediction: None };
         let part = EncodedPart::symbols(Coding::Quantized(info), &symbols, &pool).expect("fitted");
@@ -252,7 +251,7 @@ mod tests {
         let tensor =
             TensorInfo { name: "noise".into(), dtype: Dtype::F32, shape, offset_bytes: 0, length_bytes: 512 * 1024 };
         let tables: Vec<Arc<CodingTable>> = pool.coding_tables();
-        let decoded = decode_part(&tensor, &part, &tables, None, None).expect("just encoded");
+        let decoded = decode_part(&ReferenceEngine, &tensor, &part, &tables, None, None).expect("just encoded");
         let error: f64 = (values.iter().zip(decoded.as_chunks().0))
             .map(|(&value, &bytes)| f64::from(value - f32::from_le_bytes(bytes)).powi(2))
             .sum();
@@ -262,11 +261,12 @@ mod tests {
     #[test]
     fn the_trellis_gains_an_eighth_of_a_bit_at_equal_error() {
         let bits_above_bound = |(bits, error): (f64, f64)| bits + 0.5 * error.log2();
-        let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0 }, 0.3));
+        let scalar = bits_above_bound(rate_and_error(Rounding { trellis: None, lambda: 0.0, own_table: None }, 0.3));
         for (tables, state_bits, gain) in
             [(TrellisTables::Shared, 3, 0.125), (TrellisTables::Pairs, 3, 0.125), (TrellisTables::Shared, 8, 0.16)]
         {
-            let rounding = Rounding { trellis: Some(StoredTrellis { tables, state_bits }), lambda: 0.2 };
+            let rounding =
+                Rounding { trellis: Some(StoredTrellis { tables, state_bits }), lambda: 0.2, own_table: None };
             let bits = bits_above_bound(rate_and_error(rounding, 0.18));
             assert!(bits < scalar - gain, "{rounding:?}: {bits} and {scalar} bits above the Gaussian bound");
         }

@@ -16,6 +16,11 @@ impl StepSearch {
         Self { target, slope, last: None }
     }
 
+    /// Change of the quantity per octave of step, as far as it is known.
+    pub fn slope(&self) -> f64 {
+        self.slope
+    }
+
     /// The next step to try, having measured `value` at `step`.
     pub fn next(&mut self, step: f64, value: f64) -> f64 {
         let octaves = step.log2();

@@ -1,156 +1,26 @@
 //! One record: its parts' treatment decided, its blocks aligned, its symbols encoded (Algorithm 1, lines 5-14).
 //!
-//! The local decode loop is the decoder's own: what a later record is predicted from is what the reference engine makes of
-//! the encoded bytes.
+//! The local decode loop is the decoder's own: what a later record is predicted from is what an engine makes of the encoded
+//! bytes.
 
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
-use super::entropy_model::{ClassHistograms, TablePool};
-use super::lossless::Split;
+use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
 use super::options::{PackOptions, PredictorChoice};
-use super::part::{EncodedPart, PlacedCounts, RunLayout, SelfCheckError, count, count_placed, measure};
-use super::quantize::{PartQuantizer, may_be_quantized, refinement, values_of};
+use super::part::{EncodedPart, SelfCheckError};
+use super::quantize::values_of;
 use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols};
+use super::treatment::Drafted;
 use crate::codec::architecture::{PartPlan, RecordPlan};
 use crate::codec::entropy::CodingTable;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
-use crate::decode::select::cpu_engines;
-use crate::decode::{DecodeError, Engine, PreparedPart};
+use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::format::part::{Coding, StoredPlacement, StoredPrediction};
 use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
-
-/// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
-const COUNTED_ELEMENTS: usize = 1 << 22;
-/// Strips of a quantized part that are placed to fit tables and to estimate sizes.
-const PLACED_STRIPS: usize = 8;
-
-/// How one part is coded, before its symbols are.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Treatment {
-    /// Bytes as they are.
-    Raw,
-    /// Bit-exact by splitting.
-    Split(Split),
-    /// Quantized, with a step this many times finer than the checkpoint's.
-    Quantized {
-        /// Divides the step.
-        refinement: f32,
-    },
-}
-
-impl Treatment {
-    /// Chooses from the tensor alone. `lossy` allows quantization.
-    pub fn choose(record: &RecordPlan, tensor: &TensorInfo, bytes: &[u8], lossy: bool, options: &PackOptions) -> Self {
-        if lossy && may_be_quantized(tensor) {
-            return Self::Quantized { refinement: refinement(record.block_type, options) };
-        }
-        Split::choose(tensor, bytes).map_or(Self::Raw, Self::Split)
-    }
-
-    /// The name in plans and reports.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Split(_) => "split",
-            Self::Quantized { .. } => "quantized",
-        }
-    }
-}
-
-/// A part under a treatment and a step: everything but tables.
-pub enum Drafted<'a> {
-    /// Bytes as they are.
-    Raw(&'a [u8]),
-    /// Bit-exact by splitting.
-    Split(Split, &'a TensorInfo, &'a [u8]),
-    /// Quantized.
-    Quantized {
-        /// The weights.
-        values: Vec<f32>,
-        /// Layout of the runs.
-        layout: RunLayout,
-        /// Steps.
-        quantizer: PartQuantizer,
-    },
-}
-
-impl<'a> Drafted<'a> {
-    /// Drafts a tensor. A tensor that cannot be quantized with this step is drafted bit-exact.
-    pub fn new(
-        treatment: Treatment,
-        tensor: &'a TensorInfo,
-        bytes: &'a [u8],
-        step: f32,
-        options: &PackOptions,
-    ) -> Self {
-        match treatment {
-            Treatment::Raw => Self::Raw(bytes),
-            Treatment::Split(split) => Self::Split(split, tensor, bytes),
-            Treatment::Quantized { refinement } => {
-                let values = values_of(&tensor.dtype, bytes);
-                let layout = RunLayout::of_shape(&tensor.shape);
-                match PartQuantizer::new(&values, layout, step / refinement, options) {
-                    Some(quantizer) => Self::Quantized { values, layout, quantizer },
-                    None => {
-                        Split::choose(tensor, bytes).map_or(Self::Raw(bytes), |split| Self::Split(split, tensor, bytes))
-                    }
-                }
-            }
-        }
-    }
-
-    /// Counts the part's symbols, without prediction.
-    pub fn count(&self) -> ClassHistograms {
-        match self {
-            Self::Raw(_) => ClassHistograms::default(),
-            Self::Split(split, tensor, bytes) => {
-                let symbols = split.symbols(tensor, bytes);
-                count(&symbols, symbols.layout.elements / COUNTED_ELEMENTS)
-            }
-            Self::Quantized { values, layout, quantizer } => {
-                let step_of_run = |run: usize| quantizer.step_of_run(run);
-                count(&keyframe_symbols(values, *layout, quantizer, &step_of_run), layout.elements / COUNTED_ELEMENTS)
-            }
-        }
-    }
-
-    /// Bits of the part's body without prediction, about.
-    pub fn estimate(&self, pool: &TablePool) -> f64 {
-        let raw_bits = |bytes: &[u8]| 8.0 * bytes.len() as f64;
-        match self {
-            Self::Raw(bytes) => raw_bits(bytes),
-            Self::Split(split, tensor, bytes) => {
-                let symbols = split.symbols(tensor, bytes);
-                let every = symbols.layout.elements / COUNTED_ELEMENTS;
-                measure(&symbols, pool, every).unwrap_or(f64::INFINITY).min(raw_bits(bytes))
-            }
-            Self::Quantized { .. } => self.count_placed(pool).map_or(f64::INFINITY, |placed| placed.bits),
-        }
-    }
-
-    /// Counts the part's symbols as they are placed with the tables of `pool`, without prediction; `None` for parts that are
-    /// not quantized.
-    pub fn count_placed(&self, pool: &TablePool) -> Option<PlacedCounts> {
-        let Self::Quantized { values, layout, quantizer } = self else { return None };
-        let step_of_run = |run: usize| quantizer.step_of_run(run);
-        let symbols = keyframe_symbols(values, *layout, quantizer, &step_of_run);
-        count_placed(&symbols, pool, layout.strips().div_ceil(PLACED_STRIPS))
-    }
-}
-
-fn keyframe_symbols<'a>(
-    values: &'a [f32],
-    layout: RunLayout,
-    quantizer: &PartQuantizer,
-    step_of_run: &'a (dyn Fn(usize) -> f32 + Sync),
-) -> QuantizedSymbols<'a> {
-    let PartQuantizer { raw_bits, rounding, .. } = *quantizer;
-    QuantizedSymbols { values, prediction: None, layout, step_of_run, raw_bits, rounding }
-}
 
 /// The decoded record that the next layer's record may be predicted from (Algorithm 1's context buffers).
 #[derive(Debug)]
@@ -176,6 +46,12 @@ pub struct StageBits {
     pub aligned: Option<f64>,
     /// The permutation.
     pub permutation: Option<f64>,
+    /// The same permutation as entries of fixed width.
+    pub permutation_raw: Option<f64>,
+    /// What was chosen of all that, permutation included.
+    pub chosen: f64,
+    /// Whether the permutation was.
+    pub is_aligned: bool,
 }
 
 /// A record ready to be written.
@@ -274,8 +150,8 @@ impl RecordEncoder<'_> {
                         .map(|prediction| EncoderPrediction { reference: &prediction.reference, of_run: &of_run }),
                     layout: *layout,
                     step_of_run: &step_of_run,
-                    raw_bits: quantizer.raw_bits,
-                    rounding: quantizer.rounding,
+                    raw_bits: quantizer.choice.raw_bits,
+                    rounding: quantizer.choice.rounding,
                 };
                 EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
                     .expect("quantized symbols were counted before tables were fitted")
@@ -293,7 +169,7 @@ impl RecordEncoder<'_> {
         context: &Context,
     ) -> (Option<GroupedPermutation>, Vec<Option<PartPrediction>>, StageBits) {
         let alignment = self.options.alignment.method();
-        let may_align = self.options.predictor != PredictorChoice::None && alignment != Alignment::None;
+        let may_align = self.options.predictor() != PredictorChoice::None && alignment != Alignment::None;
         let permutation = if may_align { align_record(plan, source, drafts, context, alignment) } else { None };
         let permutation = permutation.filter(|permutation| !permutation.is_identity());
         let permutation_bits = permutation.as_ref().map(|permutation| {
@@ -301,7 +177,10 @@ impl RecordEncoder<'_> {
             8.0 * permutation::encode(permutation, previous, PermutationCoding::Shortest).len() as f64
         });
 
-        let mut stages = StageBits { permutation: permutation_bits, ..StageBits::default() };
+        let permutation_raw = permutation
+            .as_ref()
+            .map(|permutation| 8.0 * permutation::encode(permutation, None, PermutationCoding::Raw).len() as f64);
+        let mut stages = StageBits { permutation: permutation_bits, permutation_raw, ..StageBits::default() };
         let (mut unaligned_bits, mut aligned_bits) = (0.0, 0.0);
         let mut unaligned: Vec<Option<PartPrediction>> = Vec::new();
         let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
@@ -316,12 +195,13 @@ impl RecordEncoder<'_> {
                     values,
                     layout: *layout,
                     step_of_run: &step_of_run,
-                    raw_bits: quantizer.raw_bits,
-                    rounding: quantizer.rounding,
+                    raw_bits: quantizer.choice.raw_bits,
+                    rounding: quantizer.choice.rounding,
+                    measured_elements: self.options.effort.measured_elements(),
                 };
                 let keyframe = candidate.keyframe_bits(self.pool);
                 let predict = |reference: &[f32]| {
-                    let best = candidate.best_prediction(reference, self.options.predictor, self.pool);
+                    let best = candidate.best_prediction(reference, self.options.predictor(), self.pool);
                     best.filter(|prediction| prediction.bits < keyframe)
                 };
                 let bits = |prediction: &Option<MeasuredPrediction>| {
@@ -365,8 +245,15 @@ impl RecordEncoder<'_> {
         // Eq. 17: alignment is kept only where what it saves exceeds what its permutation costs.
         let uses_motion = aligned.iter().flatten().any(|prediction| prediction.moved);
         match permutation_bits {
-            Some(cost) if uses_motion && aligned_bits + cost < unaligned_bits => (permutation, aligned, stages),
-            _ => (None, unaligned, stages),
+            Some(cost) if uses_motion && aligned_bits + cost < unaligned_bits => {
+                stages.chosen = aligned_bits + cost;
+                stages.is_aligned = true;
+                (permutation, aligned, stages)
+            }
+            _ => {
+                stages.chosen = unaligned_bits;
+                (None, unaligned, stages)
+            }
         }
     }
 }
@@ -377,8 +264,9 @@ pub fn motion_of(part: &PartPlan, tensor: &TensorInfo, permutation: &GroupedPerm
     Motion::new(&tensor.shape, placement.axis.into(), placement.index_map(permutation))
 }
 
-/// Decodes an encoded part with the reference engine.
+/// Decodes an encoded part.
 pub fn decode_part(
+    engine: &dyn Engine,
     tensor: &TensorInfo,
     part: &EncodedPart,
     tables: &[Arc<CodingTable>],
@@ -391,11 +279,15 @@ pub fn decode_part(
     let prepared = PreparedPart::new(tensor, &header, tables, motion).map_err(failed)?;
     let mut decoded = vec![0; tensor.length_bytes as usize];
     let strip_bytes = prepared.full_strip_output_bytes() as usize;
-    let engine = cpu_engines()[0];
-    decoded.par_chunks_mut(strip_bytes).enumerate().try_for_each(|(strip, out)| {
-        let range = prepared.strip_range(strip);
-        let stored = &part.body[range.start as usize..range.end as usize];
-        engine.decode_strip(&prepared, strip, stored, reference, out).map_err(failed)
+    let at_once = engine.strips_at_once();
+    decoded.par_chunks_mut(strip_bytes * at_once).enumerate().try_for_each(|(group, out)| {
+        let mut jobs: Vec<StripJob<'_>> = (out.chunks_mut(strip_bytes).enumerate())
+            .map(|(strip, out)| {
+                let strip = group * at_once + strip;
+                StripJob { strip, stored: &part.body[prepared.strip_range(strip).start as usize..], out }
+            })
+            .collect();
+        engine.decode_strips(&prepared, reference, &mut jobs).map_err(failed)
     })?;
     Ok(decoded)
 }

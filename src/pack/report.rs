@@ -21,6 +21,8 @@ pub struct TensorReport {
     pub block_type: &'static str,
     /// `raw`, `split` (bit-exact) or `quantized`.
     pub treatment: &'static str,
+    /// What a `--keep` rule says of it: `lossless`, or bits per element.
+    pub keep: Option<String>,
     /// Bits per element: estimated in a plan, of the body as written in a report.
     pub bits_per_element: f64,
     /// Squared error over squared weights of the decoded tensor; 0 where it is bit-exact, absent in a plan.
@@ -54,8 +56,25 @@ pub struct PackReport {
     pub predicted_records: u64,
     /// What mode decision measured, summed over the records where it had a choice.
     pub stages: StageTotals,
+    /// What every stage saved, where it was asked for.
+    pub stats: Option<Vec<StageStatistic>>,
     /// Every tensor.
     pub tensors: Vec<TensorReport>,
+}
+
+/// What one stage is worth: the archive would take so many bits more, at the same squared error, were it alone switched off.
+#[derive(Clone, Debug, Serialize)]
+pub struct StageStatistic {
+    /// The stage.
+    pub stage: &'static str,
+    /// What takes its place.
+    pub instead: &'static str,
+    /// Bits saved; negative where the stage would have cost bits and was left out for that.
+    pub bits_saved: f64,
+    /// The same over all parameters of the checkpoint.
+    pub bits_per_parameter: f64,
+    /// Whether the archive uses the stage.
+    pub is_used: bool,
 }
 
 /// Sums over records that could have been predicted, in bits.
@@ -69,6 +88,12 @@ pub struct StageTotals {
     pub aligned: f64,
     /// The permutations.
     pub permutation: f64,
+    /// What was chosen, record by record, permutations included.
+    pub chosen: f64,
+    /// Permutations that were chosen, as coded.
+    pub chosen_permutation: f64,
+    /// The same as entries of fixed width.
+    pub chosen_permutation_raw: f64,
 }
 
 impl StageTotals {
@@ -79,6 +104,11 @@ impl StageTotals {
             self.unaligned += unaligned;
             self.aligned += stages.aligned.unwrap_or(unaligned);
             self.permutation += stages.permutation.unwrap_or(0.0);
+            self.chosen += stages.chosen;
+            if stages.is_aligned {
+                self.chosen_permutation += stages.permutation.unwrap_or(0.0);
+                self.chosen_permutation_raw += stages.permutation_raw.unwrap_or(0.0);
+            }
         }
     }
 }

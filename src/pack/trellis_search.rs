@@ -168,17 +168,15 @@ mod tests {
     use super::*;
     use crate::codec::trellis::{code_of, multiple, quantizer_of};
     use crate::format::limits::TRELLIS_STATE_BITS;
-    use crate::pack::entropy_model::Histogram;
+    use crate::pack::histogram::Histogram;
     use proptest::prelude::*;
 
     fn table(reach: i32) -> FittedTable {
         let mut histogram = Histogram::default();
         for code in -reach..=reach {
-            for _ in 0..=(200 / (1 + code.abs())) {
-                histogram.add(code, 0.0);
-            }
+            histogram.merge(&Histogram::of(&[code]), u64::from(1 + 200 / (1 + code.unsigned_abs())));
         }
-        FittedTable::new(histogram.fit_range().expect("counted"))
+        FittedTable::new(histogram.fit_range(true).expect("counted"))
     }
 
     fn cost(target: f32, multiple: i32, quantizer: u8, table: &FittedTable, lambda: f32) -> f32 {

@@ -32,6 +32,24 @@ fn mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone() {
 }
 
 #[test]
+fn a_daemon_keeps_no_file_of_its_caller_open() {
+    require_fuse!();
+    let place = Place::new();
+    // The shell opens a pipe on descriptor 9, and `cat` ends when nobody has its other end open.
+    let script = "{ \"$@\" 9>&1 >/dev/null; } | cat";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, "sh"]).arg(env!("CARGO_BIN_EXE_mcwcfs")).arg("mount");
+    command.args([place.source(), place.mountpoint()]).arg("--log-file").arg(place.log());
+    assert!(command.output().unwrap().status.success());
+    assert!(place.is_mounted());
+    for pid in [place.daemon(), place.status().worker_pid as i32] {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let targets: Vec<_> = descriptors.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok()).collect();
+        assert!(!targets.iter().any(|target| target.to_string_lossy().starts_with("pipe:")), "{targets:?}");
+    }
+}
+
+#[test]
 fn options_reach_the_mount_by_flag_and_by_o() {
     require_fuse!();
     let place = Place::new();
@@ -175,9 +193,16 @@ exec setpriv --reuid=65534 --regid=65534 --clear-groups sh -eu -c '
     ./mcwcfs mount source mnt --log-file log
     cmp source/weights.bin mnt/weights.bin
     grep -q " $PLACE/mnt fuse.mcwcfs ro," /proc/mounts
+    pid() { ./mcwcfs status --json mnt | sed -n "s/.*\"$1\": \([0-9]*\),/\1/p"; }
+    kill -9 $(pid worker_pid)
+    dd if=mnt/weights.bin iflag=direct bs=64k | cmp - source/weights.bin
+    kill -9 $(pid daemon_pid)
+    ./mcwcfs mount source mnt --log-file log
+    cmp source/weights.bin mnt/weights.bin
     ./mcwcfs umount mnt
     test -z "$(ls mnt)"
     if ./mcwcfs mount source mnt --allow-other --log-file log; then exit 1; fi
+    ./mcwcfs doctor | grep "limited *other users .*add the line user_allow_other to /etc/fuse.conf"
 '
 "#;
 
@@ -200,6 +225,27 @@ fn a_user_without_privileges_mounts_through_the_setuid_helper() {
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{message}");
     assert!(message.contains("user_allow_other"), "{message}");
+}
+
+#[test]
+fn line_09_a_remount_cannot_make_it_writable() {
+    require_fuse!();
+    let place = Place::new();
+    assert!(place.mount(&[]).status.success());
+    // Root may take the kernel's own refusal away; ours stays.
+    let remounted = Command::new("mount").args(["-i", "-o", "remount,rw"]).arg(place.mountpoint()).output().unwrap();
+    let table = fs::read_to_string("/proc/mounts").unwrap();
+    let is_writable = format!("{} fuse.mcwcfs rw,", place.mountpoint().display());
+    assert!(table.contains(&is_writable) || !remounted.status.success(), "{table}");
+    let refused = |result: std::io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EROFS));
+    let file = place.mounted("weights.bin");
+    refused(fs::write(&file, "x"));
+    refused(fs::write(place.mounted("new"), "x"));
+    refused(fs::remove_file(&file));
+    refused(fs::rename(&file, place.mounted("other")));
+    refused(fs::create_dir(place.mounted("new")));
+    refused(fs::File::options().append(true).open(&file).map(drop));
+    assert!(fs::read(&file).unwrap() == Random::new(1).bytes(1 << 20));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -139,7 +139,10 @@ fn the_service_manager_hears_of_readiness_and_of_the_end() {
     let mut command = place.command(&["--foreground"]);
     let mut child = command.env("NOTIFY_SOCKET", &address).stderr(Stdio::null()).spawn().unwrap();
     let ready = hear();
-    assert!(ready.contains("READY=1") && ready.contains("STATUS=serving 0 archives of "), "{ready}");
+    assert!(
+        ready.contains("READY=1") && ready.contains("STATUS=serving /") && ready.contains(": archives 0, refused 0"),
+        "{ready}"
+    );
     assert!(place.mounted("weights.bin").exists(), "it was ready when it said so");
     kill(place.status().worker_pid as i32, libc::SIGKILL);
     let restarted = hear();
@@ -174,14 +177,43 @@ fn status_tells_what_was_read() {
     assert_fails(&place.mcwcfs("status"), 32, &["not a mount of mcwcfs"]);
 }
 
+/// The port on which a mount serves its metrics.
+fn metrics_port(place: &Place) -> u16 {
+    let line = place.until_logged("metrics: http://127.0.0.1:");
+    line.rsplit_once(':').unwrap().1.trim_end_matches('/').parse().unwrap()
+}
+
+#[test]
+fn the_status_page_draws_a_mount_in_a_browser() {
+    require_fuse!();
+    let place = Place::new();
+    let bytes = place.pack("bert", &bert(1));
+    // What a browser would take for markup must stay a name.
+    let hostile = "<img src=x onerror=document.title='taken'>";
+    place.pack(hostile, &bert(2));
+    assert!(place.mount(&["--metrics", "0"]).status.success());
+    assert!(fs::read(place.mounted(MODEL)).unwrap() == bytes);
+    assert!(!fs::read(place.mounted(hostile).join("model.safetensors")).unwrap().is_empty());
+    let mut browser = Command::new("chromium");
+    browser.args(["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]);
+    browser.arg(format!("--user-data-dir={}", place.path().join("browser").display()));
+    let Ok(output) = browser.arg(format!("http://127.0.0.1:{}/", metrics_port(&place))).output() else {
+        eprintln!("not tested: no chromium here");
+        return;
+    };
+    let page = String::from_utf8_lossy(&output.stdout);
+    assert!(page.contains("<td>bert/model.mcwc</td>") && page.contains("<td>100 %</td>"), "{page}");
+    assert!(page.contains("points=\"") && page.contains("<title>mcwcfs</title>"), "{page}");
+    assert!(page.contains("&lt;img src=x onerror"), "{page}");
+}
+
 #[test]
 fn metrics_are_served_and_survive_the_worker() {
     require_fuse!();
     let place = Place::new();
     let bytes = place.pack("bert", &bert(1));
     assert!(place.mount(&["--metrics", "0"]).status.success());
-    let line = place.until_logged("metrics: http://127.0.0.1:");
-    let port: u16 = line.rsplit_once(':').unwrap().1.trim_end_matches('/').parse().unwrap();
+    let port = metrics_port(&place);
     let get = |path: &str| {
         let mut stream = TcpStream::connect(("127.0.0.1", port))?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;

@@ -3,7 +3,8 @@
 //! `contract` has a test for each line of the contract, named after it: `line_07_...`. Its mounts run inside the test's own
 //! process, over checkpoints in memory that can count, fail and wait. `daemon` runs the program, `life` changes its source and asks it
 //! how it is, and `supervisor` kills it. `archives` mounts what `mcwc-pack` wrote, and `load` has many readers at once
-//! read that. `decoded_files` reads what was kept on disk.
+//! read that. `decoded_files` reads what was kept on disk, `faults` has things go
+//! wrong, `model` compares with a plain directory, and `soak` runs when it is asked for.
 //!
 //! Where there is no `/dev/fuse` each test says so in one line and passes; where there is one, none is skipped.
 
@@ -14,10 +15,13 @@ mod concurrency;
 mod contract;
 mod daemon;
 mod decoded_files;
+mod faults;
 mod life;
 mod load;
+mod model;
 mod packed;
 mod place;
+mod soak;
 mod supervisor;
 mod support;
 mod systemd;

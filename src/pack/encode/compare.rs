@@ -1,13 +1,15 @@
 //! The end of packing: the finished archive is decoded from first to last byte and compared with its source.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+use super::super::counting::sum_of_squares;
 use super::super::quantize::values_of;
-use super::super::record::Treatment;
-use super::{Encoder, PackError};
+use super::super::survey::ProbedPart;
+use super::{Encoder, PackError, quantized_tensors};
 use crate::archive::Archive;
 use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
 
@@ -25,7 +27,12 @@ pub(super) struct Compared {
 
 impl Encoder<'_> {
     /// Decodes the archive in `file` from first to last byte, hashes it, and compares it with the source.
-    pub(super) fn compare(&self, file: &std::fs::File, out: &Path) -> Result<Compared, PackError> {
+    pub(super) fn compare(
+        &self,
+        file: &std::fs::File,
+        out: &Path,
+        parts: &[Vec<ProbedPart>],
+    ) -> Result<Compared, PackError> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let archive = Arc::new(Archive::open(&path)?);
@@ -33,7 +40,7 @@ impl Encoder<'_> {
             cache_bytes: self.compare_cache(),
             ..MaterializeOptions::default()
         });
-        let quantized = self.quantized_tensors();
+        let quantized = quantized_tensors(&self.plan, parts);
         let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
         let mut window = Vec::new();
         for (file, source) in self.checkpoint.files.iter().enumerate() {
@@ -49,22 +56,21 @@ impl Encoder<'_> {
                 for (chunk_number, chunk) in bytes.chunks(COMPARE_WINDOW).enumerate() {
                     window.resize(chunk.len(), 0);
                     let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
+                    self.check_interrupted(out)?;
                     read_in_parallel(&materializer, &archive, file, first, &mut window)?;
                     decoded_hash.update(&window);
                     source_hash.update(chunk);
                     is_equal &= window == chunk;
                     if is_quantized {
-                        for (decoded, value) in
-                            values_of(&tensor.dtype, &window).into_iter().zip(values_of(&tensor.dtype, chunk))
-                        {
-                            squared_error += f64::from(decoded - value).powi(2);
-                            energy += f64::from(value).powi(2);
-                        }
+                        let (decoded, values) = (values_of(&tensor.dtype, &window), values_of(&tensor.dtype, chunk));
+                        let errors: Vec<f32> =
+                            decoded.iter().zip(&values).map(|(decoded, value)| decoded - value).collect();
+                        squared_error += sum_of_squares(&errors);
+                        energy += sum_of_squares(&values);
                     }
                 }
                 if is_equal {
-                    // Also where a quantizer refused it: its values may be infinite, and their error is still none.
-                    (squared_error, energy) = (0.0, 0.0);
+                    squared_error = 0.0;
                 } else if !is_quantized || squared_error.is_nan() {
                     return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                 }
@@ -85,19 +91,12 @@ impl Encoder<'_> {
         let lengths = in_layers.flat_map(|record| &record.parts).map(|part| self.tensor(part.file, part.tensor).0);
         COMPARE_CACHE + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
     }
+}
 
-    /// File and tensor of every part that is to be quantized.
-    fn quantized_tensors(&self) -> std::collections::BTreeSet<(usize, usize)> {
-        let parts = self.plan.records.iter().flat_map(|record| &record.parts);
-        parts
-            .zip(self.treatments.iter().flatten())
-            .filter(|(_, treatment)| matches!(treatment, Treatment::Quantized { .. }))
-            .map(|(part, _)| (part.file, part.tensor))
-            .collect()
-    }
-
-    pub(super) fn quantized_error(&self, compared: &Compared) -> (f64, f64) {
-        let errors = self.quantized_tensors().into_iter().map(|(file, tensor)| compared.errors[file][tensor]);
+impl Compared {
+    /// Squared error and energy of these tensors, each a file and its tensor.
+    pub(super) fn error_of(&self, tensors: &BTreeSet<(usize, usize)>) -> (f64, f64) {
+        let errors = tensors.iter().map(|&(file, tensor)| self.errors[file][tensor]);
         errors.fold((0.0, 0.0), |sum, error| (sum.0 + error.0, sum.1 + error.1))
     }
 }

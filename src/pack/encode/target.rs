@@ -1,158 +1,174 @@
-//! Meeting the target: a first step found on estimates, then whole encodings until the serialized archive is what was asked
-//! for (section 6.2).
+//! Meeting the target: a step found on the survey, then one encoding that is steered, and another only where the serialized
+//! archive is not what was asked for (section 6.2).
 
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use super::super::options::Target;
 use super::super::rate::{StepSearch, gaussian_step};
-use super::super::record::{Drafted, Treatment};
+use super::super::survey::{Probe, Survey};
 use super::compare::Compared;
-use super::{Encoder, PackError, Scan, WriteError, Written, write_index};
+use super::records::{WriteError, Written, write_index};
+use super::steering::Steering;
+use super::{Encoder, PackError, quantized_tensors};
 
 /// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
 const MOST_BITS: f64 = 12.0;
-/// A met target is this near, relative.
-const RATE_TOLERANCE: f64 = 0.004;
 /// Encodings of the whole checkpoint until the target must be met.
 const ENCODINGS: usize = 5;
+/// Steps tried on the survey. Most targets need three.
+const PROBES: usize = 7;
+/// The survey's step is good enough when its estimate is this near: steering does the rest.
+const PROBE_TOLERANCE: f64 = 0.002;
+
+/// The step, and what it gives.
+pub(super) struct StepPlan {
+    pub(super) probe: Probe,
+    /// Bits that a weight saves per octave of step.
+    slope: f64,
+    /// What the records may take: bits, or squared error.
+    budget: f64,
+}
 
 impl Encoder<'_> {
-    /// The step to start encoding with, found on estimates.
-    pub(super) fn first_step(&self) -> Result<(f64, Scan), PackError> {
-        let (quantized, energy) = if self.has_quantized() { self.quantized_energy() } else { (0, 0.0) };
-        if quantized == 0 || energy == 0.0 {
+    /// The step to encode with.
+    pub(super) fn find_step(&self, survey: &mut Survey<'_>) -> Result<StepPlan, PackError> {
+        let (following, energy) = survey.energy();
+        if following == 0 || energy == 0.0 {
             if let Target::BitsPerParameter(wanted) = self.options.target {
                 log::warn!("--bpp {wanted}: no tensor of this checkpoint may be quantized; packing it bit-exact");
             }
-            return Ok((1.0, self.scan(1.0)));
+            let mut probe = survey.probe(1.0, None);
+            for _ in 1..if survey.has_rates() { PROBES } else { 1 } {
+                probe = survey.probe(1.0, Some(&probe)); // parts with a rate of their own find their steps
+            }
+            return Ok(StepPlan { probe, slope: 1.0, budget: f64::INFINITY });
+        }
+        let rms = (energy / following as f64).sqrt();
+        match self.options.target {
+            Target::Lossless => unreachable!("nothing follows the step of a lossless checkpoint"),
+            Target::BitsPerParameter(wanted) => self.find_step_for_rate(survey, wanted, rms, following as f64),
+            Target::RelativeSquaredError(wanted) => {
+                let wanted = wanted * (1.0 - 0.4 * self.options.effort.tolerance()); // the bound is one not to cross
+                let mut search = StepSearch::new(0.0, 2.0);
+                let mut step = rms * (6.0 * wanted).sqrt();
+                let mut probe = survey.probe(step, None);
+                for _ in 1..PROBES {
+                    let error: f64 = probe.parts.iter().flatten().map(|part| part.squared_error).sum();
+                    let excess = error / (wanted * survey.quantized_energy());
+                    if (excess - 1.0).abs() < PROBE_TOLERANCE || excess.is_nan() || excess == 0.0 {
+                        break;
+                    }
+                    step = search.next(step, excess.log2());
+                    probe = survey.probe(step, Some(&probe));
+                }
+                // Parts that turned out to be shorter bit-exact no longer count.
+                let budget = wanted * survey.quantized_energy();
+                Ok(StepPlan { probe, slope: 1.0, budget })
+            }
+        }
+    }
+
+    fn find_step_for_rate(
+        &self,
+        survey: &mut Survey<'_>,
+        wanted: f64,
+        rms: f64,
+        following: f64,
+    ) -> Result<StepPlan, PackError> {
+        if wanted > MOST_BITS {
+            let reason = format!("more than the {MOST_BITS} that quantization offers; pack it --lossless");
+            return Err(PackError::Rate { wanted, reason });
         }
         let parameters = self.checkpoint.parameters() as f64;
-        let rms = (energy / quantized as f64).sqrt();
-        match self.options.target {
-            Target::Lossless => Ok((1.0, self.scan(1.0))),
-            Target::BitsPerParameter(wanted) => {
-                if wanted > MOST_BITS {
-                    let reason = format!("more than the {MOST_BITS} that quantization offers; pack it --lossless");
-                    return Err(PackError::Rate { wanted, reason });
-                }
-                let fixed = self.fixed_bits();
-                let budget = wanted * parameters - fixed;
-                let least = 0.1 * quantized as f64;
-                if budget < least {
-                    let needed = (fixed + least) / parameters;
-                    let reason = format!(
-                        "tensors that are always bit-exact and the headers leave too little: at least {needed:.2} is needed"
-                    );
-                    return Err(PackError::Rate { wanted, reason });
-                }
-                let mut step = gaussian_step(rms, budget / quantized as f64);
-                let mut search = StepSearch::new(budget, -(quantized as f64));
-                let mut scan = self.scan(step);
-                for _ in 0..6 {
-                    let bits = self.body_bits(&scan);
-                    if (bits - budget).abs() < 0.001 * budget {
-                        break;
-                    }
-                    step = search.next(step, bits);
-                    scan = self.scan(step);
-                }
-                Ok((step, scan))
+        let mut step = gaussian_step(rms, wanted * parameters / following);
+        let mut probe = survey.probe(step, None);
+        let mut search = StepSearch::new(0.0, -following);
+        let mut slope = 1.0;
+        for attempt in 1.. {
+            let budget = wanted * parameters - self.index_bits(&probe);
+            let of = |follows: bool| {
+                let parts = probe.parts.iter().flatten().filter(move |part| part.follows_step == follows);
+                parts.map(|part| part.bits).sum::<f64>()
+            };
+            let (bits, fixed) = (of(true), of(false));
+            let least = 0.1 * following;
+            if budget - fixed < least {
+                let needed = (wanted * parameters - budget + fixed + least) / parameters;
+                let reason = format!(
+                    "tensors that are always bit-exact and the headers leave too little: at least {needed:.2} is needed"
+                );
+                return Err(PackError::Rate { wanted, reason });
             }
-            Target::RelativeSquaredError(wanted) => {
-                let mut step = rms * (12.0 * wanted).sqrt();
-                let mut search = StepSearch::new(wanted.log2(), 2.0);
-                let mut scan = self.scan(step);
-                for _ in 0..6 {
-                    let error = (scan.squared_error / scan.energy).max(f64::MIN_POSITIVE).log2();
-                    if (error - wanted.log2()).abs() < 0.002 {
-                        break;
-                    }
-                    step = search.next(step, error);
-                    scan = self.scan(step);
-                }
-                Ok((step, scan))
+            let excess = bits + fixed - budget;
+            if excess.abs() < PROBE_TOLERANCE * budget || attempt == PROBES || bits == 0.0 {
+                return Ok(StepPlan { probe, slope, budget });
             }
+            let octaves = step.log2();
+            step = search.next(step, excess);
+            slope = (search.slope().abs() / following).clamp(0.2, 2.0);
+            log::debug!("step tried: {octaves:.3} octaves, {excess:.0} bits above the budget");
+            probe = survey.probe(step, Some(&probe));
         }
-    }
-
-    /// Estimated bits of all quantized bodies.
-    fn body_bits(&self, scan: &Scan) -> f64 {
-        let parts = self.treatments.iter().flatten().zip(scan.part_bits.iter().flatten());
-        parts.filter(|(treatment, _)| matches!(treatment, Treatment::Quantized { .. })).map(|(_, bits)| bits).sum()
-    }
-
-    /// Bits of what does not change with the step: bit-exact tensors, headers, strips' own costs.
-    fn fixed_bits(&self) -> f64 {
-        let pool = self.exact_classes.fit();
-        let mut bits = 8.0 * 4096.0;
-        for file in &self.checkpoint.files {
-            bits += 8.0 * file.header.bytes.len() as f64 / 6.0; // as deflate leaves it
-        }
-        for (record, treatments) in self.plan.records.iter().zip(&self.treatments) {
-            for (part, &treatment) in record.parts.iter().zip(treatments) {
-                let (tensor, bytes) = self.tensor(part.file, part.tensor);
-                bits += 8.0 * 40.0 + tensor.elements() as f64 / 65_536.0 * 8.0 * 140.0;
-                if !matches!(treatment, Treatment::Quantized { .. }) {
-                    bits += Drafted::new(treatment, tensor, bytes, 1.0, self.options).estimate(&pool);
-                }
-            }
-        }
-        bits
+        unreachable!("the last attempt returns")
     }
 
     /// Encodes until the target is met on what was serialized.
     pub(super) fn settle(
         &self,
         file: &mut std::fs::File,
-        step: f64,
-        scan: Scan,
         out: &Path,
+        mut plan: StepPlan,
     ) -> Result<(Written, Compared, Option<String>), PackError> {
         let output = |source| PackError::Output { path: out.to_owned(), source };
-        let (mut step, mut scan) = (step, scan);
         let parameters = self.checkpoint.parameters() as f64;
-        let mut search = match self.options.target {
-            Target::BitsPerParameter(wanted) => StepSearch::new(wanted * parameters, -(scan.quantized as f64)),
-            Target::RelativeSquaredError(wanted) => StepSearch::new((wanted * 0.9985).log2(), 2.0),
-            Target::Lossless => StepSearch::new(0.0, 1.0),
-        };
+        let tolerance = self.options.effort.tolerance();
+        let is_steered = plan.probe.parts.iter().flatten().any(|part| part.follows_step);
         for attempt in 1.. {
             file.set_len(0).map_err(output)?;
             let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
-            let written = self.write_records(&mut buffered, step, &scan.pool).map_err(|error| match error {
+            let steering = Steering::new(self.options.target, plan.budget, plan.slope, &plan.probe.parts);
+            let written = self.write_records(&mut buffered, &plan.probe, steering).map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
+                WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;
             drop(buffered);
             let bytes = write_index(file, &written.index, written.bytes).map_err(output)?;
-            let settled = scan.quantized == 0 || attempt == ENCODINGS;
+            let settled = !is_steered || attempt == ENCODINGS;
             match self.options.target {
-                Target::BitsPerParameter(wanted) if scan.quantized > 0 => {
+                Target::BitsPerParameter(wanted) => {
                     let bits = 8.0 * bytes as f64;
                     let off = (bits / (wanted * parameters) - 1.0).abs();
-                    if off < RATE_TOLERANCE || settled {
-                        let missed = (off >= 0.01)
+                    if off < tolerance || settled {
+                        let missed = (off >= 0.01 && is_steered)
                             .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
-                        return Ok((written, self.compare(file, out)?, missed));
+                        let compared = self.compare(file, out, &written.parts)?;
+                        return Ok((written, compared, missed));
                     }
-                    step = search.next(step, bits);
+                    // What is known now instead of estimated: the index, and every part.
+                    plan.budget = wanted * parameters - 8.0 * (bytes - written.bytes) as f64;
                 }
-                Target::RelativeSquaredError(wanted) if scan.quantized > 0 => {
-                    let compared = self.compare(file, out)?;
-                    let (squared_error, energy) = self.quantized_error(&compared);
+                Target::RelativeSquaredError(wanted) => {
+                    let compared = self.compare(file, out, &written.parts)?;
+                    let (squared_error, energy) = compared.error_of(&quantized_tensors(&self.plan, &written.parts));
                     let error = if energy > 0.0 { squared_error / energy } else { 0.0 };
-                    if (error <= wanted && error > wanted * (1.0 - RATE_TOLERANCE)) || settled {
+                    if (error <= wanted && error > wanted * (1.0 - tolerance)) || settled {
                         let missed = (error > wanted)
                             .then(|| format!("relative squared error {error:.3e} after {attempt} encodings"));
                         return Ok((written, compared, missed));
                     }
-                    step = search.next(step, error.max(f64::MIN_POSITIVE).log2());
+                    let planned: f64 = written.parts.iter().flatten().map(|part| part.squared_error).sum();
+                    plan.budget *= planned / squared_error; // rounding to the element type counts too
                 }
-                _ => return Ok((written, self.compare(file, out)?, None)),
+                Target::Lossless => {
+                    let compared = self.compare(file, out, &written.parts)?;
+                    return Ok((written, compared, None));
+                }
             }
-            scan = self.scan(step);
+            log::debug!("target not met: encoding again after {attempt}");
+            plan.probe.parts = written.parts;
         }
         unreachable!("the last attempt returns")
     }

@@ -1,0 +1,55 @@
+//! Why packing failed.
+
+use std::path::PathBuf;
+
+use super::super::part::SelfCheckError;
+use super::super::source::SourceError;
+use crate::archive::ArchiveError;
+use crate::materialize::MaterializeError;
+
+/// Why packing failed. Nothing that was on disk before has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The checkpoint cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The output cannot be written.
+    #[error("{path}: {source}")]
+    Output {
+        /// The archive or its directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The output is there already.
+    #[error("{0}: exists already, expected a new name; --force replaces it")]
+    Exists(PathBuf),
+    /// Somebody asked to stop.
+    #[error("{0}: interrupted, nothing of it was kept")]
+    Interrupted(PathBuf),
+    /// The rate cannot be reached.
+    #[error("--bpp {wanted}: {reason}")]
+    Rate {
+        /// Bits per parameter asked for.
+        wanted: f64,
+        /// What is in the way.
+        reason: String,
+    },
+    /// The archive just written cannot be opened.
+    #[error("the new archive does not open: {0}; please report this")]
+    Reopen(#[from] ArchiveError),
+    /// The archive just written does not decode.
+    #[error("the new archive does not decode: {0}; please report this")]
+    Redecode(#[from] MaterializeError),
+    /// An encoded part does not decode.
+    #[error(transparent)]
+    SelfCheck(#[from] SelfCheckError),
+    /// A bit-exact tensor came back different.
+    #[error("{file}: {tensor}: decoded bytes differ from the source's; please report this")]
+    Mismatch {
+        /// Safetensors file.
+        file: String,
+        /// Tensor.
+        tensor: String,
+    },
+}

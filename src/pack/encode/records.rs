@@ -1,0 +1,258 @@
+//! Writing: records one after another, each from its source to its bytes, and the index behind them.
+
+use std::collections::BTreeMap;
+use std::io::{Seek, SeekFrom, Write};
+use std::sync::Arc;
+
+use super::super::entropy_model::TablePool;
+use super::super::part::{EncodedPart, SelfCheckError};
+use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
+use super::super::report::StageTotals;
+use super::super::survey::{Probe, ProbedPart};
+use super::super::treatment::{Decision, Drafted};
+use super::Encoder;
+use super::steering::Steering;
+use crate::archive::content_id;
+use crate::codec::architecture::{BlockType, RecordPlan};
+use crate::codec::entropy::CodingTable;
+use crate::format::index::{FileEntry, Index};
+use crate::format::preamble::PREAMBLE_BYTES;
+use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::tensor::TensorInfo;
+
+/// An archive's records, written.
+pub(super) struct Written {
+    pub(super) index: Index,
+    /// Where the records end.
+    pub(super) bytes: u64,
+    pub(super) stages: StageTotals,
+    pub(super) keyframe_records: u64,
+    pub(super) predicted_records: u64,
+    /// Every part as it was written, record by record.
+    pub(super) parts: Vec<Vec<ProbedPart>>,
+}
+
+/// Writing a record failed.
+pub(super) enum WriteError {
+    Io(std::io::Error),
+    SelfCheck(SelfCheckError),
+    Interrupted,
+}
+
+impl From<std::io::Error> for WriteError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<SelfCheckError> for WriteError {
+    fn from(error: SelfCheckError) -> Self {
+        Self::SelfCheck(error)
+    }
+}
+
+impl Encoder<'_> {
+    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`.
+    pub(super) fn write_records(
+        &self,
+        out: &mut (impl Write + Seek),
+        plan: &Probe,
+        mut steering: Steering,
+    ) -> Result<Written, WriteError> {
+        self.progress.phase("encoding", self.source_bytes());
+        out.seek(SeekFrom::Start(0))?;
+        out.write_all(&[0; PREAMBLE_BYTES as usize])?; // written last
+        let mut written = Written {
+            index: self.empty_index(),
+            bytes: PREAMBLE_BYTES,
+            stages: StageTotals::default(),
+            keyframe_records: 0,
+            predicted_records: 0,
+            parts: Vec::with_capacity(plan.parts.len()),
+        };
+        let pool = &plan.pool;
+        let mut numbers: BTreeMap<usize, u16> = BTreeMap::new();
+        let pool_tables = pool.coding_tables();
+        let plan_files = self.checkpoint.plan_files();
+        let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
+        let encoder = RecordEncoder { pool, options: self.options };
+        for (ordinal, (record, planned)) in self.plan.records.iter().zip(&plan.parts).enumerate() {
+            if self.progress.is_interrupted() {
+                return Err(WriteError::Interrupted);
+            }
+            let source: Vec<(&TensorInfo, &[u8])> =
+                record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
+            let step_factor = steering.step_factor();
+            let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
+                .map(|(&(tensor, bytes), part)| {
+                    let step_factor = if part.follows_step { step_factor } else { 1.0 };
+                    Drafted::new(part.decision, tensor, bytes, step_factor, self.options)
+                })
+                .collect();
+            let context = (contexts.remove(&record.block_type))
+                .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
+            let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
+            written.stages.add(&encoded.stages);
+            written.predicted_records += u64::from(encoded.predicted);
+            written.keyframe_records += u64::from(!encoded.predicted);
+
+            let reference = context.as_ref().filter(|_| encoded.predicted).map(|context| context.ordinal);
+            let bytes = write_record(out, record, &encoded, reference, pool, &mut numbers, &mut written.index)?;
+            written.bytes += bytes;
+            let parts = written_parts(planned, &drafts, &encoded.parts, bytes);
+            steering.account(planned, &parts);
+            written.parts.push(parts);
+
+            if self.may_be_a_reference(record) {
+                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), &pool_tables)?;
+                let permutation = encoded.grouped;
+                let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
+                contexts.insert(record.block_type, context);
+            }
+            for part in &record.parts {
+                self.finish_part(part.file, part.tensor);
+            }
+        }
+        Ok(written)
+    }
+
+    /// The local decode loop: what the decoder will have when it comes to the next layer.
+    fn decode_record(
+        &self,
+        record: &RecordPlan,
+        source: &[(&TensorInfo, &[u8])],
+        drafts: &[Drafted<'_>],
+        encoded: &EncodedRecord,
+        context: Option<&Context>,
+        tables: &[Arc<CodingTable>],
+    ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
+        (drafts.iter().enumerate())
+            .map(|(ordinal, draft)| {
+                let Drafted::Quantized { .. } = draft else { return Ok(None) };
+                let tensor = source[ordinal].0;
+                let motion = (encoded.grouped.as_ref())
+                    .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
+                let reference = context.and_then(|context| context.decoded[ordinal].as_deref());
+                decode_part(&*self.engine, tensor, &encoded.parts[ordinal], tables, motion, reference).map(Some)
+            })
+            .collect()
+    }
+
+    fn empty_index(&self) -> Index {
+        let files: Vec<FileEntry> = (self.checkpoint.files.iter())
+            .map(|file| FileEntry {
+                name: file.name.clone(),
+                header: file.header.bytes.clone(),
+                decoded_sha256: [0; 32],
+                source_sha256: [0; 32],
+            })
+            .collect();
+        let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
+        Index {
+            architecture: self.plan.family.unwrap_or("unknown").to_owned(),
+            layers,
+            keyframe_interval: self.options.keyframe_interval,
+            content_id: content_id(files.iter().map(|file| file.decoded_sha256)),
+            files,
+            tables: Vec::new(),
+            block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
+            records: Vec::new(),
+            bases: Vec::new(),
+            provenance: self.options.provenance(),
+        }
+    }
+
+    /// Bits of preamble and index for records like these, about.
+    pub(super) fn index_bits(&self, plan: &Probe) -> f64 {
+        let mut index = self.empty_index();
+        index.tables = plan.pool.coding_tables().iter().map(|table| table.table().clone()).collect();
+        for (record, parts) in self.plan.records.iter().zip(&plan.parts) {
+            let mut entry = record_entry(record, parts.iter().map(|part| (part.bits / 8.0) as u64));
+            entry.side_crc = crc32c::crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
+            index.records.push(entry);
+        }
+        let (_, stored) = index.write(0);
+        8.0 * (PREAMBLE_BYTES as f64 + stored.len() as f64 + 64.0 * index.files.len() as f64) // hashes do not deflate
+    }
+}
+
+/// Writes one record, adds it to the index, and returns its length in bytes.
+fn write_record(
+    out: &mut impl Write,
+    record: &RecordPlan,
+    encoded: &EncodedRecord,
+    reference: Option<u32>,
+    pool: &TablePool,
+    numbers: &mut BTreeMap<usize, u16>,
+    index: &mut Index,
+) -> std::io::Result<u64> {
+    let mut number_of = |table: usize| {
+        let next = numbers.len() as u16;
+        *numbers.entry(table).or_insert_with(|| {
+            index.tables.push(pool.table(table).coding.table().clone());
+            next
+        })
+    };
+    let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
+    let side = SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
+    let side = side.write();
+    let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));
+    entry.reference = reference;
+    entry.side_bytes = side.len() as u64;
+    entry.side_crc = crc32c::crc32c(&side);
+    let bytes = entry.bytes();
+    index.records.push(entry);
+    out.write_all(&side)?;
+    for part in &encoded.parts {
+        out.write_all(&part.body)?;
+    }
+    Ok(bytes)
+}
+
+/// A record's entry, its side information and reference left open.
+fn record_entry(record: &RecordPlan, body_bytes: impl Iterator<Item = u64>) -> RecordEntry {
+    RecordEntry {
+        layer: record.layer,
+        block_type: record.block_type as u8,
+        reference: None,
+        side_bytes: 0,
+        side_crc: 0,
+        parts: (record.parts.iter().zip(body_bytes))
+            .map(|(part, body_bytes)| PartEntry { file: part.file as u32, tensor: part.tensor as u32, body_bytes })
+            .collect(),
+    }
+}
+
+/// The parts of a record as they were written; side information is shared out by what was planned.
+fn written_parts(
+    planned: &[ProbedPart],
+    drafts: &[Drafted<'_>],
+    encoded: &[EncodedPart],
+    record_bytes: u64,
+) -> Vec<ProbedPart> {
+    let bodies: usize = encoded.iter().map(|part| part.body.len()).sum();
+    let side_bits = 8.0 * (record_bytes as f64 - bodies as f64) / encoded.len().max(1) as f64;
+    (planned.iter().zip(drafts).zip(encoded))
+        .map(|((planned, draft), encoded)| ProbedPart {
+            decision: match draft {
+                Drafted::Quantized { quantizer, .. } => Decision::Quantized(quantizer.choice),
+                Drafted::Split(split, ..) => Decision::Split(*split),
+                Drafted::Raw(_) => Decision::Raw,
+            },
+            bits: 8.0 * encoded.body.len() as f64 + side_bits,
+            squared_error: encoded.squared_error,
+            ..*planned
+        })
+        .collect()
+}
+
+/// Writes the index after the records and the preamble before them; returns the length of the whole file.
+pub(super) fn write_index(file: &mut std::fs::File, index: &Index, records_end: u64) -> std::io::Result<u64> {
+    let (preamble, stored) = index.write(records_end);
+    file.set_len(records_end)?;
+    file.seek(SeekFrom::Start(records_end))?;
+    file.write_all(&stored)?;
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(&preamble.write())?;
+    Ok(preamble.file_bytes)
+}

@@ -1,0 +1,329 @@
+//! A look at the whole checkpoint before it is encoded: what every part would cost at a step, measured on a sample that stays
+//! in memory, so that trying a step reads no file.
+//!
+//! Runs of one part differ in scale more than in shape, so the sample is stratified: of the runs of each half octave of energy
+//! it has some, and each counts for the runs it stands for.
+
+mod sample;
+
+use rayon::prelude::*;
+
+use self::sample::Sample;
+use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
+use super::entropy_model::{ClassHistograms, TablePool};
+use super::lossless::Split;
+use super::options::PackOptions;
+use super::quantize::{LARGEST_CODE, PartQuantizer};
+use super::rate::{StepSearch, gaussian_step};
+use super::symbols::RunLayout;
+use super::treatment::{Decision, Fineness, Treatment};
+use crate::tensor::TensorInfo;
+
+/// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
+const COUNTED_ELEMENTS: usize = 1 << 22;
+/// Above this rate a quantized part is compared with the same part bit-exact, which takes 10.6 bits where the weights are
+/// bfloat16.
+const DOUBTFUL_BITS: f64 = 8.0;
+/// Bits of a strip beside its symbols: lane states, checksum, lengths.
+const STRIP_BITS: f64 = 8.0 * 138.0;
+/// Bits that the choice of a run's table takes, about.
+const RUN_BITS: f64 = 1.5;
+/// Bits of a part's header and its place in the index, about.
+const PART_BITS: f64 = 8.0 * 48.0;
+
+/// What is known of every part, record by record.
+pub struct Survey<'a> {
+    options: &'a PackOptions,
+    parts: Vec<Vec<SurveyedPart<'a>>>,
+}
+
+struct SurveyedPart<'a> {
+    tensor: &'a TensorInfo,
+    bytes: &'a [u8],
+    layout: RunLayout,
+    /// Number of the part, over all records.
+    number: u32,
+    state: State,
+}
+
+enum State {
+    Raw,
+    Split {
+        split: Split,
+        counted: ClassHistograms,
+        /// Raw bits per symbol.
+        raw_bits: f64,
+    },
+    Quantized {
+        sample: Sample,
+        fineness: Fineness,
+        own: Option<OwnStep>,
+        /// Bits of the part were it bit-exact; counted when first asked for.
+        exact_bits: Option<f64>,
+    },
+}
+
+/// The step of a part that has a rate of its own.
+struct OwnStep {
+    step: f64,
+    search: StepSearch,
+}
+
+/// What a step gives.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// The step.
+    pub step: f64,
+    /// Tables fitted to what was placed.
+    pub pool: TablePool,
+    /// Record by record.
+    pub parts: Vec<Vec<ProbedPart>>,
+}
+
+/// What a part would be.
+#[derive(Clone, Copy, Debug)]
+pub struct ProbedPart {
+    /// How it would be coded.
+    pub decision: Decision,
+    /// Whether the checkpoint's step is its step too.
+    pub follows_step: bool,
+    /// Elements.
+    pub elements: u64,
+    /// Bits, headers included.
+    pub bits: f64,
+    /// Squared error, in squared weight units.
+    pub squared_error: f64,
+}
+
+/// Whether a probe may decide for good that a part is bit-exact, or move the step of one that has its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Settling {
+    Settle,
+    Leave,
+}
+
+/// A part on its way through a probe.
+struct Tried {
+    quantizer: PartQuantizer,
+    counts: PlacedCounts,
+}
+
+impl<'a> Survey<'a> {
+    /// Starts with no part known; `parts` are added with [`Survey::add`], record after record.
+    pub fn new(options: &'a PackOptions) -> Self {
+        Self { options, parts: Vec::new() }
+    }
+
+    /// Begins a record.
+    pub fn begin_record(&mut self) {
+        self.parts.push(Vec::new());
+    }
+
+    /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled.
+    pub fn add(&mut self, treatment: Treatment, tensor: &'a TensorInfo, bytes: &'a [u8], share: f64) {
+        let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
+        let state = match treatment {
+            Treatment::Quantized(fineness) => State::Quantized {
+                sample: Sample::take(tensor, bytes, layout, share),
+                fineness,
+                own: None,
+                exact_bits: None,
+            },
+            Treatment::Split(split) => State::split(split, tensor, bytes),
+            Treatment::Raw => State::Raw,
+        };
+        let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
+        self.parts.last_mut().expect("a record was begun").push(SurveyedPart { tensor, bytes, layout, number, state });
+    }
+
+    /// Elements that follow the checkpoint's step, and the sum of their squares.
+    pub fn energy(&self) -> (u64, f64) {
+        let following = self.parts.iter().flatten().filter_map(|part| match &part.state {
+            State::Quantized { sample, fineness: Fineness::Times(_), .. } => {
+                Some((part.layout.elements as u64, sample.energy))
+            }
+            _ => None,
+        });
+        following.fold((0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+    }
+
+    /// Sum of squares of everything that is quantized, parts with a rate of their own included.
+    pub fn quantized_energy(&self) -> f64 {
+        let quantized = self.parts.iter().flatten().filter_map(|part| match &part.state {
+            State::Quantized { sample, .. } => Some(sample.energy),
+            _ => None,
+        });
+        quantized.sum()
+    }
+
+    /// Whether any part has a rate of its own.
+    pub fn has_rates(&self) -> bool {
+        self.parts
+            .iter()
+            .flatten()
+            .any(|part| matches!(part.state, State::Quantized { fineness: Fineness::Rate(_), .. }))
+    }
+
+    /// Tries a step. `before` is the last probe, whose tables are a good first guess. Parts that are no longer as bit-exact
+    /// ones are that from then on.
+    pub fn probe(&mut self, step: f64, before: Option<&Probe>) -> Probe {
+        self.probe_as(self.options, step, before, Settling::Settle)
+    }
+
+    /// Bits and squared error of everything quantized, were it packed with other options. Nothing is settled by that.
+    pub fn try_options(&mut self, options: &PackOptions, step: f64) -> (f64, f64) {
+        let probe = self.probe_as(options, step, None, Settling::Leave);
+        let quantized = probe.parts.iter().flatten().filter(|part| part.decision.is_quantized());
+        quantized.fold((0.0, 0.0), |sum, part| (sum.0 + part.bits, sum.1 + part.squared_error))
+    }
+
+    fn probe_as(&mut self, options: &PackOptions, step: f64, before: Option<&Probe>, settling: Settling) -> Probe {
+        let empty = TablePool::default();
+        let known = before.map_or(&empty, |probe| &probe.pool);
+        let mut parts: Vec<&mut SurveyedPart<'a>> = self.parts.iter_mut().flatten().collect();
+        let quantizers: Vec<Option<PartQuantizer>> =
+            parts.par_iter_mut().map(|part| part.quantizer(step, options)).collect();
+        let first = first_tables(&parts, &quantizers, known);
+        let tried: Vec<Option<Tried>> = parts
+            .par_iter_mut()
+            .zip(quantizers)
+            .map(|(part, quantizer)| part.try_quantizer(quantizer?, &first, settling))
+            .collect();
+        // In order, so that sums do not depend on the number of threads.
+        let mut classes = ClassHistograms::default();
+        for (part, tried) in parts.iter_mut().zip(&tried) {
+            match (&part.state, tried) {
+                (State::Quantized { .. }, Some(tried)) => classes.merge(&tried.counts.classes),
+                (State::Quantized { .. }, None) if settling == Settling::Settle => {
+                    part.state = State::exact(part.tensor, part.bytes);
+                }
+                _ => (),
+            }
+            if let State::Split { counted, .. } = &part.state {
+                classes.merge(counted);
+            }
+        }
+        let pool = classes.fit();
+        let probed: Vec<ProbedPart> = (parts.par_iter_mut().zip(&tried))
+            .map(|(part, tried)| part.probed(tried.as_ref(), &pool, settling))
+            .collect();
+        drop(parts);
+        let mut probed = probed.into_iter();
+        let parts = self.parts.iter().map(|record| probed.by_ref().take(record.len()).collect()).collect();
+        Probe { step, pool, parts }
+    }
+}
+
+/// Tables to place the symbols with: those known, or where one of a kind is missing, all fitted to the nearest symbols.
+fn first_tables(parts: &[&mut SurveyedPart<'_>], quantizers: &[Option<PartQuantizer>], known: &TablePool) -> TablePool {
+    let missing = |quantizer: &Option<PartQuantizer>| {
+        quantizer
+            .as_ref()
+            .is_some_and(|quantizer| !known.has(quantizer.choice.rounding.kind(quantizer.choice.raw_bits)))
+    };
+    if !quantizers.iter().any(missing) {
+        return known.clone();
+    }
+    let counted: Vec<Option<ClassHistograms>> = (parts.par_iter().zip(quantizers))
+        .map(|(part, quantizer)| {
+            let (State::Quantized { sample, .. }, Some(quantizer)) = (&part.state, quantizer) else { return None };
+            Some(sample.with_symbols(quantizer, |symbols| count_weighted(symbols, 1, &|run| sample.weights[run])))
+        })
+        .collect();
+    let mut classes = ClassHistograms::default();
+    for counted in counted.iter().flatten() {
+        classes.merge(counted);
+    }
+    classes.fit()
+}
+
+impl State {
+    fn split(split: Split, tensor: &TensorInfo, bytes: &[u8]) -> Self {
+        let symbols = split.symbols(tensor, bytes);
+        let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
+        let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
+        Self::Split { split, raw_bits: mean_raw_bits(&symbols), counted }
+    }
+
+    /// Bit-exact, as short as it gets.
+    fn exact(tensor: &TensorInfo, bytes: &[u8]) -> Self {
+        match Treatment::exact(tensor, bytes) {
+            Treatment::Split(split) => Self::split(split, tensor, bytes),
+            _ => Self::Raw,
+        }
+    }
+
+    /// Bits of a bit-exact part with tables of its own.
+    fn body_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
+        match self {
+            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits * tensor.elements() as f64,
+            _ => 8.0 * bytes.len() as f64,
+        }
+    }
+}
+
+impl SurveyedPart<'_> {
+    /// The quantizer of a part that is to be quantized, unless it cannot be.
+    fn quantizer(&mut self, step: f64, options: &PackOptions) -> Option<PartQuantizer> {
+        let State::Quantized { sample, fineness, own, .. } = &mut self.state else { return None };
+        let step = match *fineness {
+            Fineness::Times(times) => step / f64::from(times),
+            Fineness::Rate(bits) => {
+                let elements = self.layout.elements as f64;
+                let first = || OwnStep {
+                    step: gaussian_step(sample.root_mean_square, bits),
+                    search: StepSearch::new(bits * elements, -elements),
+                };
+                own.get_or_insert_with(first).step
+            }
+        };
+        let (layout, rms, own_table) = (sample.layout, sample.root_mean_square, options.own_table(self.number));
+        let quantizer = PartQuantizer::choose(&sample.values, layout, step as f32, rms, own_table, options)?;
+        // With room for a step that is corrected later.
+        (1.5 * sample.largest / quantizer.least_step() < LARGEST_CODE).then_some(quantizer)
+    }
+
+    /// Places the sample. `None` where the part is shorter bit-exact.
+    fn try_quantizer(&mut self, quantizer: PartQuantizer, first: &TablePool, settling: Settling) -> Option<Tried> {
+        let State::Quantized { sample, exact_bits, .. } = &mut self.state else { return None };
+        let counts =
+            sample.with_symbols(&quantizer, |symbols| count_placed(symbols, first, &|run| sample.weights[run]))?;
+        let bits = (counts.classes.bits(first) + counts.other_bits) / counts.symbols.max(1) as f64;
+        if bits > DOUBTFUL_BITS && settling == Settling::Settle {
+            let elements = self.layout.elements as f64;
+            let (tensor, bytes) = (self.tensor, self.bytes);
+            let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(tensor, bytes));
+            if *exact <= bits * elements {
+                return None;
+            }
+        }
+        Some(Tried { quantizer, counts })
+    }
+
+    fn probed(&mut self, tried: Option<&Tried>, pool: &TablePool, settling: Settling) -> ProbedPart {
+        let elements = self.layout.elements as u64;
+        let raw_bits = 8.0 * self.bytes.len() as f64;
+        let overhead = PART_BITS + RUN_BITS * self.layout.runs() as f64 + STRIP_BITS * self.layout.strips() as f64;
+        let exact = |decision, bits| ProbedPart { decision, follows_step: false, elements, bits, squared_error: 0.0 };
+        match (&mut self.state, tried) {
+            (State::Quantized { fineness, own, .. }, Some(tried)) => {
+                let scale = elements as f64 / tried.counts.symbols.max(1) as f64;
+                let bits = scale * (tried.counts.classes.bits(pool) + tried.counts.other_bits) + overhead;
+                if let (Some(own), Fineness::Rate(_), Settling::Settle) = (own, *fineness, settling) {
+                    own.step = own.search.next(own.step, bits);
+                }
+                let step = f64::from(tried.quantizer.choice.step);
+                let squared_error =
+                    scale * (tried.counts.squared_error - step * step * tried.counts.classes.centroid_gain());
+                let decision = Decision::Quantized(tried.quantizer.choice);
+                let follows_step = matches!(fineness, Fineness::Times(_));
+                ProbedPart { decision, follows_step, elements, bits, squared_error }
+            }
+            (State::Split { split, counted, raw_bits: of_symbol }, _) => {
+                let bits = counted.bits(pool) + *of_symbol * elements as f64 + overhead;
+                exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
+            }
+            _ => exact(Decision::Raw, raw_bits + PART_BITS),
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What is done with each tensor: decided from the tensor, the target and the user's `--keep` rules, before any is coded.
+
+use super::keep::Keep;
+use super::lossless::Split;
+use super::options::PackOptions;
+use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
+use super::symbols::RunLayout;
+use crate::codec::architecture::BlockType;
+use crate::tensor::TensorInfo;
+
+/// How one part is coded, before a step is known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Treatment {
+    /// Bytes as they are.
+    Raw,
+    /// Bit-exact by splitting.
+    Split(Split),
+    /// Quantized, unless bit-exact turns out to be no longer.
+    Quantized(Fineness),
+}
+
+/// How finely a part is quantized.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fineness {
+    /// With the checkpoint's step, divided by this.
+    Times(f32),
+    /// At this many bits per element, whatever the target.
+    Rate(f64),
+}
+
+impl Treatment {
+    /// Chooses from the tensor alone. `keep` is what the user's rules say of it.
+    pub fn choose(
+        block_type: BlockType,
+        tensor: &TensorInfo,
+        bytes: &[u8],
+        keep: Option<Keep>,
+        options: &PackOptions,
+    ) -> Self {
+        let fineness = match keep {
+            Some(Keep::Lossless) => None,
+            Some(Keep::Rate(bits)) => Some(Fineness::Rate(bits)),
+            None => options.target.is_lossy().then(|| Fineness::Times(refinement(block_type, options))),
+        };
+        match fineness {
+            Some(fineness) if may_be_quantized(tensor) && is_finite(tensor, bytes) => Self::Quantized(fineness),
+            _ => Self::exact(tensor, bytes),
+        }
+    }
+
+    /// The shortest bit-exact treatment.
+    pub fn exact(tensor: &TensorInfo, bytes: &[u8]) -> Self {
+        Split::choose(tensor, bytes).map_or(Self::Raw, Self::Split)
+    }
+}
+
+fn is_finite(tensor: &TensorInfo, bytes: &[u8]) -> bool {
+    largest_magnitude(&values_of(&tensor.dtype, bytes)).is_finite()
+}
+
+/// How one part is coded, everything but tables known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Decision {
+    /// Bytes as they are.
+    Raw,
+    /// Bit-exact by splitting.
+    Split(Split),
+    /// Quantized.
+    Quantized(QuantizerChoice),
+}
+
+impl Decision {
+    /// The name in plans and reports.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Split(_) => "split",
+            Self::Quantized(_) => "quantized",
+        }
+    }
+
+    /// Whether the part loses anything.
+    pub fn is_quantized(&self) -> bool {
+        matches!(self, Self::Quantized(_))
+    }
+}
+
+/// A part ready for coding.
+pub enum Drafted<'a> {
+    /// Bytes as they are.
+    Raw(&'a [u8]),
+    /// Bit-exact by splitting.
+    Split(Split, &'a TensorInfo, &'a [u8]),
+    /// Quantized.
+    Quantized {
+        /// The weights.
+        values: Vec<f32>,
+        /// Layout of the runs.
+        layout: RunLayout,
+        /// Steps.
+        quantizer: PartQuantizer,
+    },
+}
+
+impl<'a> Drafted<'a> {
+    /// Drafts a tensor as decided, with the step multiplied by `step_factor`.
+    pub fn new(
+        decision: Decision,
+        tensor: &'a TensorInfo,
+        bytes: &'a [u8],
+        step_factor: f32,
+        options: &PackOptions,
+    ) -> Self {
+        match decision {
+            Decision::Raw => Self::Raw(bytes),
+            Decision::Split(split) => Self::Split(split, tensor, bytes),
+            Decision::Quantized(choice) => {
+                let values = values_of(&tensor.dtype, bytes);
+                let layout = RunLayout::of_shape(&tensor.shape, options.steps.group());
+                let choice = QuantizerChoice { step: choice.step * step_factor, ..choice };
+                let quantizer = PartQuantizer::new(choice, &values, layout, options);
+                if quantizer.holds(&values, layout) {
+                    return Self::Quantized { values, layout, quantizer };
+                }
+                // An outlier that no sample showed.
+                match Treatment::exact(tensor, bytes) {
+                    Treatment::Split(split) => Self::Split(split, tensor, bytes),
+                    _ => Self::Raw(bytes),
+                }
+            }
+        }
+    }
+}
