@@ -39,6 +39,7 @@ pub struct CpuEngine {
 }
 
 impl CpuEngine {
+    #[cfg(target_arch = "x86_64")]
     /// # Safety
     /// The CPU has the instructions of these kernels' level: `super::select` asks it.
     pub(super) unsafe fn new(kernels: &'static Kernels) -> Self {
