@@ -49,7 +49,7 @@ fn main() {
 
 fn packed_bert(directory: &Path) -> Vec<PathBuf> {
     let checkpoint = directory.join("checkpoint");
-    let bert = common::Bert { hidden: 512, heads: 8, ffn_units: 2048, dtype: "BF16", ..common::Bert::default() };
+    let bert = common::Bert { hidden: 768, heads: 12, ffn_units: 3072, dtype: "BF16", ..common::Bert::default() };
     bert.write(&checkpoint);
     let options =
         |target| PackOptions { target, trellis_states: Some("8".parse().expect("eight")), ..PackOptions::default() };
