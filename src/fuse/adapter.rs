@@ -228,11 +228,7 @@ impl Filesystem for Adapter {
                 match self.passthrough.open(Inode(inode.0), find, register, adopt) {
                     Some(backing) => {
                         METRICS.passed_opens.add(1);
-                        // The disk's file system may want direct reads aligned, which we promise to do without: those come
-                        // here, and only maps of such a descriptor do not.
-                        let is_direct = flags.0 & libc::O_DIRECT != 0;
-                        let come_here = if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH | come_here, &backing);
+                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH, &backing);
                     }
                     // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
                     None => reply.opened(CACHED, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
