@@ -30,7 +30,7 @@ use log::{info, warn};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
-use crate::decoded_files::{DecodedFilesError, LEDGER_PREFIX};
+use crate::decoded_files::DecodedFilesError;
 use crate::fuse::{self, Device, FuseError, MountOptions, Mounted};
 use crate::materialize::MaterializeOptions;
 use crate::vfs::{DecodeAhead, Inode, VfsError};
@@ -78,14 +78,6 @@ pub struct DecodedCache {
     pub directory: PathBuf,
     /// What they may take; by default three quarters of what the file system has left.
     pub bytes: Option<u64>,
-}
-
-impl DecodedCache {
-    /// Where the processes that serve a mount tell their successors what the kernel reads by itself; `daemon` owns the
-    /// mount.
-    fn ledger(&self, daemon: u32) -> PathBuf {
-        self.directory.join(format!("{LEDGER_PREFIX}{daemon}"))
-    }
 }
 
 /// Why a mount did not come to be, or ended badly.
@@ -227,9 +219,7 @@ pub fn run(
     ready: impl FnOnce() -> io::Result<()>,
 ) -> Result<(), DaemonError> {
     let (source, mountpoint) = paths::check(&options.source, &options.mountpoint)?;
-    let passthrough = options.decoded_cache.as_ref().map(|cache| cache.ledger(std::process::id()));
-    let mount = MountOptions { passthrough, ..options.mount.clone() };
-    let options = ServeOptions { source, mountpoint, mount, ..options.clone() };
+    let options = ServeOptions { source, mountpoint, ..options.clone() };
     let system = |what| move |source| DaemonError::System { what, source };
     // Found now: after an upgrade of the package, the system knows this process's file as deleted.
     let program = std::env::current_exe().map_err(system("finding this program"))?;

@@ -7,7 +7,6 @@
 //! - `DIGEST.seen` says by inode, length and times which file that was, so that one that was touched since is not believed
 //!   before it has been read through again. Its own modification time says when the file was used last.
 //! - `.partial-*` is being written, by whoever holds a lock on it; one that nobody holds is what a crash left.
-//! - `.open-PID` is a note that a daemon leaves to itself, and goes when that process is gone.
 //! - `.lock` is held while room is made.
 //!
 //! A file that is removed while somebody reads it lives on until that reader closes it.
@@ -30,8 +29,6 @@ pub type FileDigest = [u8; 32];
 const FILE_SUFFIX: &str = ".safetensors";
 const SEEN_SUFFIX: &str = ".seen";
 const PARTIAL_PREFIX: &str = ".partial-";
-/// What the name of a daemon's note begins with; the number of its process follows.
-pub const LEDGER_PREFIX: &str = ".open-";
 /// Files kept open, so that each read of one need not open it.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("it is not zero");
 /// What is written and hashed at once.
@@ -257,22 +254,12 @@ impl DecodedFiles {
         Ok(held)
     }
 
-    /// Removes what a crash left: partial files that nobody holds, notes of the dead. The caller holds the lock.
+    /// Removes what a crash left: partial files that nobody holds. The caller holds the lock.
     fn remove_abandoned(&self) -> io::Result<()> {
         for held in self.list()?.into_iter().filter(|held| held.is_partial) {
             let is_held = |file: File| matches!(file.try_lock(), Err(TryLockError::WouldBlock));
             if File::open(&held.path).is_ok_and(|file| !is_held(file)) {
                 let _ = fs::remove_file(&held.path); // another daemon may have been faster
-            }
-        }
-        for entry in fs::read_dir(&self.directory)? {
-            let entry = entry?;
-            let is_of_the_dead = |name: &str| {
-                let pid: Option<u32> = name.strip_prefix(LEDGER_PREFIX).and_then(|pid| pid.parse().ok());
-                pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
-            };
-            if entry.file_name().to_str().is_some_and(is_of_the_dead) {
-                let _ = fs::remove_file(entry.path());
             }
         }
         Ok(())

@@ -64,9 +64,8 @@ pub struct MountOptions {
     pub refuse_resent: bool,
     /// Memory for replies being made; readers wait for one another where it does not suffice.
     pub reply_bytes: u64,
-    /// Has the kernel read decoded files by itself, where it can and we have the privilege; and where to note which those
-    /// are. A file that is there already is a predecessor's.
-    pub passthrough: Option<PathBuf>,
+    /// Whether the kernel may read decoded files by itself, where it can and we have the privilege.
+    pub passthrough: bool,
 }
 
 impl Default for MountOptions {
@@ -86,7 +85,7 @@ impl Default for MountOptions {
             event_loops: 2,
             refuse_resent: false,
             reply_bytes: 64 << 20,
-            passthrough: None,
+            passthrough: false,
         }
     }
 }

@@ -190,6 +190,7 @@ fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> Ser
             file_mode: flags.file_mode.unwrap_or(default.file_mode),
             directory_mode: flags.dir_mode.unwrap_or(default.directory_mode),
             reply_bytes: memory.reply_bytes,
+            passthrough: flags.decoded_cache.is_some(),
             ..default
         },
         decoded_cache: flags.decoded_cache,

@@ -1,7 +1,6 @@
 //! A mount being served: the tree, the conversation with the kernel, and the thread that looks for changes of the source.
 
 use std::ffi::OsStr;
-use std::fs;
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -58,14 +57,16 @@ impl Prepared {
         facts: Facts,
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
+        // What a predecessor's readers have open, and in which way, is not known; mixing the ways would be their error.
+        let is_first = facts.restarts == 0 && facts.upgrades == 0;
         let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
-        let passthrough = options.decoded_cache.as_ref().map(|cache| cache.ledger(facts.daemon));
-        if let (Some(ledger), false) = (&passthrough, is_successor) {
-            let _ = fs::remove_file(ledger); // of a process that had this number before
-        }
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
         let attributes = Arc::clone(&status);
-        let mount = MountOptions { refuse_resent: is_suspicious, passthrough, ..options.mount.clone() };
+        let mount = MountOptions {
+            refuse_resent: is_suspicious,
+            passthrough: options.mount.passthrough && is_first,
+            ..options.mount.clone()
+        };
         let root_attributes = Arc::new(move |name: &OsStr| attributes.root_attribute(name));
         let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, root_attributes)?;
         let start = || {

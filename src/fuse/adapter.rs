@@ -1,7 +1,6 @@
 //! Requests of the kernel, one method each.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -9,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    AccessFlags, BackingId, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use log::{debug, warn};
 
@@ -56,7 +55,7 @@ impl Adapter {
         root_attributes: Arc<RootAttributes>,
     ) -> Self {
         let replies = Arc::new(Replies::new(options.reply_bytes));
-        let passthrough = Passthrough::new(options.passthrough.clone());
+        let passthrough = Passthrough::new(options.passthrough);
         Self { vfs, workers, replies, passthrough, options: options.clone(), root_attributes }
     }
 
@@ -153,7 +152,7 @@ pub(super) fn configure(config: &mut KernelConfig, options: &MountOptions) {
             debug!("kernel without {capability:?}");
         }
     }
-    if options.passthrough.is_some() && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() {
+    if options.passthrough && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() {
         // The files that are passed lie on a file system that is not itself stacked on another.
         let _ = config.set_max_stack_depth(1);
     }
@@ -221,11 +220,7 @@ impl Filesystem for Adapter {
                 debug!("open: {}", path.display());
                 METRICS.opens.add(1);
                 let find = || self.vfs.decoded_file(Inode(inode.0));
-                let register = |file: &File| reply.open_backing(file).map(BackingId::into_raw);
-                // SAFETY: the number is of this mount: it was got just now, or a predecessor on this mount noted it and left
-                // it open. Whoever has the value keeps it open, and `Passthrough` makes one at a time.
-                let adopt = |number| unsafe { reply.wrap_backing(number) };
-                match self.passthrough.open(Inode(inode.0), find, register, adopt) {
+                match self.passthrough.open(Inode(inode.0), find, |file| reply.open_backing(file)) {
                     Some(backing) => {
                         METRICS.passed_opens.add(1);
                         reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH, &backing);

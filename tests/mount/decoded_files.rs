@@ -10,8 +10,7 @@ use memmap2::MmapOptions;
 
 use crate::common::mcwcfs_ok;
 use crate::packed::Packed;
-use crate::supervisor::workers;
-use crate::support::{checked, extended_attribute, require_fuse};
+use crate::support::require_fuse;
 
 /// A packed checkpoint, and a directory for its decoded files.
 struct Kept {
@@ -114,37 +113,6 @@ fn who_has_the_file_open_meanwhile_and_who_opens_it_then_both_read_on() {
             });
         }
     });
-}
-
-#[test]
-fn a_killed_worker_is_not_noticed_by_who_has_the_file_open_nor_by_who_opens_it_then() {
-    require_fuse!();
-    let kept = Kept::new();
-    kept.mount(&[]);
-    kept.load();
-    let kill_worker = || {
-        let daemon = extended_attribute(&kept.packed.path("mnt"), "user.mcwc.daemon_pid").unwrap().parse().unwrap();
-        let before = workers(daemon);
-        for &worker in &before {
-            // SAFETY: the call takes two integers, and the process is one that this test started.
-            checked(unsafe { libc::kill(worker, libc::SIGKILL) }).unwrap();
-        }
-        while workers(daemon).is_empty() || workers(daemon) == before {
-            thread::sleep(Duration::from_millis(10));
-        }
-    };
-    let open = File::open(kept.packed.model()).unwrap();
-    for _ in 0..3 {
-        kill_worker();
-        kept.assert_all_ways_of_reading_agree();
-        let mut out = vec![0; kept.expected.len()];
-        open.read_exact_at(&mut out, 0).unwrap();
-        assert!(out == kept.expected);
-    }
-    drop(open);
-    kept.assert_all_ways_of_reading_agree();
-    kill_worker();
-    kept.assert_all_ways_of_reading_agree();
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn large() -> Bert {
 const SLOWLY: [&str; 4] = ["--engine", "reference", "--cache-size", "0"];
 
 /// The processes that a supervisor has started and that still run.
-pub fn workers(supervisor: i32) -> Vec<i32> {
+fn workers(supervisor: i32) -> Vec<i32> {
     let tasks = fs::read_dir(format!("/proc/{supervisor}/task")).unwrap();
     let children = tasks.flat_map(|task| {
         let children = fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
