@@ -30,7 +30,7 @@ pub(super) struct Prepared {
 impl Prepared {
     /// Lists the source and opens its archives.
     pub(super) fn new(options: &ServeOptions) -> Result<Self, DaemonError> {
-        memory::share_heaps();
+        memory::share_heaps(options.materialize.cache_bytes);
         let materializer = Arc::new(Materializer::new(options.materialize));
         let decoder = Arc::clone(&materializer);
         let mut vfs = Vfs::open(&options.source, move |path| {
