@@ -259,7 +259,7 @@ fn serve_alone(
 ) -> Result<(), DaemonError> {
     process::raise_descriptor_limit();
     let facts = Facts { daemon: std::process::id(), ..Facts::default() };
-    let Service { mounted, rescans, status } = Prepared::new(options)?.serve(options, device, listener, facts)?;
+    let Service { mounted, rescans, status } = Prepared::new(options)?.serve(options, device, listener, facts, None)?;
     let mountpoint = options.mountpoint.clone();
     if let Err(problem) = answers(&mountpoint) {
         return Err(DaemonError::NotAnswering { mountpoint, problem });

@@ -18,6 +18,7 @@ mod readahead;
 mod replies;
 mod workers;
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -31,11 +32,13 @@ use log::{debug, warn};
 
 use crate::vfs::{Changes, Inode, Vfs};
 use adapter::Adapter;
+use passthrough::Passthrough;
 use workers::Workers;
 
 pub use device::Device;
 pub use kernel_mount::unmount;
 pub use mount_table::{MountEntry, is_dead, mount_at};
+pub use passthrough::Registry;
 pub use readahead::set_readahead;
 
 /// The file system type as `/proc/mounts` shows it, and the name that `mount -t` takes after `fuse.`.
@@ -139,13 +142,30 @@ pub enum FuseError {
 /// can look at it, also from another container. They are not listed: they are no property of data.
 pub type RootAttributes = dyn Fn(&OsStr) -> Option<String> + Send + Sync;
 
+/// What a process that serves a mount is given by those before it, and leaves to those after it.
+pub struct Succession {
+    /// Attributes of the root.
+    pub root_attributes: Arc<RootAttributes>,
+    /// The kernel's names of files that predecessors had it read by itself.
+    pub passed: HashMap<Inode, u32>,
+    /// Who remembers such names for successors, if there can be any.
+    pub registry: Option<Arc<dyn Registry>>,
+}
+
+impl Default for Succession {
+    /// Nobody before, nobody after, and nothing to say.
+    fn default() -> Self {
+        Self { root_attributes: Arc::new(|_| None), passed: HashMap::new(), registry: None }
+    }
+}
+
 /// A mounted tree that this process serves. It stays mounted until somebody unmounts it: see [`unmount`].
-#[derive(Debug)]
 pub struct Mounted {
     mountpoint: PathBuf,
     session: Mutex<Option<JoinHandle<io::Result<()>>>>,
     kernel: Kernel,
     workers: Arc<Workers>,
+    passthrough: Arc<Passthrough>,
 }
 
 /// A way to tell the kernel what to forget, for a thread that answers no requests: the kernel may have to wait for an
@@ -222,6 +242,11 @@ impl Mounted {
         self.kernel.clone()
     }
 
+    /// Before a successor is told what the registry knows: from now on that does not change.
+    pub fn hold_passthrough(&self) {
+        self.passthrough.hold();
+    }
+
     /// Answers what has been taken from the device, at most for `limit`, and takes as little more as it can; returns
     /// whether everything was answered. For a process that another one succeeds: what is left is resent to that one.
     pub fn drain(&self, limit: Duration) -> bool {
@@ -266,7 +291,7 @@ pub fn clear_if_dead(mountpoint: &Path) -> bool {
 pub fn mount(vfs: Vfs, mountpoint: &Path, options: &MountOptions) -> Result<Mounted, FuseError> {
     let device = Device::mount(mountpoint, options)?;
     let mountpoint = device.mountpoint().to_owned();
-    serve(Arc::new(vfs), device, options, Arc::new(|_| None)).inspect_err(|_| {
+    serve(Arc::new(vfs), device, options, Succession::default()).inspect_err(|_| {
         // The device is closed by now, so the mount is dead; leaving it would make the next attempt fail.
         let _ = unmount(&mountpoint, true);
     })
@@ -280,17 +305,21 @@ pub fn serve(
     vfs: Arc<Vfs>,
     device: Device,
     options: &MountOptions,
-    root_attributes: Arc<RootAttributes>,
+    succession: Succession,
 ) -> Result<Mounted, FuseError> {
     let (device, mountpoint, greeting) = device.into_parts();
+    let Succession { root_attributes, passed, registry } = succession;
+    let passthrough = Arc::new(Passthrough::new(options.passthrough, passed, registry));
+    let adapters = Arc::clone(&passthrough);
     let start = || {
         let workers = Arc::new(Workers::new()?);
-        let adapter = Adapter::new(vfs, Arc::clone(&workers), options, root_attributes);
+        let adapter = Adapter::new(vfs, Arc::clone(&workers), adapters, options, root_attributes);
         let (session, _) = device::start_session(adapter, &greeting, options)?;
         device::connect(&session, &device)?;
         let session = thread::Builder::new().name("fuse-session".to_owned()).spawn(move || session.run())?;
         Ok((workers, session))
     };
     let (workers, session) = start().map_err(|source| FuseError::Session { path: mountpoint.clone(), source })?;
-    Ok(Mounted { mountpoint, session: Mutex::new(Some(session)), kernel: Kernel { device: Arc::new(device) }, workers })
+    let (session, kernel) = (Mutex::new(Some(session)), Kernel { device: Arc::new(device) });
+    Ok(Mounted { mountpoint, session, kernel, workers, passthrough })
 }

@@ -81,6 +81,12 @@ impl Motion {
         })
     }
 
+    /// Where every element of a line along the last axis moves alone: for each, its reference element in the same line.
+    /// `None` where elements move together.
+    pub fn single_elements(&self) -> Option<&[u32]> {
+        (self.stride == 1).then_some(&self.source_of_index)
+    }
+
     /// Whether every block is predicted from its own place.
     pub fn is_identity(&self) -> bool {
         self.source_of_index.iter().enumerate().all(|(index, &source)| index == source as usize)

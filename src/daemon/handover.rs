@@ -3,6 +3,7 @@
 //!
 //! The form is kept from version to version: an upgrade starts a worker from another binary than the supervisor's.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::io;
@@ -32,6 +33,8 @@ pub(super) struct Facts {
     pub(super) restarts: u64,
     /// Workers that were replaced on request since the mount.
     pub(super) upgrades: u64,
+    /// The kernel's names of files that it reads by itself, by inode.
+    pub(super) passed: BTreeMap<u64, u32>,
     /// Whether so many workers died that a request must be suspected of killing them.
     pub(super) is_suspicious: bool,
 }
@@ -65,7 +68,7 @@ pub(super) fn prepare(
     listener: Option<&TcpListener>,
     facts: &Facts,
 ) {
-    let Facts { daemon, restarts, upgrades, is_suspicious } = facts;
+    let Facts { daemon, restarts, upgrades, passed, is_suspicious } = facts;
     let mut descriptors = vec![device.as_fd().as_raw_fd(), control.as_raw_fd()];
     descriptors.extend(listener.map(AsRawFd::as_raw_fd));
     let listener = listener.map_or("none".to_owned(), |listener| listener.as_raw_fd().to_string());
@@ -74,6 +77,10 @@ pub(super) fn prepare(
         format!("{VERSION} {device_number} {control_number} {listener} {daemon} {restarts} {upgrades} {suspicious} ");
     for byte in device.greeting() {
         write!(text, "{byte:02x}").expect("a String takes all that is written to it");
+    }
+    text.push(' ');
+    for (inode, name) in passed {
+        write!(text, "{inode}:{name},").expect("a String takes all that is written to it");
     }
     command.env(ROLE, WORKER).env(FACTS, text).env(SOURCE, source).env(MOUNTPOINT, device.mountpoint());
     // SAFETY: between fork and exec only `fcntl` and `signal` are called, which are async-signal-safe.
@@ -139,14 +146,18 @@ fn parse(text: &OsString) -> Result<Fields, String> {
     if fields[0] != VERSION {
         return Err(format!("version {:?}, expected {VERSION}: the supervisor is of another version", fields[0]));
     }
-    let [_, device, control, listener, daemon, restarts, upgrades, suspicious, greeting] = fields[..] else {
-        return Err(format!("{} fields, expected 9", fields.len()));
+    let [_, device, control, listener, daemon, restarts, upgrades, suspicious, greeting, passed] = fields[..] else {
+        return Err(format!("{} fields, expected 10", fields.len()));
     };
     let bad = |field: &str| format!("{field:?}: expected a number");
     let number = |field: &str| field.parse::<u64>().map_err(|_| bad(field));
     let descriptor = |field: &str| field.parse().map_err(|_| bad(field));
     let digits = greeting.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap_or_default());
     let greeting: Result<_, _> = digits.map(|pair| u8::from_str_radix(pair, 16).map_err(|_| bad(pair))).collect();
+    let pairs = passed.split_terminator(',').map(|pair| {
+        let (inode, name) = pair.split_once(':').ok_or_else(|| bad(pair))?;
+        Ok::<_, String>((number(inode)?, name.parse().map_err(|_| bad(name))?))
+    });
     Ok(Fields {
         device: descriptor(device)?,
         control: descriptor(control)?,
@@ -155,6 +166,7 @@ fn parse(text: &OsString) -> Result<Fields, String> {
             daemon: daemon.parse().map_err(|_| bad(daemon))?,
             restarts: number(restarts)?,
             upgrades: number(upgrades)?,
+            passed: pairs.collect::<Result<_, _>>()?,
             is_suspicious: number(suspicious)? != 0,
         },
         greeting: greeting?,
@@ -167,13 +179,14 @@ mod tests {
 
     #[test]
     fn facts_are_read_as_they_were_written_and_other_versions_are_refused() {
-        let facts = Facts { daemon: 12, restarts: 3, upgrades: 4, is_suspicious: true };
+        let passed = [(7, 1), (u64::MAX, 2)].into();
+        let facts = Facts { daemon: 12, restarts: 3, upgrades: 4, passed, is_suspicious: true };
         let expected = Fields { device: 5, control: 6, listener: Some(7), facts, greeting: vec![0, 0xab, 0xff] };
-        assert_eq!(parse(&"1 5 6 7 12 3 4 1 00abff".into()), Ok(expected));
-        assert_eq!(parse(&"1 5 6 none 12 3 4 0 ".into()).unwrap().listener, None);
+        assert_eq!(parse(&"1 5 6 7 12 3 4 1 00abff 7:1,18446744073709551615:2,".into()), Ok(expected));
+        assert_eq!(parse(&"1 5 6 none 12 3 4 0  ".into()).unwrap().listener, None);
         assert!(parse(&"2 5 6".into()).unwrap_err().contains("another version"));
         for text in
-            ["", "1", "1 5 6 x 12 3 4 0 00", "1 5 6 7 12 3 4 0 0g", "1 5 6 7 12 -3 4 0 00", "1 5 6 7 12 3 4 0 é"]
+            ["", "1", "1 5 6 x 12 3 4 0 00 ", "1 5 6 7 12 3 4 0 0g ", "1 5 6 7 12 3 4 0 é ", "1 5 6 7 12 3 4 0 00 1"]
         {
             assert!(parse(&text.into()).is_err(), "{text}");
         }

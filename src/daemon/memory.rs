@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 /// Less than this decodes nothing in parallel and keeps nothing.
-pub const LEAST_LIMIT_BYTES: u64 = 32 << 20;
+const LEAST_LIMIT_BYTES: u64 = 32 << 20;
 /// What is assumed where the system does not say.
 const UNKNOWN: u64 = 4 << 30;
 
@@ -23,7 +23,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Divides `limit_bytes`, by default [`default_limit_bytes`] and never under [`LEAST_LIMIT_BYTES`]. The cache gets
+    /// Divides `limit_bytes`, by default [`default_limit_bytes`] and never under 32 MiB. The cache gets
     /// `cache_bytes`, by default a half, and leaves a quarter to the others in any case.
     pub fn new(limit_bytes: Option<u64>, cache_bytes: Option<u64>) -> Self {
         // A cache that was asked for is not cut by a limit that was not.
@@ -52,19 +52,24 @@ pub fn default_limit_bytes() -> u64 {
 
 /// Has the allocator give decoded bytes back where they came from. By default each thread that decodes gets a heap of its
 /// own, which keeps what its neighbours could use, and the limit would be passed by a multiple.
-pub(super) fn share_heaps() {
+pub(super) fn share_heaps(cache_bytes: u64) {
     #[cfg(target_env = "gnu")]
     {
         const HEAPS: libc::c_int = 2;
-        /// What is kept at the end of a heap, and the size from which on memory goes back to the system at once.
-        const KEPT_BYTES: libc::c_int = 4 << 20;
+        /// Larger pieces come from the system and go back there.
+        const FROM_SYSTEM_BYTES: libc::c_int = 4 << 20;
+        // What is kept at the end of a heap: a window that is decoded ahead fits, so that its memory is used again.
+        let kept_bytes = (cache_bytes / 8).clamp(4 << 20, 64 << 20);
+        let kept_bytes = libc::c_int::try_from(kept_bytes).expect("64 MiB fit");
         // SAFETY: the calls set numbers of the allocator and may be made at any time.
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, HEAPS);
-            libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
-            libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, kept_bytes);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, FROM_SYSTEM_BYTES);
         }
     }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = cache_bytes; // other allocators have no such heaps
 }
 
 /// `MemTotal:       24000000 kB`

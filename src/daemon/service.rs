@@ -15,11 +15,11 @@ use super::status::Status;
 use super::{DaemonError, DecodedCache, ServeOptions, memory, process};
 use crate::archive::{Archive, ArchiveError};
 use crate::decoded_files::DecodedFiles;
-use crate::fuse::{self, Device, Kernel, MountOptions, Mounted};
+use crate::fuse::{self, Device, Kernel, MountOptions, Mounted, Registry, Succession};
 use crate::materialize::Materializer;
 use crate::metrics::METRICS;
 use crate::telemetry;
-use crate::vfs::{DecodedArchive, Vfs};
+use crate::vfs::{DecodedArchive, Inode, Vfs};
 
 /// A source that is ready to be served.
 pub(super) struct Prepared {
@@ -30,7 +30,7 @@ pub(super) struct Prepared {
 impl Prepared {
     /// Lists the source and opens its archives.
     pub(super) fn new(options: &ServeOptions) -> Result<Self, DaemonError> {
-        memory::share_heaps();
+        memory::share_heaps(options.materialize.cache_bytes);
         let materializer = Arc::new(Materializer::new(options.materialize));
         let decoder = Arc::clone(&materializer);
         let mut vfs = Vfs::open(&options.source, move |path| {
@@ -54,10 +54,13 @@ impl Prepared {
         options: &ServeOptions,
         device: Device,
         listener: Option<TcpListener>,
-        facts: Facts,
+        mut facts: Facts,
+        registry: Option<Arc<dyn Registry>>,
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
-        // What a predecessor's readers have open, and in which way, is not known; mixing the ways would be their error.
+        let passed = std::mem::take(&mut facts.passed);
+        // What a predecessor's readers have open through the page cache is not known; to pass such a file would be their
+        // error. What it passed is known.
         let is_first = facts.restarts == 0 && facts.upgrades == 0;
         let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
@@ -67,8 +70,12 @@ impl Prepared {
             passthrough: options.mount.passthrough && is_first,
             ..options.mount.clone()
         };
-        let root_attributes = Arc::new(move |name: &OsStr| attributes.root_attribute(name));
-        let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, root_attributes)?;
+        let succession = Succession {
+            root_attributes: Arc::new(move |name: &OsStr| attributes.root_attribute(name)),
+            passed: passed.into_iter().map(|(inode, name)| (Inode(inode), name)).collect(),
+            registry,
+        };
+        let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, succession)?;
         let start = || {
             if let Some(listener) = listener {
                 let status = Arc::clone(&status);

@@ -7,6 +7,7 @@
 //! An upgrade is the same with the order changed: the successor serves before the old worker is told to end. Both answer
 //! meanwhile, each what it took.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsString, c_int};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -58,6 +59,8 @@ struct Supervisor {
     restart_at: Option<Instant>,
     restarts: Restarts,
     upgrades: u64,
+    /// The kernel's names of files that it reads by itself, by inode.
+    passed: BTreeMap<u64, u32>,
     is_ending: bool,
 }
 
@@ -102,6 +105,7 @@ pub(super) fn supervise(
         restart_at: Some(Instant::now()),
         restarts: Restarts::default(),
         upgrades: 0,
+        passed: BTreeMap::new(),
         is_ending: false,
     };
     let result = supervisor.run(arrived, ready);
@@ -140,6 +144,13 @@ impl Supervisor {
                         return Ok(());
                     }
                 }
+                Ok(Event::Worker(_, News::Said(Message::Passed(inode, name)))) => {
+                    self.passed.insert(inode, name);
+                }
+                Ok(Event::Worker(_, News::Said(Message::GivenUp(inode)))) => {
+                    self.passed.remove(&inode);
+                }
+                Ok(Event::Worker(_, News::Said(Message::Held))) => self.start_successor(),
                 Ok(Event::Worker(number, News::Said(Message::Failed(code, message)))) => {
                     if let Some(worker) = self.workers.iter_mut().find(|worker| worker.number == number) {
                         worker.failure = Some((code, message));
@@ -185,10 +196,19 @@ impl Supervisor {
         false
     }
 
-    fn upgrade(&mut self) {
+    /// Has the worker hold still what its successor will be told. Where there is none, the next one is new anyway.
+    fn upgrade(&self) {
         if self.workers.iter().any(|worker| worker.role == Role::Successor) {
             info!("upgrade: one is under way already");
-            return;
+        } else {
+            self.tell(Role::Serving, Command::Hold);
+        }
+    }
+
+    /// The worker holds still: all that it said of the files that the kernel reads by itself has been heard.
+    fn start_successor(&mut self) {
+        if self.workers.iter().any(|worker| worker.role == Role::Successor) {
+            return; // asked for twice
         }
         match self.start_worker(Role::Successor) {
             Ok(pid) => info!("upgrade: worker {pid} is starting from {}", self.recipe.program.display()),
@@ -272,6 +292,7 @@ impl Supervisor {
             daemon: process::id(),
             restarts: self.restarts.total(),
             upgrades: self.upgrades + u64::from(role == Role::Successor),
+            passed: self.passed.clone(),
             is_suspicious: self.restarts.are_suspicious(),
         };
         let Recipe { program, arguments, source, listener } = &self.recipe;

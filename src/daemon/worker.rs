@@ -15,6 +15,8 @@ use log::{debug, error, info};
 use super::handover::{self, Handover};
 use super::service::{Prepared, Service};
 use super::{DaemonError, ServeOptions, answers, process};
+use crate::fuse::Registry;
+use crate::vfs::Inode;
 
 /// How long a worker that is replaced may take to answer what it has taken. What is left then goes to its successor.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
@@ -24,6 +26,8 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 pub(super) enum Command {
     /// List the source again.
     Rescan,
+    /// A successor is about to be started: hold still what it will be told, and say so.
+    Hold,
     /// A successor serves: answer what you have and end.
     Drain,
     /// A successor was asked for and did not start.
@@ -37,11 +41,21 @@ pub(super) enum Message {
     Ready(String),
     /// It ends, and why: an exit code and a message.
     Failed(u8, String),
+    /// The kernel may now read the file of this inode by itself, under this name.
+    Passed(u64, u32),
+    /// The name of this inode is about to be given up.
+    GivenUp(u64),
+    /// It holds still, as it was told.
+    Held,
 }
 
 impl Command {
-    const WORDS: [(Self, &'static str); 3] =
-        [(Self::Rescan, "rescan"), (Self::Drain, "drain"), (Self::CountFailedUpgrade, "failed-upgrade")];
+    const WORDS: [(Self, &'static str); 4] = [
+        (Self::Rescan, "rescan"),
+        (Self::Hold, "hold"),
+        (Self::Drain, "drain"),
+        (Self::CountFailedUpgrade, "failed-upgrade"),
+    ];
 
     pub(super) fn word(self) -> &'static str {
         Self::WORDS.into_iter().find(|(command, _)| *command == self).expect("each has one").1
@@ -57,6 +71,9 @@ impl Message {
         let line = match self {
             Self::Ready(status) => format!("ready {status}"),
             Self::Failed(code, message) => format!("failed {code} {message}"),
+            Self::Passed(inode, name) => format!("passed {inode} {name}"),
+            Self::GivenUp(inode) => format!("given-up {inode}"),
+            Self::Held => "held yes".to_owned(),
         };
         line.replace('\n', " ") + "\n"
     }
@@ -64,6 +81,12 @@ impl Message {
     pub(super) fn parse(line: &str) -> Option<Self> {
         match line.split_once(' ')? {
             ("ready", status) => Some(Self::Ready(status.to_owned())),
+            ("passed", rest) => {
+                let (inode, name) = rest.split_once(' ')?;
+                Some(Self::Passed(inode.parse().ok()?, name.parse().ok()?))
+            }
+            ("given-up", inode) => Some(Self::GivenUp(inode.parse().ok()?)),
+            ("held", _) => Some(Self::Held),
             ("failed", rest) => {
                 let (code, message) = rest.split_once(' ')?;
                 Some(Self::Failed(code.parse().ok()?, message.to_owned()))
@@ -81,9 +104,12 @@ impl Message {
 pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Result<(), DaemonError> {
     let Handover { source, device, control, listener, facts } = handover::receive()?;
     let options = ServeOptions { source, mountpoint: device.mountpoint().to_owned(), ..options };
+    let wrap = |source| DaemonError::System { what: "sharing a connection", source };
+    let said = control.try_clone().map_err(wrap)?;
     let serve = || {
         process::raise_descriptor_limit();
-        let service = Prepared::new(&options)?.serve(&options, device, listener, facts)?;
+        let registry = Arc::new(ToSupervisor(said.try_clone().map_err(wrap)?));
+        let service = Prepared::new(&options)?.serve(&options, device, listener, facts, Some(registry))?;
         let mountpoint = service.mounted.mountpoint();
         answers(mountpoint)
             .map_err(|problem| DaemonError::NotAnswering { mountpoint: mountpoint.to_owned(), problem })?;
@@ -102,6 +128,10 @@ pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Res
                 match Command::parse(&line) {
                     Some(Command::Rescan) => rescans.request(),
                     Some(Command::CountFailedUpgrade) => status.count_failed_upgrade(),
+                    Some(Command::Hold) => {
+                        mounted.hold_passthrough();
+                        tell(&said, &Message::Held);
+                    }
                     Some(Command::Drain) => {
                         let all = mounted.drain(DRAIN_WITHIN);
                         debug!("drained: {}", if all { "every request answered" } else { "the rest is resent" });
@@ -124,6 +154,19 @@ pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Res
     result.map_err(|source| DaemonError::Ended { mountpoint, source })
 }
 
+/// Tells the supervisor which files the kernel reads by itself.
+struct ToSupervisor(UnixStream);
+
+impl Registry for ToSupervisor {
+    fn passed(&self, inode: Inode, backing: u32) {
+        tell(&self.0, &Message::Passed(inode.0, backing));
+    }
+
+    fn given_up(&self, inode: Inode) {
+        tell(&self.0, &Message::GivenUp(inode.0));
+    }
+}
+
 fn tell(mut control: &UnixStream, message: &Message) {
     // Without a supervisor there is nobody to tell, and the end of the connection ends this process.
     let _ = control.write_all(message.line().as_bytes());
@@ -135,11 +178,13 @@ mod tests {
 
     #[test]
     fn what_is_said_is_understood() {
-        for command in [Command::Rescan, Command::Drain, Command::CountFailedUpgrade] {
+        for command in [Command::Rescan, Command::Hold, Command::Drain, Command::CountFailedUpgrade] {
             assert_eq!(Command::parse(command.word()), Some(command));
         }
         assert_eq!(Command::parse("self-destruct"), None);
-        for message in [Message::Ready("7 archives".into()), Message::Failed(32, "source /x: gone".into())] {
+        let ready = Message::Ready("7 archives".into());
+        let failed = Message::Failed(32, "source /x: gone".into());
+        for message in [ready, failed, Message::Passed(u64::MAX, 3), Message::GivenUp(5), Message::Held] {
             assert_eq!(Message::parse(message.line().trim_end()), Some(message));
         }
         for line in ["", "ready", "failed", "failed x y", "failed 999 y", "hello world"] {

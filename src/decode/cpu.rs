@@ -41,6 +41,7 @@ pub struct CpuEngine {
 impl CpuEngine {
     /// # Safety
     /// The CPU has the instructions of these kernels' level: `super::select` asks it.
+    #[cfg(target_arch = "x86_64")]
     pub(super) unsafe fn new(kernels: &'static Kernels) -> Self {
         Self { kernels }
     }

@@ -1,6 +1,7 @@
 //! Requests of the kernel, one method each.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -42,7 +43,7 @@ pub(super) struct Adapter {
     vfs: Arc<Vfs>,
     workers: Arc<Workers>,
     replies: Arc<Replies>,
-    passthrough: Passthrough,
+    passthrough: Arc<Passthrough>,
     options: MountOptions,
     root_attributes: Arc<RootAttributes>,
 }
@@ -51,11 +52,11 @@ impl Adapter {
     pub(super) fn new(
         vfs: Arc<Vfs>,
         workers: Arc<Workers>,
+        passthrough: Arc<Passthrough>,
         options: &MountOptions,
         root_attributes: Arc<RootAttributes>,
     ) -> Self {
         let replies = Arc::new(Replies::new(options.reply_bytes));
-        let passthrough = Passthrough::new(options.passthrough);
         Self { vfs, workers, replies, passthrough, options: options.clone(), root_attributes }
     }
 
@@ -220,10 +221,18 @@ impl Filesystem for Adapter {
                 debug!("open: {}", path.display());
                 METRICS.opens.add(1);
                 let find = || self.vfs.decoded_file(Inode(inode.0));
-                match self.passthrough.open(Inode(inode.0), find, |file| reply.open_backing(file)) {
+                let register = |file: &File| reply.open_backing(file);
+                // SAFETY: the name is one that the kernel gave for this mount and that nobody has closed; only the
+                // passthrough table does, once.
+                let adopt = |name| unsafe { reply.wrap_backing(name) };
+                match self.passthrough.open(Inode(inode.0), find, register, adopt) {
                     Some(backing) => {
                         METRICS.passed_opens.add(1);
-                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH, &backing);
+                        // The file system below may insist on aligned buffers where the page cache is passed by; here
+                        // any will do, so such reads come to us.
+                        let is_direct = flags.0 & libc::O_DIRECT != 0;
+                        let direct = if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
+                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH | direct, &backing);
                     }
                     // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
                     None => reply.opened(CACHED, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),

@@ -181,6 +181,7 @@ mod tests {
         let streams = SymbolStreams {
             run_elements: 1,
             runs_per_strip: 1,
+            lanes: 1,
             strip_words: zero(),
             strip_exceptions: zero(),
             ..SymbolStreams::default()

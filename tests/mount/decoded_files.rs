@@ -10,6 +10,7 @@ use memmap2::MmapOptions;
 
 use crate::common::mcwcfs_ok;
 use crate::packed::Packed;
+use crate::place::kill;
 use crate::support::require_fuse;
 
 /// A packed checkpoint, and a directory for its decoded files.
@@ -63,10 +64,10 @@ impl Kept {
         assert!(private[..] == *expected);
         private[0] ^= 1; // stays private
         let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(self.packed.model()).unwrap();
-        for (file, from) in [(&file, 12_345), (&direct, 4096)] {
-            let mut out = vec![0; 8192];
-            file.read_exact_at(&mut out, from as u64).unwrap();
-            assert!(out == expected[from..][..8192]);
+        for (file, from) in [(&file, 12_345), (&direct, 4096), (&direct, 12_345)] {
+            let mut out = vec![0; 8193];
+            file.read_exact_at(&mut out[1..], from as u64).unwrap(); // aligned to nothing
+            assert!(out[1..] == expected[from..][..8192]);
         }
         assert_eq!(file.read_at(&mut [0; 10], expected.len() as u64).unwrap(), 0);
     }
@@ -86,7 +87,11 @@ fn a_load_after_a_restart_decodes_nothing() {
     if kept.packed.log().contains("no passthrough") {
         eprintln!("not tested: the kernel does not read files by itself here");
     } else {
-        assert_eq!(kept.counted("mcwcfs_read_requests_total"), 0, "the kernel reads by itself");
+        assert_eq!(
+            kept.counted("mcwcfs_read_requests_total"),
+            2,
+            "the direct ones: the others the kernel reads itself"
+        );
         assert!(kept.counted("mcwcfs_passthrough_opens_total") > 0);
     }
 }
@@ -158,4 +163,40 @@ fn a_directory_without_room_is_no_reason_to_fail() {
     }
     kept.assert_all_ways_of_reading_agree();
     assert!(kept.file().is_none());
+}
+
+#[test]
+fn a_file_that_the_kernel_reads_by_itself_opens_again_under_every_later_worker() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    kept.load();
+    kept.packed.umount();
+    kept.mount(&[]);
+    let held = File::open(kept.packed.model()).unwrap();
+    if kept.packed.log().contains("no passthrough") {
+        eprintln!("not tested: the kernel does not read files by itself here");
+        return;
+    }
+    assert_eq!(kept.counted("mcwcfs_passthrough_opens_total"), 1);
+    let mountpoint = kept.packed.path("mnt");
+    let worker = || mcwcfs::daemon::status(&mountpoint).unwrap().worker_pid;
+    for is_killed in [true, true, false, false, true] {
+        let before = worker();
+        if is_killed {
+            kill(before as i32, libc::SIGKILL);
+        } else {
+            mcwcfs_ok(["upgrade".into(), mountpoint.clone().into_os_string()]);
+        }
+        // The kernel refuses to open a file in two ways at once, and under another name too.
+        kept.assert_all_ways_of_reading_agree();
+        assert_ne!(worker(), before);
+    }
+    let mut out = vec![0; kept.expected.len()];
+    held.read_exact_at(&mut out, 0).unwrap();
+    assert!(out == kept.expected);
+    drop(held);
+    kept.assert_all_ways_of_reading_agree();
+    kill(worker() as i32, libc::SIGKILL);
+    kept.assert_all_ways_of_reading_agree();
 }

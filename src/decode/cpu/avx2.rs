@@ -61,28 +61,78 @@ impl ByteTable {
         Self(quarters)
     }
 
-    /// `entries[index]` in each byte; indices are less than 64.
+    /// `entries[index]` in each byte.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn look_up(&self, index: __m256i) -> __m256i {
-        let mut found = _mm256_setzero_si256();
-        for (quarter, &entries) in self.0.iter().enumerate() {
-            // An index outside the quarter gets its top bit set, which looks up 0.
-            let within = _mm256_sub_epi8(index, _mm256_set1_epi8(16 * quarter as i8));
-            let within = _mm256_adds_epu8(within, _mm256_set1_epi8(0x70));
-            found = _mm256_or_si256(found, _mm256_shuffle_epi8(entries, within));
-        }
-        found
+    fn look_up(&self, index: Index) -> __m256i {
+        let [a, b, c, d] = self.0;
+        let lower = _mm256_blendv_epi8(
+            _mm256_shuffle_epi8(a, index.within),
+            _mm256_shuffle_epi8(b, index.within),
+            index.odd_quarter,
+        );
+        let upper = _mm256_blendv_epi8(
+            _mm256_shuffle_epi8(c, index.within),
+            _mm256_shuffle_epi8(d, index.within),
+            index.odd_quarter,
+        );
+        _mm256_blendv_epi8(lower, upper, index.upper_half)
     }
 
     /// `b[index]` where `take_b` is all ones, else `a[index]`; only `a` where there is one table.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn look_up_either<const TABLE_USE: usize>(a: &Self, b: &Self, take_b: __m256i, index: __m256i) -> __m256i {
+    fn look_up_either<const TABLE_USE: usize>(a: &Self, b: &Self, take_b: __m256i, index: Index) -> __m256i {
         match TABLE_USE {
             ONE_TABLE => a.look_up(index),
             _ => _mm256_blendv_epi8(a.look_up(index), b.look_up(index), take_b),
         }
+    }
+}
+
+/// Which byte of a [`ByteTable`] each byte looks up, less than 64. A shuffle goes by the lower four bits; the others choose
+/// between shuffles, by the top bit of a byte.
+#[derive(Clone, Copy)]
+struct Index {
+    within: __m256i,
+    odd_quarter: __m256i,
+    upper_half: __m256i,
+}
+
+impl Index {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn new(index: __m256i) -> Self {
+        Self { within: index, odd_quarter: _mm256_slli_epi16::<3>(index), upper_half: _mm256_slli_epi16::<2>(index) }
+    }
+}
+
+/// Words by position, for both quantizers, as bytes.
+#[derive(Clone, Copy)]
+struct WordTables {
+    low: [ByteTable; 2],
+    high: [ByteTable; 2],
+}
+
+impl WordTables {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn new<const TABLE_USE: usize>([a, b]: &[[u16; PADDED]; 2]) -> Self {
+        let (low, high) = (ByteTable::new::<0>(a), ByteTable::new::<8>(a));
+        if TABLE_USE == ONE_TABLE {
+            return Self { low: [low; 2], high: [high; 2] };
+        }
+        Self { low: [low, ByteTable::new::<0>(b)], high: [high, ByteTable::new::<8>(b)] }
+    }
+
+    /// The words of 32 positions, in order.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn look_up<const TABLE_USE: usize>(&self, second: __m256i, index: Index) -> [__m256i; 2] {
+        let low = ByteTable::look_up_either::<TABLE_USE>(&self.low[0], &self.low[1], second, index);
+        let high = ByteTable::look_up_either::<TABLE_USE>(&self.high[0], &self.high[1], second, index);
+        let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+        [_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)]
     }
 }
 
@@ -113,13 +163,10 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
     let wide = size_of::<O>() == 4;
     assert!(symbols <= job.out.len() && (wide || size_of::<O>() == 2), "room for every value");
     let slots = job.tables.map(|table| table.slots().0.as_ptr().cast::<i32>());
-    let byte_tables = |of: &[[u16; PADDED]; 2]| {
-        let [a, b] = of;
-        [ByteTable::new::<0>(a), ByteTable::new::<8>(a), ByteTable::new::<0>(b), ByteTable::new::<8>(b)]
-    };
-    let low_tables = byte_tables(&job.values.low);
-    let high_tables = byte_tables(&job.values.high);
-    let odd = job.tables.map(|table| ByteTable::new::<0>(&table.decoding().odd));
+    let low_tables = WordTables::new::<TABLE_USE>(&job.values.low);
+    let high_tables = if wide { WordTables::new::<TABLE_USE>(&job.values.high) } else { low_tables };
+    let [a, b] = job.tables.map(|table| &table.decoding().odd);
+    let odd = [ByteTable::new::<0>(a), ByteTable::new::<0>(b)];
     let [from_second, from_odd] =
         [job.trellis.from_second, job.trellis.from_odd].map(|bits| _mm256_set1_epi8(bits as i8));
     let one = _mm256_set1_epi8(1);
@@ -145,8 +192,12 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
         let second_of_group = match TABLE_USE {
             TRELLIS_TABLES => {
                 let (lower, upper) = (_mm256_castsi256_si128(second), _mm256_extracti128_si256::<1>(second));
-                [lower, _mm_srli_si128::<8>(lower), upper, _mm_srli_si128::<8>(upper)]
-                    .map(|of| _mm256_cvtepi8_epi32(of))
+                [
+                    _mm256_cvtepi8_epi32(lower),
+                    _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(lower)),
+                    _mm256_cvtepi8_epi32(upper),
+                    _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(upper)),
+                ]
             }
             _ => [_mm256_setzero_si256(); GROUPS],
         };
@@ -180,34 +231,32 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
         }
         // One byte per lane. Packing works in halves and leaves four positions of each group in each.
         let words = [_mm256_packus_epi32(positions[0], positions[1]), _mm256_packus_epi32(positions[2], positions[3])];
-        let position = _mm256_permutevar8x32_epi32(
+        let position = Index::new(_mm256_permutevar8x32_epi32(
             _mm256_packus_epi16(words[0], words[1]),
             _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7),
-        );
+        ));
 
-        let words_of = |tables: &[ByteTable; 4]| {
-            let low = ByteTable::look_up_either::<TABLE_USE>(&tables[0], &tables[2], second, position);
-            let high = ByteTable::look_up_either::<TABLE_USE>(&tables[1], &tables[3], second, position);
-            let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
-            [_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)]
-        };
-        let low = words_of(&low_tables);
-        let store = |register: usize, value| {
-            let registers = LANES * size_of::<O>() / 32;
-            // SAFETY: `symbols` values are that many registers, and there is room for them.
-            unsafe { _mm256_storeu_si256(out.add(32 * (registers * vector + register)).cast(), value) }
-        };
+        let low = low_tables.look_up::<TABLE_USE>(second, position);
+        // SAFETY: `symbols` values are so many vectors of values, and there is room for them.
+        let out = unsafe { out.add(LANES * size_of::<O>() * vector) };
         if wide {
-            let high = words_of(&high_tables);
+            let high = high_tables.look_up::<TABLE_USE>(second, position);
             for half in 0..2 {
                 let (a, b) =
                     (_mm256_unpacklo_epi16(low[half], high[half]), _mm256_unpackhi_epi16(low[half], high[half]));
-                store(2 * half, _mm256_permute2x128_si256::<0x20>(a, b));
-                store(2 * half + 1, _mm256_permute2x128_si256::<0x31>(a, b));
+                // SAFETY: the values of a vector are four registers.
+                unsafe {
+                    let out = out.add(64 * half);
+                    _mm256_storeu_si256(out.cast(), _mm256_permute2x128_si256::<0x20>(a, b));
+                    _mm256_storeu_si256(out.add(32).cast(), _mm256_permute2x128_si256::<0x31>(a, b));
+                }
             }
         } else {
-            store(0, low[0]);
-            store(1, low[1]);
+            // SAFETY: the values of a vector are two registers.
+            unsafe {
+                _mm256_storeu_si256(out.cast(), low[0]);
+                _mm256_storeu_si256(out.add(32).cast(), low[1]);
+            }
         }
         if TABLE_USE != ONE_TABLE {
             let odd = match TABLE_USE {

@@ -4,9 +4,9 @@
 //! Every function is written once, as a loop that compilers vectorize, and compiled for every instruction set. All
 //! arithmetic is single binary32 operations in the reference decoder's order.
 
-#[cfg(target_arch = "x86_64")]
-use super::raw_bits::spread_by_mask;
 use super::raw_bits::{RawBits, Spread, spread_by_table};
+#[cfg(target_arch = "x86_64")]
+use super::raw_bits::{spread_by_mask, spread_by_shuffle};
 use crate::codec::lossless::join_element;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{dequantize, join_code};
@@ -120,7 +120,7 @@ compile_for!(
     #[cfg(target_arch = "x86_64")]
     AVX2,
     avx2,
-    spread_by_table,
+    spread_by_shuffle,
     "avx2,bmi1,bmi2,popcnt"
 );
 compile_for!(
@@ -266,47 +266,96 @@ fn dequantize_trellis(
     }
 }
 
+/// How weights of a type are stored. A trait and no closures, for the reason above.
+trait Weight<const BYTES: usize> {
+    fn widen(bytes: [u8; BYTES]) -> f32;
+    fn round(value: f32) -> [u8; BYTES];
+}
+
+struct Bf16;
+
+impl Weight<2> for Bf16 {
+    #[inline(always)]
+    fn widen(bytes: [u8; 2]) -> f32 {
+        f32_from_bf16(u16::from_le_bytes(bytes))
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> [u8; 2] {
+        bf16_from_f32(value).to_le_bytes()
+    }
+}
+
+struct F16;
+
+impl Weight<2> for F16 {
+    #[inline(always)]
+    fn widen(bytes: [u8; 2]) -> f32 {
+        f32_from_f16(u16::from_le_bytes(bytes))
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> [u8; 2] {
+        f16_from_f32(value).to_le_bytes()
+    }
+}
+
+struct F32;
+
+impl Weight<4> for F32 {
+    #[inline(always)]
+    fn widen(bytes: [u8; 4]) -> f32 {
+        f32::from_le_bytes(bytes)
+    }
+
+    #[inline(always)]
+    fn round(value: f32) -> [u8; 4] {
+        value.to_le_bytes()
+    }
+}
+
 #[inline(always)]
 fn round_bf16(residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out: &mut [u8]) {
-    let widen = |bytes| f32_from_bf16(u16::from_le_bytes(bytes));
-    add_and_round(residuals, prediction, out, widen, |value| bf16_from_f32(value).to_le_bytes());
+    add_and_round::<2, Bf16>(residuals, prediction, out);
 }
 
 #[inline(always)]
 fn round_f16(residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out: &mut [u8]) {
-    let widen = |bytes| f32_from_f16(u16::from_le_bytes(bytes));
-    add_and_round(residuals, prediction, out, widen, |value| f16_from_f32(value).to_le_bytes());
+    add_and_round::<2, F16>(residuals, prediction, out);
 }
 
 #[inline(always)]
 fn round_f32(residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out: &mut [u8]) {
-    add_and_round(residuals, prediction, out, f32::from_le_bytes, f32::to_le_bytes);
+    add_and_round::<4, F32>(residuals, prediction, out);
 }
 
 #[inline(always)]
-fn add_and_round<const BYTES: usize>(
+fn add_and_round<const BYTES: usize, W: Weight<BYTES>>(
     residuals: &[[u8; 4]],
     prediction: RunPrediction<'_>,
     out: &mut [u8],
-    widen: impl Fn([u8; BYTES]) -> f32,
-    round: impl Fn(f32) -> [u8; BYTES],
 ) {
-    let out = out.as_chunks_mut::<BYTES>().0.iter_mut().zip(residuals);
+    let out = out.as_chunks_mut::<BYTES>().0;
+    let length = out.len();
+    let residuals = &residuals[..length];
     match prediction {
         None => {
-            for (out, &residual) in out {
-                *out = round(f32::from_le_bytes(residual));
+            for index in 0..length {
+                out[index] = W::round(f32::from_le_bytes(residuals[index]));
             }
         }
         // The match on the predictor is outside the loop: inside it, compilers do not vectorize.
         Some((RunPredictor::ScaledCopy { gain }, reference)) => {
-            for ((out, &residual), &reference) in out.zip(reference.as_chunks::<BYTES>().0) {
-                *out = round(f32::from_le_bytes(residual) + gain * widen(reference));
+            let reference = &reference.as_chunks::<BYTES>().0[..length];
+            for index in 0..length {
+                out[index] = W::round(f32::from_le_bytes(residuals[index]) + gain * W::widen(reference[index]));
             }
         }
         Some((RunPredictor::RowAffine { gain, offset }, reference)) => {
-            for ((out, &residual), &reference) in out.zip(reference.as_chunks::<BYTES>().0) {
-                *out = round(f32::from_le_bytes(residual) + (gain * widen(reference) + offset));
+            let reference = &reference.as_chunks::<BYTES>().0[..length];
+            for index in 0..length {
+                let predicted = gain * W::widen(reference[index]) + offset;
+                out[index] = W::round(f32::from_le_bytes(residuals[index]) + predicted);
             }
         }
     }

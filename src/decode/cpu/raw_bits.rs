@@ -33,16 +33,43 @@ pub type Spread = unsafe fn(words: &[[u8; 4]], planes: usize, bytes: &mut [[u8; 
 /// # Safety
 /// None needed: it is a safe function behind the type that kernels have.
 pub unsafe fn spread_by_table(words: &[[u8; 4]], planes: usize, bytes: &mut [[u8; LANES]]) {
-    for (words, bytes) in words.chunks_exact(planes).zip(bytes) {
+    let vectors = bytes.len().min(words.len() / planes);
+    for vector in 0..vectors {
         let mut eights = [0_u64; LANES / 8];
-        for (plane, word) in words.iter().enumerate() {
+        for (plane, word) in words[vector * planes..][..planes].iter().enumerate() {
             for (eight, &byte) in eights.iter_mut().zip(word) {
                 *eight |= BYTES_OF_BITS[usize::from(byte)] << plane;
             }
         }
-        for (bytes, eight) in bytes.as_chunks_mut().0.iter_mut().zip(eights) {
+        for (bytes, eight) in bytes[vector].as_chunks_mut().0.iter_mut().zip(eights) {
             *bytes = eight.to_le_bytes();
         }
+    }
+}
+
+/// [`Spread`] with AVX2: a word of a plane is broadcast, and each lane looks at its bit.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+pub unsafe fn spread_by_shuffle(words: &[[u8; 4]], planes: usize, bytes: &mut [[u8; LANES]]) {
+    use core::arch::x86_64::*;
+    // Four bytes of a word go to eight lanes each.
+    let byte_of_lane = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+    let bit_of_lane = _mm256_set1_epi64x(i64::from_le_bytes([1, 2, 4, 8, 16, 32, 64, 128]));
+    let vectors = bytes.len().min(words.len() / planes);
+    for vector in 0..vectors {
+        let mut sum = _mm256_setzero_si256();
+        let mut value = _mm256_set1_epi8(1);
+        for &word in &words[vector * planes..][..planes] {
+            let word = _mm256_shuffle_epi8(_mm256_set1_epi32(i32::from_le_bytes(word)), byte_of_lane);
+            let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(word, bit_of_lane), bit_of_lane);
+            sum = _mm256_or_si256(sum, _mm256_and_si256(is_set, value));
+            value = _mm256_add_epi8(value, value);
+        }
+        // SAFETY: 32 bytes are a register.
+        unsafe { _mm256_storeu_si256(bytes[vector].as_mut_ptr().cast(), sum) }
     }
 }
 

@@ -314,7 +314,7 @@ fn decode_together(engine: &dyn Engine, random: &RandomPart) -> Result<Vec<u8>, 
 }
 
 /// Miri takes a thousand times as long.
-const CASES: u32 = if cfg!(miri) { 8 } else { 400 };
+const CASES: u32 = if cfg!(miri) { 3 } else { 400 };
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: CASES, ..ProptestConfig::default() })]

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{PartDecoder, Path, Strip};
 use crate::codec::lossless::widen;
+use crate::codec::motion::Motion;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::DecodeError;
@@ -150,8 +151,8 @@ impl<'a> PartDecoder<'a> {
         }
         gathered.resize(elements.len() * self.element_bytes, 0);
         match self.element_bytes {
-            2 => gather::<2>(reference, motion.spans(elements), gathered),
-            _ => gather::<4>(reference, motion.spans(elements), gathered),
+            2 => gather::<2>(reference, motion, elements, gathered),
+            _ => gather::<4>(reference, motion, elements, gathered),
         }
         self.ended(Stage::Placement);
         Some((predictor, gathered))
@@ -233,16 +234,27 @@ impl<'a> PartDecoder<'a> {
     }
 }
 
-/// Copies spans of elements from `reference`, one after another.
-fn gather<const BYTES: usize>(reference: &[u8], spans: impl Iterator<Item = Range<usize>>, gathered: &mut [u8]) {
+/// Copies the reference elements of `elements`, one after another.
+fn gather<const BYTES: usize>(reference: &[u8], motion: &Motion, elements: Range<usize>, gathered: &mut [u8]) {
     let reference = reference.as_chunks::<BYTES>().0;
     let mut rest = gathered.as_chunks_mut::<BYTES>().0;
-    for span in spans {
-        let (next, later) = rest.split_at_mut(span.len());
-        match next {
-            [element] => *element = reference[span.start], // where every column moves alone: no call to copy it
-            _ => next.copy_from_slice(&reference[span]),
+    if let Some(sources) = motion.single_elements() {
+        let mut start = elements.start;
+        while !rest.is_empty() {
+            let (line, index) = (start / sources.len(), start % sources.len());
+            let line = &reference[line * sources.len()..][..sources.len()];
+            let (next, later) = rest.split_at_mut((sources.len() - index).min(rest.len()));
+            for (element, &source) in next.iter_mut().zip(&sources[index..]) {
+                *element = line[source as usize];
+            }
+            start += next.len();
+            rest = later;
         }
+        return;
+    }
+    for span in motion.spans(elements) {
+        let (next, later) = rest.split_at_mut(span.len());
+        next.copy_from_slice(&reference[span]);
         rest = later;
     }
 }
