@@ -53,6 +53,16 @@ impl Effort {
         }
     }
 
+    /// Steps tried on them at least: tables that symbols are placed with are fitted to the symbols placed before, and get
+    /// better by that.
+    pub fn least_probes(self) -> usize {
+        match self {
+            Self::Fast => 2,
+            Self::Default => 3,
+            Self::Max => 5,
+        }
+    }
+
     /// Weights of a part that mode decision measures.
     pub fn measured_elements(self) -> usize {
         match self {

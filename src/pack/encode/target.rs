@@ -53,10 +53,12 @@ impl Encoder<'_> {
                 let mut search = StepSearch::new(0.0, 2.0);
                 let mut step = rms * (6.0 * wanted).sqrt();
                 let mut probe = survey.probe(step, None);
-                for _ in 1..PROBES {
+                for attempt in 1..PROBES {
                     let error: f64 = probe.parts.iter().flatten().map(|part| part.squared_error).sum();
                     let excess = error / (wanted * survey.quantized_energy());
-                    if (excess - 1.0).abs() < PROBE_TOLERANCE || excess.is_nan() || excess == 0.0 {
+                    let is_near = (excess - 1.0).abs() < PROBE_TOLERANCE;
+                    let is_enough = attempt >= self.options.effort.least_probes();
+                    if is_near && is_enough || excess.is_nan() || excess == 0.0 {
                         break;
                     }
                     step = search.next(step, excess.log2());
@@ -101,7 +103,8 @@ impl Encoder<'_> {
                 return Err(PackError::Rate { wanted, reason });
             }
             let excess = bits + fixed - budget;
-            if excess.abs() < PROBE_TOLERANCE * budget || attempt == PROBES || bits == 0.0 {
+            let is_enough = attempt >= self.options.effort.least_probes();
+            if excess.abs() < PROBE_TOLERANCE * budget && is_enough || attempt == PROBES || bits == 0.0 {
                 return Ok(StepPlan { probe, slope, budget });
             }
             let octaves = step.log2();
