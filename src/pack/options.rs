@@ -83,8 +83,7 @@ impl Effort {
     pub fn trellis_states(self) -> TrellisStates {
         match self {
             Self::Fast => TrellisStates(8),
-            Self::Default => TrellisStates(256),
-            Self::Max => TrellisStates(256),
+            Self::Default | Self::Max => TrellisStates(256),
         }
     }
 
