@@ -61,6 +61,55 @@ pub const RECIPES: &[Recipe] = &[
     },
 ];
 
+/// Archives whose strips have all 32 lanes, which only tensors of some size have: too large to try every byte of.
+pub const LARGE_RECIPES: &[Recipe] = &[
+    Recipe {
+        name: "large-lossless",
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: || {
+            let mut tensors = matrices(&[("bf16", "BF16", 256)]);
+            tensors.push(partly_narrow());
+            tensors
+        },
+    },
+    Recipe {
+        name: "large-lossy-trellis",
+        must_contain: &["trellis"],
+        options: &["--bpp", "3.5", "--keep", "coarse=1.5", "--keep", "fine=8"],
+        tensors: || matrices(&[("coarse", "BF16", 256), ("medium", "F16", 256), ("fine", "F32", 256)]),
+    },
+    Recipe {
+        name: "large-lossy-scalar",
+        must_contain: &["\"keyframe"],
+        options: &["--bpp", "3", "--quantization", "scalar", "--effort", "fast"],
+        tensors: || matrices(&[("bf16", "BF16", 300)]),
+    },
+];
+
+/// Matrices of 192 columns and some rows, with rows of different scales.
+fn matrices(of: &[(&str, &'static str, usize)]) -> Vec<Tensor> {
+    let mut random = Random::new(12);
+    let matrix = |&(name, dtype, rows): &(&str, &'static str, usize)| {
+        let scaled = |row: usize, value: f32| value * 0.02 * (1.0 + (row % 7) as f32);
+        let values = random.normals(192 * rows, 1.0);
+        let values: Vec<f32> = values.iter().enumerate().map(|(at, &value)| scaled(at / 192, value)).collect();
+        Tensor::floats(name, dtype, &[rows, 192], &values)
+    };
+    of.iter().map(matrix).collect()
+}
+
+/// An F32 matrix, every third row of which would fit F16.
+fn partly_narrow() -> Tensor {
+    let mut values = Random::new(13).normals(96 * 64, 0.02);
+    for row in values.chunks_mut(64).step_by(3) {
+        for value in row {
+            *value = half::f16::from_f32(*value).to_f32();
+        }
+    }
+    Tensor::floats("partly narrow", "F32", &[96, 64], &values)
+}
+
 fn mixed_types() -> Vec<Tensor> {
     let mut random = Random::new(11);
     let mut tensors = vec![
