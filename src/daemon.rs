@@ -95,6 +95,9 @@ pub enum DaemonError {
         /// The mount point, absolute.
         mountpoint: PathBuf,
     },
+    /// The daemon would read decoded files through its own mount, or show them as models.
+    #[error("--decoded-cache {}: expected a directory outside the source and the mount point", .0.display())]
+    CacheInside(PathBuf),
     /// One of our mounts is at the mount point already.
     #[error(
         "mount point {mountpoint}: {what} is mounted there already: unmount it with `mcwcfs umount {mountpoint}`",
@@ -220,6 +223,9 @@ pub fn run(
 ) -> Result<(), DaemonError> {
     let (source, mountpoint) = paths::check(&options.source, &options.mountpoint)?;
     let options = ServeOptions { source, mountpoint, ..options.clone() };
+    if let Some(DecodedCache { directory, .. }) = &options.decoded_cache {
+        paths::check_outside(directory, &options.source, &options.mountpoint)?;
+    }
     let system = |what| move |source| DaemonError::System { what, source };
     // Found now: after an upgrade of the package, the system knows this process's file as deleted.
     let program = std::env::current_exe().map_err(system("finding this program"))?;

@@ -247,6 +247,11 @@ impl Mounted {
         self.passthrough.hold();
     }
 
+    /// Takes that back: the process that was to succeed this one did not come.
+    pub fn release_passthrough(&self) {
+        self.passthrough.release();
+    }
+
     /// Answers what has been taken from the device, at most for `limit`, and takes as little more as it can; returns
     /// whether everything was answered. For a process that another one succeeds: what is left is resent to that one.
     pub fn drain(&self, limit: Duration) -> bool {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Bert, mcwcfs, mcwcfs_ok};
+use common::{Bert, Random, Tensor, mcwcfs, mcwcfs_ok, safetensors};
 use serde_json::Value;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -65,6 +65,58 @@ fn every_effort_meets_the_rate_and_more_effort_has_less_error() {
     let (fast, max) = (error("fast"), error("max"));
     // Prediction pays much on this checkpoint, and only fast does without.
     assert!(max < 0.8 * fast, "{max} and {fast}");
+}
+
+/// Weights of two scales, and a mask between them as GPT-2 has it, whose entries are far larger than any weight.
+fn masked(value: f32) -> Work {
+    let mut random = Random::new(21);
+    let mask: Vec<f32> = (0..128 * 128).map(|at| if at % 128 > at / 128 { value } else { 0.0 }).collect();
+    let work = Work::new(Bert::default());
+    let tensors = [
+        Tensor::floats("h.0.attn.bias", "F32", &[1, 1, 128, 128], &mask),
+        Tensor::floats("h.0.attn.c_attn.weight", "F32", &[256, 256], &random.normals(256 * 256, 0.02)),
+        Tensor::floats("h.0.small.weight", "F32", &[128, 128], &random.normals(128 * 128, 0.0002)),
+    ];
+    for entry in fs::read_dir(&work.checkpoint).expect("the checkpoint") {
+        fs::remove_file(entry.expect("an entry").path()).expect("removed");
+    }
+    fs::write(work.checkpoint.join("model.safetensors"), safetensors(&tensors)).expect("the checkpoint");
+    work
+}
+
+#[test]
+fn a_mask_between_the_weights_stays_bit_exact_and_spoils_no_weight() {
+    for value in [1.0, -1e4, f32::MIN] {
+        let work = masked(value);
+        for options in [["--bpp", "9"], ["--max-rel-mse", "0.001"]] {
+            let report = work.pack("packed", &[options[0], options[1], "--trellis-states", "8", "--force"]);
+            for tensor in report["tensors"].as_array().expect("tensors") {
+                let error = number(&tensor["relative_squared_error"]);
+                let most = match tensor["name"].as_str().expect("a name") {
+                    "h.0.attn.bias" => 0.0,
+                    "h.0.small.weight" => 0.3,
+                    _ => 0.002,
+                };
+                assert!(error <= most, "{value}, {options:?}: {tensor}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused() {
+    let work = Work::new(Bert::default());
+    let refused = |options: &[&str], says: &str| {
+        let mut arguments = arguments!["pack", &work.checkpoint, work.archive("refused")].to_vec();
+        arguments.extend(options.iter().map(Into::into));
+        let output = mcwcfs(arguments);
+        assert!(!output.status.success(), "{options:?}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains(says), "{options:?}: {said}");
+        assert!(!work.archive("refused").exists());
+    };
+    refused(&["--bpp", "4", "--keep", "lm_haed*=lossless"], "no tensor of this checkpoint has such a name");
+    refused(&["--max-rel-mse", "1"], "less than 1");
 }
 
 #[test]

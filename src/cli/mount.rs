@@ -306,7 +306,7 @@ fn parse_mode(text: &str) -> Result<u16, String> {
 /// The exit code of a failure, as mount(8) documents them.
 pub(super) fn exit_code(error: &DaemonError) -> u8 {
     match error {
-        DaemonError::Overlap { .. } => WRONG_USAGE,
+        DaemonError::Overlap { .. } | DaemonError::CacheInside(_) => WRONG_USAGE,
         DaemonError::Worker { exit_code, .. } => *exit_code,
         DaemonError::Handover { .. } => INTERNAL,
         DaemonError::System { .. }

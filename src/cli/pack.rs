@@ -91,8 +91,16 @@ struct TargetArgs {
     #[arg(long, value_name = "R", value_parser = positive)]
     bpp: Option<f64>,
     /// Greatest squared error over squared weights, over all quantized tensors together.
-    #[arg(long, value_name = "E", value_parser = positive)]
+    #[arg(long, value_name = "E", value_parser = below_one)]
     max_rel_mse: Option<f64>,
+}
+
+/// A tensor with more relative squared error than this is worth a warning.
+const MUCH_ERROR: f64 = 0.3;
+
+fn below_one(text: &str) -> Result<f64, String> {
+    let value = positive(text)?;
+    if value < 1.0 { Ok(value) } else { Err("expected less than 1, which is the error of all zeros".into()) }
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -119,6 +127,9 @@ pub enum PackCommandError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A rule that no tensor matches: it was meant for one.
+    #[error("--keep {0}: no tensor of this checkpoint has such a name")]
+    KeepsNothing(String),
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
@@ -165,6 +176,11 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         stats: args.stats,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
+    let names: Vec<&str> =
+        checkpoint.files.iter().flat_map(|file| &file.header.tensors).map(|tensor| tensor.name.as_str()).collect();
+    if let Some(rule) = options.keep.iter().find(|rule| !names.iter().any(|name| rule.matches(name))) {
+        return Err(PackCommandError::KeepsNothing(rule.to_string()));
+    }
     let destination = Destination::of(&args.output, &checkpoint)?;
     if !args.dry_run && !args.force {
         destination.refuse_existing(&checkpoint.sidecars)?;
@@ -184,7 +200,23 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     if let Some(missed) = &report.target_missed {
         log::warn!("target missed: {missed}");
     }
+    warn_of_damage(&report);
     Ok(ExitCode::SUCCESS)
+}
+
+/// One bound holds for all tensors together; a single one may still be worse than its model can bear.
+fn warn_of_damage(report: &PackReport) {
+    let error = |tensor: &TensorReport| tensor.relative_squared_error.unwrap_or(0.0);
+    let damaged: Vec<&TensorReport> = report.tensors.iter().filter(|tensor| error(tensor) > MUCH_ERROR).collect();
+    let worst = damaged.iter().copied().max_by(|a, b| error(a).total_cmp(&error(b)));
+    if let Some(worst) = worst {
+        log::warn!(
+            "{} tensors have a relative squared error above {MUCH_ERROR}, {} of {:.2}: a higher rate or --keep helps",
+            damaged.len(),
+            worst.name,
+            error(worst)
+        );
+    }
 }
 
 /// Where the output goes.

@@ -37,6 +37,21 @@ pub(super) fn check(source: &Path, mountpoint: &Path) -> Result<(PathBuf, PathBu
     }
 }
 
+/// Refuses a directory, there or not yet, that lies in the source or at the mount point. Both are absolute and without
+/// symbolic links.
+pub(super) fn check_outside(directory: &Path, source: &Path, mountpoint: &Path) -> Result<(), DaemonError> {
+    let absolute = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    let existing = absolute.ancestors().find_map(|ancestor| ancestor.canonicalize().ok().map(|real| (ancestor, real)));
+    let real = match existing {
+        Some((ancestor, real)) => real.join(absolute.strip_prefix(ancestor).unwrap_or(Path::new(""))),
+        None => absolute,
+    };
+    if real.starts_with(source) || real.starts_with(mountpoint) {
+        return Err(DaemonError::CacheInside(directory.to_owned()));
+    }
+    Ok(())
+}
+
 fn clear_dead(mountpoint: &Path) -> Result<(), DaemonError> {
     while fuse::is_dead(mountpoint) {
         if !fuse::clear_if_dead(mountpoint) {
@@ -68,6 +83,21 @@ mod tests {
             assert!(matches!(result, Err(DaemonError::Overlap { .. })), "{source} at {mountpoint}");
         }
         check(&path("models"), &path("models-mounted")).unwrap();
+    }
+
+    #[test]
+    fn decoded_files_inside_the_source_or_the_mount_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().canonicalize().unwrap();
+        let (source, mountpoint) = (root.join("models"), root.join("mnt"));
+        fs::create_dir(&source).unwrap();
+        fs::create_dir(&mountpoint).unwrap();
+        symlink(&mountpoint, root.join("link")).unwrap();
+        for inside in ["models", "models/new", "mnt/a/b", "link/cache"] {
+            let result = check_outside(&root.join(inside), &source, &mountpoint);
+            assert!(matches!(result, Err(DaemonError::CacheInside(_))), "{inside}");
+        }
+        check_outside(&root.join("models-decoded"), &source, &mountpoint).unwrap();
     }
 
     #[test]

@@ -127,7 +127,10 @@ pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Res
             for line in BufReader::new(control).lines().map_while(Result::ok) {
                 match Command::parse(&line) {
                     Some(Command::Rescan) => rescans.request(),
-                    Some(Command::CountFailedUpgrade) => status.count_failed_upgrade(),
+                    Some(Command::CountFailedUpgrade) => {
+                        status.count_failed_upgrade();
+                        mounted.release_passthrough();
+                    }
                     Some(Command::Hold) => {
                         mounted.hold_passthrough();
                         tell(&said, &Message::Held);

@@ -70,6 +70,11 @@ impl Passthrough {
         self.is_held.store(true, Ordering::Relaxed);
     }
 
+    /// The successor did not come: names are made and given up again.
+    pub(super) fn release(&self) {
+        self.is_held.store(false, Ordering::Relaxed);
+    }
+
     /// Notes an open of `inode`; returns the kernel's name of the file to read where the kernel is to read by itself.
     /// `find` gives the file, if there is one, `register` names it to the kernel, and `adopt` takes a name that the kernel
     /// knows already.
@@ -118,13 +123,13 @@ impl Passthrough {
     /// Notes that a handle was closed.
     pub(super) fn close(&self, inode: Inode, handle: FileHandle) {
         let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.inherited.contains_key(&inode) || self.is_held.load(Ordering::Relaxed) {
+        if self.inherited.contains_key(&inode) {
             return; // how many a predecessor's readers have open is not known, so the name stays
         }
         let Some(open) = all.get_mut(&inode) else { return };
         let count = if handle == PASSED { &mut open.passed } else { &mut open.cached };
         *count = count.saturating_sub(1);
-        if open.passed == 0 {
+        if open.passed == 0 && !self.is_held.load(Ordering::Relaxed) {
             // Told before it happens: a name too many does no harm, a name too few does.
             if let (Some(registry), Some(_)) = (&self.registry, &open.backing) {
                 registry.given_up(inode);

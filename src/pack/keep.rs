@@ -64,6 +64,13 @@ impl FromStr for KeepRule {
     }
 }
 
+impl KeepRule {
+    /// Whether the rule speaks of this tensor.
+    pub fn matches(&self, tensor: &str) -> bool {
+        self.pattern.is_match(tensor)
+    }
+}
+
 impl std::fmt::Display for KeepRule {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str(&self.text)
@@ -72,7 +79,7 @@ impl std::fmt::Display for KeepRule {
 
 /// What the rules say of a tensor: the last that matches counts.
 pub fn kept(rules: &[KeepRule], tensor: &str) -> Option<Keep> {
-    rules.iter().rev().find(|rule| rule.pattern.is_match(tensor)).map(|rule| rule.keep)
+    rules.iter().rev().find(|rule| rule.matches(tensor)).map(|rule| rule.keep)
 }
 
 #[cfg(test)]

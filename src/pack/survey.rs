@@ -31,6 +31,10 @@ const RUN_BITS: f64 = 1.5;
 /// Bits of a part's header and its place in the index, about.
 const PART_BITS: f64 = 8.0 * 48.0;
 
+/// Coarsest step of any part in root mean squares of its own weights, or twice what the checkpoint's step is in those of all
+/// weights. One step for all gives the least error in sum, but weights that are much smaller than the rest would all become 0.
+const LEAST_COARSEST: f64 = 0.8;
+
 /// What is known of every part, record by record.
 pub struct Survey<'a> {
     options: &'a PackOptions,
@@ -180,9 +184,11 @@ impl<'a> Survey<'a> {
     fn probe_as(&mut self, options: &PackOptions, step: f64, before: Option<&Probe>, settling: Settling) -> Probe {
         let empty = TablePool::default();
         let known = before.map_or(&empty, |probe| &probe.pool);
+        let (following, energy) = self.energy();
+        let rms = (energy / following.max(1) as f64).sqrt();
         let mut parts: Vec<&mut SurveyedPart<'a>> = self.parts.iter_mut().flatten().collect();
         let quantizers: Vec<Option<PartQuantizer>> =
-            parts.par_iter_mut().map(|part| part.quantizer(step, options)).collect();
+            parts.par_iter_mut().map(|part| part.quantizer(step, rms, options)).collect();
         let first = first_tables(&parts, &quantizers, known);
         let tried: Vec<Option<Tried>> = parts
             .par_iter_mut()
@@ -264,10 +270,13 @@ impl State {
 
 impl SurveyedPart<'_> {
     /// The quantizer of a part that is to be quantized, unless it cannot be.
-    fn quantizer(&mut self, step: f64, options: &PackOptions) -> Option<PartQuantizer> {
+    fn quantizer(&mut self, step: f64, rms_of_all: f64, options: &PackOptions) -> Option<PartQuantizer> {
         let State::Quantized { sample, fineness, own, .. } = &mut self.state else { return None };
         let step = match *fineness {
-            Fineness::Times(times) => step / f64::from(times),
+            Fineness::Times(times) => {
+                let most = (2.0 * step / rms_of_all).max(LEAST_COARSEST) * sample.root_mean_square;
+                (step / f64::from(times)).min(most)
+            }
             Fineness::Rate(bits) => {
                 let elements = self.layout.elements as f64;
                 let first = || OwnStep {

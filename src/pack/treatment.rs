@@ -1,5 +1,7 @@
 //! What is done with each tensor: decided from the tensor, the target and the user's `--keep` rules, before any is coded.
 
+use std::collections::BTreeSet;
+
 use super::keep::Keep;
 use super::lossless::Split;
 use super::options::PackOptions;
@@ -7,6 +9,9 @@ use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_
 use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
 use crate::tensor::TensorInfo;
+
+/// A tensor with no more values than this has no weights in it: trained ones hardly repeat.
+const FEW_VALUES: usize = 32;
 
 /// How one part is coded, before a step is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,7 +48,7 @@ impl Treatment {
             None => options.target.is_lossy().then(|| Fineness::Times(refinement(block_type, options))),
         };
         match fineness {
-            Some(fineness) if may_be_quantized(tensor) && is_finite(tensor, bytes) => Self::Quantized(fineness),
+            Some(fineness) if may_be_quantized(tensor) && is_of_weights(tensor, bytes) => Self::Quantized(fineness),
             _ => Self::exact(tensor, bytes),
         }
     }
@@ -54,8 +59,17 @@ impl Treatment {
     }
 }
 
-fn is_finite(tensor: &TensorInfo, bytes: &[u8]) -> bool {
-    largest_magnitude(&values_of(&tensor.dtype, bytes)).is_finite()
+/// Whether the values look like weights: finite, and not a few values over and over. Those are masks, constants and one-hot
+/// tables; GPT-2 keeps its causal masks between the weights. They cost little bit-exact, and a mask that is almost right is
+/// wrong.
+fn is_of_weights(tensor: &TensorInfo, bytes: &[u8]) -> bool {
+    let values = values_of(&tensor.dtype, bytes);
+    let mut distinct = BTreeSet::new();
+    let has_many = values.iter().any(|value| {
+        distinct.insert(value.to_bits());
+        distinct.len() > FEW_VALUES
+    });
+    has_many && largest_magnitude(&values).is_finite()
 }
 
 /// How one part is coded, everything but tables known.

@@ -1,6 +1,6 @@
 //! Keeps decoded files on disk for later: each file that somebody loads is written there once its readers are quiet.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,6 +16,8 @@ use crate::decoded_files::{DecodedFiles, DecodedFilesError, FileDigest};
 
 /// A load that paused for so long is taken to be over: what it needed is decoded, and processors are free.
 const QUIET: Duration = Duration::from_secs(1);
+/// A file that could not be kept is not tried again before.
+const BEFORE_RETRY: Duration = Duration::from_secs(60);
 /// Readers that are never quiet do not put a file off for ever.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -34,8 +36,9 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    /// What has been queued, whatever became of it.
+    /// What is queued or being written, and since when files are not tried again that could not be kept.
     seen: HashSet<FileDigest>,
+    failed: HashMap<FileDigest, Instant>,
     queue: VecDeque<Wanted>,
     last_read: Option<Instant>,
     is_closed: bool,
@@ -80,7 +83,11 @@ impl FileKeeper {
         let is_header = end_bytes <= wanted.file().header.len() as u64;
         let mut state = self.shared.lock();
         state.last_read = Some(Instant::now());
-        if !is_header && state.seen.insert(wanted.file().decoded_sha256) {
+        let digest = wanted.file().decoded_sha256;
+        if is_header || state.failed.get(&digest).is_some_and(|since| since.elapsed() < BEFORE_RETRY) {
+            return;
+        }
+        if state.seen.insert(digest) {
             state.queue.push_back(wanted);
             self.shared.changed.notify_all();
         }
@@ -103,7 +110,18 @@ impl Shared {
     fn run(&self, files: &DecodedFiles) {
         while let Some(wanted) = self.next() {
             let name = &wanted.file().name;
-            match catch_unwind(AssertUnwindSafe(|| self.keep(files, &wanted))) {
+            let digest = wanted.file().decoded_sha256;
+            let kept = catch_unwind(AssertUnwindSafe(|| self.keep(files, &wanted)));
+            {
+                // It may be wanted again: what is kept makes room for others in time.
+                let mut state = self.lock();
+                state.seen.remove(&digest);
+                match &kept {
+                    Ok(Ok(())) => state.failed.remove(&digest),
+                    _ => state.failed.insert(digest, Instant::now()),
+                };
+            }
+            match kept {
                 Ok(Ok(())) => info!("decoded file kept: {name}, {} bytes", wanted.file().length_bytes),
                 Ok(Err(error)) if self.lock().is_closed => info!("decoded file not kept: {name}: {error}"),
                 Ok(Err(error)) => warn!("decoded file not kept: {name}: {error}"),

@@ -35,6 +35,18 @@ pub enum PackError {
         /// What is in the way.
         reason: String,
     },
+    /// The error cannot be reached.
+    #[error(
+        "--max-rel-mse {wanted}: {found:.3e} after {encodings} encodings, nothing was written; try a lower one, or --lossless"
+    )]
+    Distortion {
+        /// Relative squared error asked for.
+        wanted: f64,
+        /// What the last encoding had.
+        found: f64,
+        /// How many there were.
+        encodings: usize,
+    },
     /// The archive just written cannot be opened.
     #[error("the new archive does not open: {0}; please report this")]
     Reopen(#[from] ArchiveError),

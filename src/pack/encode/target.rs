@@ -35,7 +35,9 @@ impl Encoder<'_> {
     pub(super) fn find_step(&self, survey: &mut Survey<'_>) -> Result<StepPlan, PackError> {
         let (following, energy) = survey.energy();
         if following == 0 || energy == 0.0 {
-            if let Target::BitsPerParameter(wanted) = self.options.target {
+            if let Target::BitsPerParameter(wanted) = self.options.target
+                && !survey.has_rates()
+            {
                 log::warn!("--bpp {wanted}: no tensor of this checkpoint may be quantized; packing it bit-exact");
             }
             let mut probe = survey.probe(1.0, None);
@@ -53,7 +55,20 @@ impl Encoder<'_> {
                 let mut search = StepSearch::new(0.0, 2.0);
                 let mut step = rms * (6.0 * wanted).sqrt();
                 let mut probe = survey.probe(step, None);
-                for attempt in 1..PROBES {
+                let mut following = following;
+                let mut attempt = 0;
+                while attempt < PROBES {
+                    attempt += 1;
+                    let (now_following, energy) = survey.energy();
+                    if now_following != following && now_following > 0 {
+                        // Parts turned out to be shorter bit-exact: the others may be of another scale.
+                        following = now_following;
+                        attempt = 0;
+                        search = StepSearch::new(0.0, 2.0);
+                        step = (energy / following as f64).sqrt() * (6.0 * wanted).sqrt();
+                        probe = survey.probe(step, None);
+                        continue;
+                    }
                     let error: f64 = probe.parts.iter().flatten().map(|part| part.squared_error).sum();
                     let excess = error / (wanted * survey.quantized_energy());
                     let is_near = (excess - 1.0).abs() < PROBE_TOLERANCE;
@@ -87,7 +102,20 @@ impl Encoder<'_> {
         let mut probe = survey.probe(step, None);
         let mut search = StepSearch::new(0.0, -following);
         let mut slope = 1.0;
-        for attempt in 1.. {
+        let mut following = following;
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let (now_following, energy) = survey.energy();
+            if now_following as f64 != following && now_following > 0 {
+                // Parts turned out to be shorter bit-exact: the others may be of another scale.
+                following = now_following as f64;
+                attempt = 0;
+                step = gaussian_step((energy / following).sqrt(), wanted * parameters / following);
+                search = StepSearch::new(0.0, -following);
+                probe = survey.probe(step, None);
+                continue;
+            }
             let budget = wanted * parameters - self.index_bits(&probe);
             let of = |follows: bool| {
                 let parts = probe.parts.iter().flatten().filter(move |part| part.follows_step == follows);
@@ -113,7 +141,6 @@ impl Encoder<'_> {
             log::debug!("step tried: {octaves:.3} octaves, {excess:.0} bits above the budget");
             probe = survey.probe(step, Some(&probe));
         }
-        unreachable!("the last attempt returns")
     }
 
     /// Encodes until the target is met on what was serialized.
@@ -145,7 +172,7 @@ impl Encoder<'_> {
                     let bits = 8.0 * bytes as f64;
                     let off = (bits / (wanted * parameters) - 1.0).abs();
                     if off < tolerance || settled {
-                        let missed = (off >= 2.0 * tolerance && is_steered)
+                        let missed = (off >= tolerance && is_steered)
                             .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
                         let compared = self.compare(file, out, &written.parts)?;
                         return Ok((written, compared, missed));
@@ -158,9 +185,10 @@ impl Encoder<'_> {
                     let (squared_error, energy) = compared.error_of(&quantized_tensors(&self.plan, &written.parts));
                     let error = if energy > 0.0 { squared_error / energy } else { 0.0 };
                     if (error <= wanted && error > wanted * (1.0 - tolerance)) || settled {
-                        let missed = (error > wanted)
-                            .then(|| format!("relative squared error {error:.3e} after {attempt} encodings"));
-                        return Ok((written, compared, missed));
+                        if error > wanted {
+                            return Err(PackError::Distortion { wanted, found: error, encodings: attempt });
+                        }
+                        return Ok((written, compared, None));
                     }
                     let planned: f64 = written.parts.iter().flatten().map(|part| part.squared_error).sum();
                     plan.budget *= planned / squared_error; // rounding to the element type counts too
