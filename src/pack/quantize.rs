@@ -100,12 +100,7 @@ impl PartQuantizer {
         if step.is_nan() || step < f32::MIN_POSITIVE || values.is_empty() {
             return None;
         }
-        let mut rounding = Rounding { own_table, ..options.rounding() };
-        if let Some(trellis) = &mut rounding.trellis
-            && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
-        {
-            trellis.tables = TrellisTables::Shared;
-        }
+        let rounding = rounding_at_scale(Rounding { own_table, ..options.rounding() }, root_mean_square, step);
         let mut quantizer =
             Self::new(QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square }, values, layout, options);
         // Codes of the trellis are two steps apart.
@@ -176,6 +171,17 @@ impl PartQuantizer {
             prediction: None,
         }
     }
+}
+
+/// The rounding for values of this root mean square: whether the trellis' quantizers have tables of their own is a matter of
+/// scale. `rounding` is what the options allow.
+pub fn rounding_at_scale(mut rounding: Rounding, root_mean_square: f64, step: f32) -> Rounding {
+    if let Some(trellis) = &mut rounding.trellis
+        && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
+    {
+        trellis.tables = TrellisTables::Shared;
+    }
+    rounding
 }
 
 /// Bits of a symbol with so many raw bits below it, all runs taken together: enough to compare numbers of raw bits.

@@ -6,12 +6,14 @@
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
+use super::counting::sum_of_squares;
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
 use super::options::{PackOptions, PredictorChoice};
 use super::part::{EncodedPart, SelfCheckError};
-use super::quantize::values_of;
-use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols};
+use super::quantize::{PartQuantizer, rounding_at_scale, values_of};
+use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
+use super::symbols::RunLayout;
 use super::treatment::Drafted;
 use crate::codec::architecture::{PartPlan, RecordPlan};
 use crate::codec::entropy::CodingTable;
@@ -131,7 +133,12 @@ impl RecordEncoder<'_> {
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {
+                let rounding = match prediction {
+                    Some(prediction) => self.rounding_of_residual(quantizer, values, *layout, prediction),
+                    None => quantizer.choice.rounding,
+                };
                 let mut info = quantizer.info();
+                info.trellis = rounding.trellis;
                 info.prediction = prediction.map(|prediction| StoredPrediction {
                     reference_part: ordinal,
                     placement: plan.placement.filter(|_| prediction.moved).map(|placement| StoredPlacement {
@@ -151,12 +158,32 @@ impl RecordEncoder<'_> {
                     layout: *layout,
                     step_of_run: &step_of_run,
                     raw_bits: quantizer.choice.raw_bits,
-                    rounding: quantizer.choice.rounding,
+                    rounding,
                 };
                 EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
                     .expect("quantized symbols were counted before tables were fitted")
             }
         }
+    }
+
+    /// The rounding of a predicted part, by the scale of what is left of it.
+    fn rounding_of_residual(
+        &self,
+        quantizer: &PartQuantizer,
+        values: &[f32],
+        layout: RunLayout,
+        prediction: &PartPrediction,
+    ) -> Rounding {
+        let energy: f64 = (values.chunks(layout.run_elements).zip(prediction.reference.chunks(layout.run_elements)))
+            .enumerate()
+            .map(|(run, (values, reference))| {
+                let predictor = prediction.predictor.of_run(run);
+                let residual = |(&value, &reference): (&f32, &f32)| value - predictor.predict(reference);
+                sum_of_squares(&values.iter().zip(reference).map(residual).collect::<Vec<_>>())
+            })
+            .sum();
+        let allowed = Rounding { own_table: quantizer.choice.rounding.own_table, ..self.options.rounding() };
+        rounding_at_scale(allowed, (energy / layout.elements.max(1) as f64).sqrt(), quantizer.choice.step)
     }
 
     /// Mode decision (Eq. 17): measures keyframe, prediction, and aligned prediction of every part.
