@@ -9,9 +9,10 @@ use std::io::Write;
 use flate2::{Decompress, FlushDecompress, Status};
 
 use super::bytes::{Reader, Writer};
+use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::Preamble;
+use super::preamble::{FEATURE_CODEBOOKS, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -54,6 +55,8 @@ pub struct Index {
     pub files: Vec<FileEntry>,
     /// Entropy tables that parts refer to by number (`EntropySpec`).
     pub tables: Vec<Table>,
+    /// Codebooks that parts of vectors refer to by number.
+    pub codebooks: Vec<StoredCodebook>,
     /// Names that records refer to by number.
     pub block_types: Vec<String>,
     /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
@@ -73,12 +76,12 @@ impl Index {
         }
         let bytes = inflate(stored, preamble.index_inflated_bytes)?;
         let mut reader = Reader::new(SECTION, &bytes);
-        let index = Self::parse_fields(&mut reader)?;
+        let index = Self::parse_fields(&mut reader, preamble.required_features)?;
         reader.end()?;
         Ok(index)
     }
 
-    fn parse_fields(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+    fn parse_fields(reader: &mut Reader<'_>, features: u64) -> Result<Self, FormatError> {
         let architecture = reader.text("architecture", limits::TEXT_BYTES)?;
         let layers = reader.varint("layers", limits::LAYERS)? as u32;
         let keyframe_interval = reader.varint("keyframe interval", limits::CHAIN_RECORDS)? as u32;
@@ -104,6 +107,8 @@ impl Index {
         }
         let count = reader.count("tables", limits::TABLES)?;
         let tables = (0..count).map(|_| Table::parse(reader)).collect::<Result<Vec<_>, _>>()?;
+        let count = if features & FEATURE_CODEBOOKS == 0 { 0 } else { reader.count("codebooks", limits::CODEBOOKS)? };
+        let codebooks = (0..count).map(|_| StoredCodebook::parse(reader)).collect::<Result<Vec<_>, _>>()?;
         let count = reader.count("block types", limits::BLOCK_TYPES)?;
         let block_types =
             (0..count).map(|_| reader.text("block type", limits::TEXT_BYTES)).collect::<Result<Vec<_>, _>>()?;
@@ -151,11 +156,17 @@ impl Index {
             content_id,
             files,
             tables,
+            codebooks,
             block_types,
             records,
             bases: Vec::new(),
             provenance,
         })
+    }
+
+    /// The features that a reader must know.
+    fn required_features(&self) -> u64 {
+        if self.codebooks.is_empty() { 0 } else { FEATURE_CODEBOOKS }
     }
 
     /// The index before deflation.
@@ -175,6 +186,12 @@ impl Index {
         writer.varint(self.tables.len() as u64);
         for table in &self.tables {
             table.write(&mut writer);
+        }
+        if self.required_features() & FEATURE_CODEBOOKS != 0 {
+            writer.varint(self.codebooks.len() as u64);
+            for codebook in &self.codebooks {
+                codebook.write(&mut writer);
+            }
         }
         writer.varint(self.block_types.len() as u64);
         for name in &self.block_types {
@@ -200,7 +217,7 @@ impl Index {
         encoder.write_all(&fields).expect("a vector takes every byte");
         let stored = encoder.finish().expect("a vector takes every byte");
         let preamble = Preamble {
-            required_features: 0,
+            required_features: self.required_features(),
             file_bytes: index_offset + stored.len() as u64,
             index_offset,
             index_inflated_bytes: fields.len() as u64,
@@ -265,6 +282,7 @@ mod tests {
                 source_sha256: [2; 32],
             }],
             tables: vec![Table { codes: vec![0, 1], frequencies: vec![4000, 96], point_offsets: vec![] }],
+            codebooks: vec![],
             block_types: vec!["global".into(), "ffn".into()],
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
@@ -276,6 +294,15 @@ mod tests {
     fn an_index_comes_back() {
         let index = sample();
         let (preamble, stored) = index.write(5000);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+    }
+
+    #[test]
+    fn an_index_with_codebooks_comes_back_and_needs_their_feature() {
+        let codebook = StoredCodebook { elements: 2, index_bits: 1, values: vec![0x3c00, 0, 0, 0x3c00] };
+        let index = Index { codebooks: vec![codebook], ..sample() };
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS);
         assert_eq!(Index::parse(&stored, &preamble), Ok(index));
     }
 
@@ -336,7 +363,7 @@ mod tests {
             let mut fields = sample().write_fields().into_bytes();
             let position = position.index(fields.len());
             fields[position] = value;
-            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields));
+            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields), 0);
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use super::super::options::Target;
+use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
 use super::compare::Compared;
@@ -25,14 +25,17 @@ const PROBE_TOLERANCE: f64 = 0.002;
 pub(super) struct StepPlan {
     pub(super) probe: Probe,
     /// Bits that a weight saves per octave of step.
-    slope: f64,
+    pub(super) slope: f64,
     /// What the records may take: bits, or squared error.
-    budget: f64,
+    pub(super) budget: f64,
 }
 
 impl Encoder<'_> {
     /// The step to encode with.
     pub(super) fn find_step(&self, survey: &mut Survey<'_>) -> Result<StepPlan, PackError> {
+        if self.options.quantization == Quantization::ResidualVector && survey.samples().next().is_some() {
+            return self.plan_vectors(survey);
+        }
         let (following, energy) = survey.energy();
         if following == 0 || energy == 0.0 {
             if let Target::BitsPerParameter(wanted) = self.options.target
@@ -172,7 +175,8 @@ impl Encoder<'_> {
                     let bits = 8.0 * bytes as f64;
                     let off = (bits / (wanted * parameters) - 1.0).abs();
                     if off < tolerance || settled {
-                        let missed = (off >= tolerance && is_steered)
+                        let is_of_vectors = self.options.quantization == Quantization::ResidualVector;
+                        let missed = (off >= tolerance && (is_steered || is_of_vectors))
                             .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
                         let compared = self.compare(file, out, &written.parts)?;
                         return Ok((written, compared, missed));
