@@ -7,6 +7,7 @@ use std::path::Path;
 use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
+use super::super::treatment::Treatment;
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
 use super::steering::{Steering, replan};
@@ -128,9 +129,10 @@ impl Encoder<'_> {
             let least = 0.1 * following;
             if budget - fixed < least {
                 let needed = (wanted * parameters - budget + fixed + least) / parameters;
-                let reason = format!(
-                    "tensors that are always bit-exact and the headers leave too little: at least {needed:.2} is needed"
-                );
+                let mut reason = format!("what is not quantized leaves too little: at least {needed:.2} is needed");
+                if let Some(largest) = self.largest_exact(&probe) {
+                    reason.push_str(&largest);
+                }
                 return Err(PackError::Rate { wanted, reason });
             }
             let excess = bits + fixed - budget;
@@ -144,6 +146,21 @@ impl Encoder<'_> {
             log::debug!("step tried: {octaves:.3} octaves, {excess:.0} bits above the budget");
             probe = survey.probe(step, Some(&probe));
         }
+    }
+
+    /// The bit-exact tensor that takes most, what it takes, and why it is bit-exact where that is a matter of the rate.
+    fn largest_exact(&self, probe: &Probe) -> Option<String> {
+        let planned = self.plan.records.iter().flat_map(|record| &record.parts);
+        let parts = planned.zip(self.treatments.iter().flatten()).zip(probe.parts.iter().flatten());
+        let exact = parts.filter(|(_, probed)| !probed.decision.is_quantized());
+        let ((part, treatment), probed) = exact.max_by(|(_, a), (_, b)| a.bits.total_cmp(&b.bits))?;
+        let name = &self.tensor(part.file, part.tensor).0.name;
+        let bits = probed.bits / probed.elements.max(1) as f64;
+        let why = match treatment {
+            Treatment::Quantized(_) => ", because quantizing it as finely as the rest would not be shorter",
+            _ => "",
+        };
+        Some(format!("; of bit-exact tensors {name} takes most, {bits:.2} bits per element{why}"))
     }
 
     /// Encodes until the target is met on what was serialized.
