@@ -318,7 +318,7 @@ fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
 
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
     match part.kind() {
-        PartKind::Raw | PartKind::Split { .. } => false,
+        PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } => false,
         PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
     }
 }

@@ -29,4 +29,5 @@ pub mod survey;
 pub mod symbols;
 pub mod treatment;
 pub mod trellis_search;
+pub mod unit_symbols;
 pub mod vectors;

@@ -142,6 +142,7 @@ for_each_recipe! {
     lossy_trellis_shared: 4,
     lossy_fine_steps: 5,
     lossy_vectors: 6,
+    lossless_units: 7,
 }
 
 /// Bytes exchanged between sound archives are no mixture of both.

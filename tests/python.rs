@@ -290,6 +290,13 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         "trellis",
         "table pairs",
         "256 states",
+        "unit differences",
+        "unit values",
+        "units of 4 bits",
+        "units of 8 bits",
+        "units of 16 bits",
+        "units of 32 bits",
+        "units of 64 bits",
         "vectors",
         "zero bits",
     ] {

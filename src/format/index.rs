@@ -12,7 +12,7 @@ use super::bytes::{Reader, Writer};
 use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::{FEATURE_CODEBOOKS, Preamble};
+use super::preamble::{HAS_CODEBOOKS, HAS_UNITS, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -63,6 +63,8 @@ pub struct Index {
     pub records: Vec<RecordEntry>,
     /// Archives that records are predicted from.
     pub bases: Vec<BaseReference>,
+    /// Whether parts may be of units: only said in the preamble.
+    pub has_units: bool,
     /// How the archive came to be: tool, version, options.
     pub provenance: Vec<(String, String)>,
 }
@@ -107,7 +109,7 @@ impl Index {
         }
         let count = reader.count("tables", limits::TABLES)?;
         let tables = (0..count).map(|_| Table::parse(reader)).collect::<Result<Vec<_>, _>>()?;
-        let count = if features & FEATURE_CODEBOOKS == 0 { 0 } else { reader.count("codebooks", limits::CODEBOOKS)? };
+        let count = if features & HAS_CODEBOOKS == 0 { 0 } else { reader.count("codebooks", limits::CODEBOOKS)? };
         let codebooks = (0..count).map(|_| StoredCodebook::parse(reader)).collect::<Result<Vec<_>, _>>()?;
         let count = reader.count("block types", limits::BLOCK_TYPES)?;
         let block_types =
@@ -160,13 +162,16 @@ impl Index {
             block_types,
             records,
             bases: Vec::new(),
+            has_units: features & HAS_UNITS != 0,
             provenance,
         })
     }
 
     /// The features that a reader must know.
     fn required_features(&self) -> u64 {
-        if self.codebooks.is_empty() { 0 } else { FEATURE_CODEBOOKS }
+        let codebooks = if self.codebooks.is_empty() { 0 } else { HAS_CODEBOOKS };
+        let units = if self.has_units { HAS_UNITS } else { 0 };
+        codebooks | units
     }
 
     /// The index before deflation.
@@ -187,7 +192,7 @@ impl Index {
         for table in &self.tables {
             table.write(&mut writer);
         }
-        if self.required_features() & FEATURE_CODEBOOKS != 0 {
+        if self.required_features() & HAS_CODEBOOKS != 0 {
             writer.varint(self.codebooks.len() as u64);
             for codebook in &self.codebooks {
                 codebook.write(&mut writer);
@@ -286,6 +291,7 @@ mod tests {
             block_types: vec!["global".into(), "ffn".into()],
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
+            has_units: false,
             provenance: vec![("tool".into(), "mcwcfs".into())],
         }
     }
@@ -298,11 +304,11 @@ mod tests {
     }
 
     #[test]
-    fn an_index_with_codebooks_comes_back_and_needs_their_feature() {
+    fn an_index_with_codebooks_and_units_comes_back_and_needs_their_features() {
         let codebook = StoredCodebook { elements: 2, index_bits: 1, values: vec![0x3c00, 0, 0, 0x3c00] };
-        let index = Index { codebooks: vec![codebook], ..sample() };
+        let index = Index { codebooks: vec![codebook], has_units: true, ..sample() };
         let (preamble, stored) = index.write(5000);
-        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS);
+        assert_eq!(preamble.required_features, HAS_CODEBOOKS | HAS_UNITS);
         assert_eq!(Index::parse(&stored, &preamble), Ok(index));
     }
 

@@ -10,10 +10,12 @@ pub const PREAMBLE_BYTES: u64 = 64;
 pub const MAGIC: [u8; 4] = *b"MCWC";
 /// The version this crate writes and the newest it reads.
 pub const VERSION: u16 = 1;
-/// Feature: the index has codebooks, which parts of vectors refer to.
-pub const FEATURE_CODEBOOKS: u64 = 1 << 1;
+/// Feature bit of archives whose index has codebooks, which parts of vectors refer to.
+pub const HAS_CODEBOOKS: u64 = 1 << 2;
+/// Feature bit of archives with parts of units.
+pub const HAS_UNITS: u64 = 1 << 3;
 /// Feature bits this crate knows (SPEC.md section 10).
-pub const KNOWN_FEATURES: u64 = FEATURE_CODEBOOKS;
+pub const KNOWN_FEATURES: u64 = HAS_CODEBOOKS | HAS_UNITS;
 
 const SECTION: &str = "preamble";
 

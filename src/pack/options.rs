@@ -242,6 +242,8 @@ pub struct PackOptions {
     pub rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
     pub embedding_refinement: f32,
+    /// Whether to lose anything of checkpoints that were quantized before.
+    pub force_requantize: bool,
     /// Whether to measure what every stage is worth; the archive is the same.
     pub stats: bool,
 }
@@ -261,6 +263,7 @@ impl Default for PackOptions {
             trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.4,
+            force_requantize: false,
             stats: false,
         }
     }

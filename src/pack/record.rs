@@ -141,7 +141,7 @@ impl RecordEncoder<'_> {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
             Drafted::Split(split, tensor, bytes) => {
                 let symbols = split.symbols(tensor, bytes);
-                let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
+                let encoded = EncodedPart::symbols(symbols.coding(), &*symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {

@@ -18,6 +18,7 @@ use mcwcfs::format::part::{
 use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
 use mcwcfs::format::strip::{LANES, StripLayout};
 use mcwcfs::format::table::Table;
+use mcwcfs::format::units::UnitsInfo;
 use mcwcfs::materialize::{EngineChoice, MaterializeOptions, Materializer};
 use sha2::{Digest, Sha256};
 
@@ -46,6 +47,7 @@ struct ArchiveWriter {
     tensors: Vec<Tensor>,
     records: Vec<RecordEntry>,
     layers: u32,
+    has_units: bool,
     body: Vec<u8>,
 }
 
@@ -66,7 +68,16 @@ impl ArchiveWriter {
                 codebooks.extend([(); 2].map(|()| random.codebook(elements)));
             }
         }
-        Self { random, tables, codebooks, tensors: Vec::new(), records: Vec::new(), layers: 0, body: Vec::new() }
+        Self {
+            random,
+            tables,
+            codebooks,
+            tensors: Vec::new(),
+            records: Vec::new(),
+            layers: 0,
+            has_units: false,
+            body: Vec::new(),
+        }
     }
 
     /// A chain of records, and one outside the layers.
@@ -97,7 +108,11 @@ impl ArchiveWriter {
         for dtype in ["F64", "U8", "F32", "BF16", "I64", "NF7"] {
             let rows = if dtype == "I64" { 0 } else { 1 + self.random.below(8) };
             let tensor = self.tensor(dtype, &[rows, 37]);
-            parts.push(if dtype == "NF7" || self.random.below(3) == 0 { self.raw(tensor) } else { self.split(tensor) });
+            parts.push(match self.random.below(3) {
+                0 => self.raw(tensor),
+                1 if dtype != "NF7" => self.split(tensor),
+                _ => self.units(tensor),
+            });
         }
         self.record(None, 0, None, None, parts);
     }
@@ -163,11 +178,30 @@ impl ArchiveWriter {
         let zeros = self.random.chance();
         let zero_bits = |run: usize| if zeros { run * 7 % usize::from(raw_bits) } else { 0 };
         let (streams, strip_crcs, body) =
-            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None);
+            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None, 1);
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let of_runs: Vec<i32> = (0..runs).map(|run| zero_bits(run) as i32).collect();
         let zero_bits = zeros.then(|| integers::encode(&of_runs));
         let coding = Coding::Split { carrier, raw_bits, zero_bits };
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
+    fn units(&mut self, tensor: usize) -> Part {
+        let bytes = self.tensors[tensor].data.len();
+        let random = &mut self.random;
+        let unit_bits = *random.pick(&[4, 8, 16, 32, 64]);
+        let unit_bits = if (8 * bytes).is_multiple_of(unit_bits) { unit_bits } else { 4 };
+        let values = if random.chance() { 0 } else { 1 + random.below(61) };
+        let raw_bits = if values > 0 || random.chance() { 0 } else { random.below(unit_bits.min(56) + 1) as u8 };
+        let values = (0..values).map(|_| random.next_u64() >> (64 - unit_bits)).collect();
+        let units = UnitsInfo { unit_bits: unit_bits as u8, raw_bits, has_differences: random.chance(), values };
+        self.has_units = true;
+        let pairs = if unit_bits == 4 { 2 } else { 1 };
+        let count = 8 * bytes / unit_bits;
+        let (streams, strip_crcs, body) =
+            self.strips(count, raw_bits.into(), &|_| 0, unit_bits.div_ceil(8), None, pairs);
+        let coding = Coding::Units(units);
         let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
         Part { tensor, header, body }
     }
@@ -182,7 +216,7 @@ impl ArchiveWriter {
         let raw_bits = if has_vectors || self.random.chance() { 0 } else { self.random.below(9) as u8 };
         let (streams, strip_crcs, body) = match vectors {
             Some(vectors) => self.vector_strips(self.elements(tensor), vectors),
-            None => self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis),
+            None => self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis, 1),
         };
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let random = &mut self.random;
@@ -235,13 +269,14 @@ impl ArchiveWriter {
         zero_bits: &dyn Fn(usize) -> usize,
         exception_value_bytes: usize,
         trellis: Option<StoredTrellis>,
+        run_multiple: usize,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let random = &mut self.random;
         let pairs = trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
         let trellis = trellis.map(|trellis| Trellis::new(trellis.state_bits).expect("in range"));
         let numbers = (1 + random.below(3)) * if pairs { 2 } else { 1 };
         let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
-        let run_elements = 1 + random.below(150);
+        let run_elements = run_multiple * (1 + random.below(150));
         let runs_per_strip = 1 + random.below(9);
         let lanes = 1 << random.below(6);
         let runs = elements.div_ceil(run_elements);
@@ -348,6 +383,7 @@ impl ArchiveWriter {
             block_types: vec!["global".into(), "ffn".into()],
             records: self.records.clone(),
             bases: Vec::new(),
+            has_units: self.has_units,
             provenance: vec![("tool".into(), "dice".into())],
         };
         let (preamble, stored) = index.write(64 + self.body.len() as u64);

@@ -245,7 +245,7 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features & ~2 == 0, f"required features: {features:#x}")
+        require(features & ~12 == 0, f"required features: {features:#x}")
         require(length == len(data), "file length")
         require(64 <= index_offset <= length, "index offset")
         stored = data[index_offset:]
@@ -271,8 +271,9 @@ class Archive:
         require(len({file[0] for file in self.files}) == len(self.files), "file name: comes twice")
         require(content_id == hashlib.sha256(b"".join(file[3] for file in self.files)).digest(), "content id")
         self.tables = [Table(reader) for _ in range(reader.count("tables", 2**12))]
+        self.has_units = features & 8 != 0
         self.codebooks = []
-        if features & 2:
+        if features & 4:
             self.codebooks = [Codebook(reader) for _ in range(reader.count("codebooks", 2**8))]
         block_types = [reader.text("block type") for _ in range(reader.count("block types", 256))]
         self.records = []

@@ -112,6 +112,9 @@ pub fn mode(header: &PartHeader) -> &'static str {
         Coding::Split { carrier: Carrier::Own, .. } => "split",
         Coding::Split { carrier: Carrier::Bf16, .. } => "split as BF16",
         Coding::Split { carrier: Carrier::F16, .. } => "split as F16",
+        Coding::Units(info) if !info.values.is_empty() => "few values",
+        Coding::Units(info) if info.unit_bits == 4 => "units of 4 bits",
+        Coding::Units(_) => "integers",
         Coding::Quantized(info) => {
             if info.vectors.is_some() {
                 return if info.prediction.is_some() { "predicted, vectors" } else { "keyframe, vectors" };
@@ -188,7 +191,7 @@ impl Report {
             if with_parts {
                 let step = match &header.coding {
                     Coding::Quantized(info) => Some(info.step),
-                    Coding::Raw | Coding::Split { .. } => None,
+                    Coding::Raw | Coding::Split { .. } | Coding::Units(_) => None,
                 };
                 self.parts.push(PartReport {
                     record,

@@ -11,6 +11,7 @@ use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
 use crate::codec::trellis::Trellis;
+use crate::codec::units::UnitCoding;
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
 use crate::format::part::{Carrier, TrellisTables};
@@ -38,6 +39,8 @@ enum Path<'a> {
     Split32,
     /// Split elements of any other width.
     SplitAny { width: u32 },
+    /// Values are codes of units.
+    Units { units: &'a UnitCoding },
     /// Values are elements already.
     Final,
     /// Values are binary32 residuals.
@@ -107,6 +110,7 @@ impl<'a> PartDecoder<'a> {
                 let (path, meaning) = split_path(*carrier, *carrier_bits, symbols.raw_bits);
                 (symbols, None, path, TableUse::One, meaning)
             }
+            PartKind::Units { units, symbols } => (symbols, None, Path::Units { units }, TableUse::One, Meaning::Code),
             PartKind::Quantized { symbols, quantizer, prediction } => {
                 let prediction = prediction.as_ref();
                 let trellis = quantizer.trellis;
@@ -241,7 +245,7 @@ impl<'a> PartDecoder<'a> {
             Path::Residual { .. } => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Scratch),
             // The trellis and its two tables go hand in hand.
             Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
-            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
+            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Units { .. } | Path::Raw { .. } => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Scratch);
             }
         }

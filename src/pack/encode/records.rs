@@ -161,6 +161,7 @@ impl Encoder<'_> {
             block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
             records: Vec::new(),
             bases: Vec::new(),
+            has_units: false,
             provenance: self.options.provenance(),
         }
     }
@@ -202,6 +203,7 @@ fn write_record(
         })
     };
     let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
+    index.has_units |= encoded.parts.iter().any(EncodedPart::is_of_units);
     let side = SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
     let side = side.write();
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));
