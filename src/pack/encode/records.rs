@@ -155,7 +155,7 @@ impl Encoder<'_> {
             content_id: content_id(files.iter().map(|file| file.decoded_sha256)),
             files,
             tables: Vec::new(),
-            block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
+            block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
             bases: Vec::new(),
             provenance: self.options.provenance(),
@@ -213,7 +213,7 @@ fn write_record(
 fn record_entry(record: &RecordPlan, body_bytes: impl Iterator<Item = u64>) -> RecordEntry {
     RecordEntry {
         layer: record.layer,
-        block_type: record.block_type as u8,
+        block_type: record.block_type.number(),
         reference: None,
         side_bytes: 0,
         side_crc: 0,
