@@ -10,8 +10,10 @@ pub const PREAMBLE_BYTES: u64 = 64;
 pub const MAGIC: [u8; 4] = *b"MCWC";
 /// The version this crate writes and the newest it reads.
 pub const VERSION: u16 = 1;
-/// Feature bits this crate knows. Version 1 defines none.
-pub const KNOWN_FEATURES: u64 = 0;
+/// Feature bit of archives whose index has a BLAKE3 digest of every decoded file.
+pub const TREE_DIGESTS: u64 = 1 << 0;
+/// Feature bits this crate knows.
+pub const KNOWN_FEATURES: u64 = TREE_DIGESTS;
 
 const SECTION: &str = "preamble";
 

@@ -145,6 +145,7 @@ impl Encoder<'_> {
                 header: file.header.bytes.clone(),
                 decoded_sha256: [0; 32],
                 source_sha256: [0; 32],
+                decoded_blake3: Some([0; 32]),
             })
             .collect();
         let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
