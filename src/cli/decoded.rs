@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn windows_in_any_order_give_the_digest_of_the_file() {
         let window = WINDOW_BYTES as usize;
-        let bytes: Vec<u8> = (0..6 * window + 5).map(|at| (at * at >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..6 * window + 5).map(|at| ((at * at) >> 7) as u8).collect();
         for length in [0, 1, window - 1, window, window + 1, 3 * window, 4 * window, 5 * window + 1024, bytes.len()] {
             let file = &bytes[..length];
             let digests = WindowDigests::new(length as u64);

@@ -8,7 +8,7 @@ use std::io::Write;
 
 use flate2::{Decompress, FlushDecompress, Status};
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc32c};
 use super::error::FormatError;
 use super::limits;
 use super::preamble::{Preamble, TREE_DIGESTS};
@@ -70,7 +70,7 @@ pub struct Index {
 impl Index {
     /// Checks, inflates and reads the stored index that the preamble describes.
     pub fn parse(stored: &[u8], preamble: &Preamble) -> Result<Self, FormatError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         if found != preamble.index_crc {
             return Err(FormatError::Checksum { section: SECTION, found, expected: preamble.index_crc });
         }
@@ -217,7 +217,7 @@ impl Index {
             file_bytes: index_offset + stored.len() as u64,
             index_offset,
             index_inflated_bytes: fields.len() as u64,
-            index_crc: crc32c::crc32c(&stored),
+            index_crc: crc32c(&stored),
         };
         (preamble, stored)
     }

@@ -1,6 +1,6 @@
 //! The first 64 bytes: what the file is, how long it is, and where its index lies (SPEC.md section 2; Eqs. 51-52).
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc32c};
 use super::error::FormatError;
 use super::limits;
 
@@ -63,7 +63,7 @@ impl Preamble {
             return Err(reader.invalid("reserved", 44, format!("{reserved:02x?}"), "zeros"));
         }
         let expected = reader.u32("preamble checksum")?;
-        let found = crc32c::crc32c(&bytes[..60]);
+        let found = crc32c(&bytes[..60]);
         if found != expected {
             return Err(FormatError::Checksum { section: SECTION, found, expected });
         }
@@ -103,7 +103,7 @@ impl Preamble {
         writer.u32(self.index_crc);
         writer.raw(&[0; 16]);
         let mut bytes = writer.into_bytes();
-        let crc = crc32c::crc32c(&bytes);
+        let crc = crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
         bytes
     }

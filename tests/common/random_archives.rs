@@ -304,7 +304,7 @@ impl ArchiveWriter {
         let data: usize = self.tensors.iter().map(|tensor| tensor.data.len()).sum();
         header.truncate(header.len() - data);
         let (decoded_sha256, source_sha256) = (Sha256::digest(decoded).into(), [0; 32]);
-        let decoded_blake3 = (self.layers % 2 == 0).then(|| blake3::hash(decoded).into());
+        let decoded_blake3 = self.layers.is_multiple_of(2).then(|| blake3::hash(decoded).into());
         let name = "model.safetensors".into();
         let file = FileEntry { name, header, decoded_sha256, source_sha256, decoded_blake3 };
         let index = Index {
