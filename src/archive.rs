@@ -126,6 +126,11 @@ impl Archive {
         Self::from_index(path, file, &preamble, index)
     }
 
+    /// BLAKE3 of a decoded file; `None` for archives made before they had it.
+    pub fn decoded_blake3(&self, file: usize) -> Option<[u8; 32]> {
+        self.index.files[file].decoded_blake3
+    }
+
     fn from_index(path: &Path, file: File, preamble: &Preamble, index: Index) -> Result<Self, ArchiveError> {
         let inconsistent = |field, found: String, expected: String| ArchiveError::Inconsistent {
             path: path.to_owned(),

@@ -311,6 +311,7 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         "trellis",
         "table pairs",
         "256 states",
+        "tree digests",
         "zero bits",
     ] {
         assert!(said.contains(&format!("{what}: ")), "met no {what}:\n{said}");

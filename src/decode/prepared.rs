@@ -11,6 +11,7 @@ use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
+use crate::format::bytes::crc32c;
 use crate::format::limits;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStreams, TrellisTables};
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
@@ -103,6 +104,11 @@ impl Symbols {
     pub fn stored_raw_bits(&self, run: usize) -> (u32, u32) {
         let zeros = self.zero_bits.get(run) as u32;
         (self.raw_bits - zeros, zeros)
+    }
+
+    /// Whether all raw bits of all runs are stored.
+    pub fn stores_all_raw_bits(&self) -> bool {
+        matches!(self.zero_bits, Integers::Constant(0))
     }
 
     /// Bytes of a strip's raw bits.
@@ -328,7 +334,7 @@ impl PreparedPart {
 
     /// Checks the stored bytes of a strip; every engine starts with this.
     pub fn check_strip(&self, strip: usize, stored: &[u8]) -> Result<(), DecodeError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         let expected = self.strips[strip].crc;
         if found != expected {
             return Err(DecodeError::StripChecksum { strip, found, expected });

@@ -12,6 +12,7 @@ use super::symbols::{Placed, Symbols};
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
 use crate::decode::DecodeError;
+use crate::format::bytes::crc32c;
 use crate::format::limits::RAW_STRIP_BYTES;
 use crate::format::part::{Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
@@ -41,7 +42,7 @@ struct EncodedStrip {
 impl EncodedPart {
     /// Bytes as they are.
     pub fn raw(bytes: &[u8]) -> Self {
-        let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c::crc32c).collect();
+        let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c).collect();
         Self {
             coding: Coding::Raw,
             streams: None,
@@ -76,7 +77,7 @@ impl EncodedPart {
         let mut body = Vec::with_capacity(strips.iter().map(|strip| strip.bytes.len()).sum());
         let mut strip_crcs = Vec::with_capacity(strips.len());
         for strip in &strips {
-            strip_crcs.push(crc32c::crc32c(&strip.bytes));
+            strip_crcs.push(crc32c(&strip.bytes));
             body.extend_from_slice(&strip.bytes);
         }
         Some(Self {

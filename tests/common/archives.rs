@@ -27,6 +27,12 @@ pub const RECIPES: &[Recipe] = &[
         tensors: || Bert { layers: 2, hidden: 32, ffn_units: 48, dtype: "BF16", ..Bert::default() }.tensors(),
     },
     Recipe {
+        name: "tree-digests", // the first archives had none; all since have
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: || Bert { layers: 1, hidden: 32, ffn_units: 32, dtype: "BF16", ..Bert::default() }.tensors(),
+    },
+    Recipe {
         name: "lossless-mixed-types",
         must_contain: &["\"raw\"", "\"split\""],
         options: &["--lossless"],

@@ -27,14 +27,14 @@ pub fn write_random_archive(seed: u64, path: &Path) {
     let mut writer = ArchiveWriter::new(seed);
     writer.draw();
     // The digests of what it decodes to are known once it has been decoded.
-    std::fs::write(path, writer.bytes([0; 32])).expect("an archive");
+    std::fs::write(path, writer.bytes(&[])).expect("an archive");
     let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
     let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
     let options =
         MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference, ..MaterializeOptions::default() };
     let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
     read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-    std::fs::write(path, writer.bytes(Sha256::digest(&decoded).into())).expect("an archive");
+    std::fs::write(path, writer.bytes(&decoded)).expect("an archive");
 }
 
 struct ArchiveWriter {
@@ -297,12 +297,16 @@ impl ArchiveWriter {
         self.body.extend(bodies.concat());
     }
 
-    fn bytes(&mut self, decoded_sha256: [u8; 32]) -> Vec<u8> {
+    /// The archive, with the digests of what it decodes to.
+    fn bytes(&mut self, decoded: &[u8]) -> Vec<u8> {
         let order: Vec<usize> = (0..self.tensors.len()).rev().collect();
         let mut header = safetensors_with(&self.tensors, &order, &[]);
         let data: usize = self.tensors.iter().map(|tensor| tensor.data.len()).sum();
         header.truncate(header.len() - data);
-        let file = FileEntry { name: "model.safetensors".into(), header, decoded_sha256, source_sha256: [0; 32] };
+        let (decoded_sha256, source_sha256) = (Sha256::digest(decoded).into(), [0; 32]);
+        let decoded_blake3 = self.layers.is_multiple_of(2).then(|| blake3::hash(decoded).into());
+        let name = "model.safetensors".into();
+        let file = FileEntry { name, header, decoded_sha256, source_sha256, decoded_blake3 };
         let index = Index {
             architecture: "random".into(),
             layers: self.layers,

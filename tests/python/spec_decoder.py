@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from spec_blake3 import blake3
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
 
@@ -368,9 +369,11 @@ def main(path, directory):
     for record in archive.records:
         for (file, tensor, _), part in zip(record.parts, side_of(archive, record).parts):
             part_of[file, tensor] = part
-    for file, (name, header, tensors, sha256) in enumerate(archive.files):
+    for file, (name, header, tensors, sha256, tree) in enumerate(archive.files):
         data = header + b"".join(decoded(part_of[file, tensor]) for tensor in range(len(tensors)))
         require(hashlib.sha256(data).digest() == sha256, f"{name}: decoded SHA-256")
+        require(tree is None or blake3(data) == tree, f"{name}: decoded BLAKE3")
+        MET["tree digests"] += tree is not None
         (Path(directory) / name).write_bytes(data)
         print(f"{name}: {len(data)} bytes, SHA-256 as stated")
     print("; ".join(f"{what}: {times}" for what, times in sorted(MET.items()) if times))

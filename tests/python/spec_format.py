@@ -234,7 +234,8 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features == 0, f"required features: {features:#x}, none is known")
+        require(features < 2, f"required features: {features:#x}, only tree digests are known")
+        self.has_tree_digests = features == 1
         require(length == len(data), "file length")
         require(64 <= index_offset <= length, "index offset")
         stored = data[index_offset:]
@@ -255,8 +256,9 @@ class Archive:
         for _ in range(reader.count("files", 2**16)):
             name, header = reader.text("file name"), reader.blob("file header", 100_000_008)
             require(name not in ("", ".", "..") and "/" not in name and "\0" not in name, f"file name {name!r}")
-            self.files.append((name, header, tensors_of(header), reader.digest("decoded SHA-256")))
-            reader.digest("source SHA-256")
+            decoded, _ = reader.digest("decoded SHA-256"), reader.digest("source SHA-256")
+            tree = reader.digest("decoded BLAKE3") if self.has_tree_digests else None
+            self.files.append((name, header, tensors_of(header), decoded, tree))
         require(len({file[0] for file in self.files}) == len(self.files), "file name: comes twice")
         require(content_id == hashlib.sha256(b"".join(file[3] for file in self.files)).digest(), "content id")
         self.tables = [Table(reader) for _ in range(reader.count("tables", 2**12))]

@@ -15,6 +15,7 @@ use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::codec::entropy::CodingTable;
+use crate::format::bytes::crc32c;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
@@ -145,6 +146,7 @@ impl Encoder<'_> {
                 header: file.header.bytes.clone(),
                 decoded_sha256: [0; 32],
                 source_sha256: [0; 32],
+                decoded_blake3: Some([0; 32]),
             })
             .collect();
         let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
@@ -168,7 +170,7 @@ impl Encoder<'_> {
         index.tables = plan.pool.coding_tables().iter().map(|table| table.table().clone()).collect();
         for (record, parts) in self.plan.records.iter().zip(&plan.parts) {
             let mut entry = record_entry(record, parts.iter().map(|part| (part.bits / 8.0) as u64));
-            entry.side_crc = crc32c::crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
+            entry.side_crc = crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
             index.records.push(entry);
         }
         let (_, stored) = index.write(0);
@@ -199,7 +201,7 @@ fn write_record(
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));
     entry.reference = reference;
     entry.side_bytes = side.len() as u64;
-    entry.side_crc = crc32c::crc32c(&side);
+    entry.side_crc = crc32c(&side);
     let bytes = entry.bytes();
     index.records.push(entry);
     out.write_all(&side)?;
