@@ -80,6 +80,14 @@ impl InMemory {
         checkpoint
     }
 
+    /// One file of these bytes.
+    pub fn file(name: &str, bytes: Vec<u8>) -> Self {
+        let mut checkpoint = Self::new(&[name], bytes.len() - 24);
+        checkpoint.files[0].header = bytes[..24].to_vec();
+        checkpoint.bytes[0] = bytes;
+        checkpoint
+    }
+
     pub fn before_decode(mut self, before: impl Fn(&str, u64) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
         self.before_decode = Box::new(before);
         self
