@@ -126,7 +126,7 @@ impl Checkpoint for InMemory {
         Ok(out.len())
     }
 
-    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64, _: Keeper) {
         self.ahead.lock().unwrap().push((file, offset_bytes, length_bytes));
     }
 }
@@ -224,8 +224,8 @@ impl Checkpoint for Shared {
         self.0.read(file, offset_bytes, keeper, out)
     }
 
-    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
-        self.0.decode_ahead(file, offset_bytes, length_bytes);
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64, keeper: Keeper) {
+        self.0.decode_ahead(file, offset_bytes, length_bytes, keeper);
     }
 }
 
