@@ -5,6 +5,7 @@
 //! from a disk is `archive`.
 
 pub mod bytes;
+pub mod difference;
 pub mod error;
 pub mod index;
 pub mod limits;

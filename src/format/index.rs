@@ -11,7 +11,7 @@ use flate2::{Decompress, FlushDecompress, Status};
 use super::bytes::{Reader, Writer};
 use super::error::FormatError;
 use super::limits;
-use super::preamble::Preamble;
+use super::preamble::{HAS_BASES, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -30,12 +30,12 @@ pub struct FileEntry {
     pub source_sha256: [u8; 32],
 }
 
-/// An archive that predicted records refer to. Version 1 allows none; later ones announce it with a feature bit.
+/// An archive that parts start from, announced by a feature bit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseReference {
-    /// Content id of the base archive.
+    /// Content id of the base: SHA-256 over the SHA-256 of its decoded files.
     pub content_id: [u8; 32],
-    /// A name for people.
+    /// A name for people: where it was when it was used.
     pub name: String,
 }
 
@@ -58,7 +58,7 @@ pub struct Index {
     pub block_types: Vec<String>,
     /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
     pub records: Vec<RecordEntry>,
-    /// Archives that records are predicted from.
+    /// Archives that parts start from.
     pub bases: Vec<BaseReference>,
     /// How the archive came to be: tool, version, options.
     pub provenance: Vec<(String, String)>,
@@ -73,12 +73,12 @@ impl Index {
         }
         let bytes = inflate(stored, preamble.index_inflated_bytes)?;
         let mut reader = Reader::new(SECTION, &bytes);
-        let index = Self::parse_fields(&mut reader)?;
+        let index = Self::parse_fields(&mut reader, preamble.required_features)?;
         reader.end()?;
         Ok(index)
     }
 
-    fn parse_fields(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+    fn parse_fields(reader: &mut Reader<'_>, features: u64) -> Result<Self, FormatError> {
         let architecture = reader.text("architecture", limits::TEXT_BYTES)?;
         let layers = reader.varint("layers", limits::LAYERS)? as u32;
         let keyframe_interval = reader.varint("keyframe interval", limits::CHAIN_RECORDS)? as u32;
@@ -133,8 +133,15 @@ impl Index {
             records.push(record);
         }
         let offset = reader.position();
-        if reader.count("bases", limits::FILES)? != 0 {
-            return Err(reader.invalid("bases", offset, "a base archive", "none in version 1"));
+        let count = reader.count("bases", limits::BASES)?;
+        if (count > 0) != (features & HAS_BASES != 0) {
+            let expected = if count > 0 { "none without feature 1" } else { "one at least with feature 1" };
+            return Err(reader.invalid("bases", offset, count, expected));
+        }
+        let mut bases = Vec::with_capacity(count);
+        for _ in 0..count {
+            let content_id = reader.digest("base content id")?;
+            bases.push(BaseReference { content_id, name: reader.text("base name", limits::TEXT_BYTES)? });
         }
         let count = reader.count("provenance", limits::PROVENANCE)?;
         let mut provenance = Vec::with_capacity(count);
@@ -153,7 +160,7 @@ impl Index {
             tables,
             block_types,
             records,
-            bases: Vec::new(),
+            bases,
             provenance,
         })
     }
@@ -185,6 +192,10 @@ impl Index {
             record.write(&mut writer, ordinal);
         }
         writer.varint(self.bases.len() as u64);
+        for base in &self.bases {
+            writer.raw(&base.content_id);
+            writer.text(&base.name);
+        }
         writer.varint(self.provenance.len() as u64);
         for (key, value) in &self.provenance {
             writer.text(key);
@@ -200,7 +211,7 @@ impl Index {
         encoder.write_all(&fields).expect("a vector takes every byte");
         let stored = encoder.finish().expect("a vector takes every byte");
         let preamble = Preamble {
-            required_features: 0,
+            required_features: if self.bases.is_empty() { 0 } else { HAS_BASES },
             file_bytes: index_offset + stored.len() as u64,
             index_offset,
             index_inflated_bytes: fields.len() as u64,
@@ -280,6 +291,21 @@ mod tests {
     }
 
     #[test]
+    fn bases_are_announced_by_their_feature_bit() {
+        let mut index = sample();
+        index.bases = vec![BaseReference { content_id: [5; 32], name: "base.mcwc".into() }];
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, HAS_BASES);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+        let unannounced = Preamble { required_features: 0, ..preamble };
+        let error = Index::parse(&stored, &unannounced).expect_err("an older reader would not have refused it");
+        assert!(error.to_string().contains("bases"), "{error}");
+        let (preamble, stored) = sample().write(5000);
+        let announced = Preamble { required_features: HAS_BASES, ..preamble };
+        Index::parse(&stored, &announced).expect_err("there are none");
+    }
+
+    #[test]
     fn bytes_after_the_deflate_stream_are_an_error() {
         let (mut preamble, mut stored) = sample().write(5000);
         stored.push(0);
@@ -336,7 +362,7 @@ mod tests {
             let mut fields = sample().write_fields().into_bytes();
             let position = position.index(fields.len());
             fields[position] = value;
-            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields));
+            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields), HAS_BASES);
         }
     }
 }

@@ -10,8 +10,10 @@ pub const PREAMBLE_BYTES: u64 = 64;
 pub const MAGIC: [u8; 4] = *b"MCWC";
 /// The version this crate writes and the newest it reads.
 pub const VERSION: u16 = 1;
-/// Feature bits this crate knows. Version 1 defines none.
-pub const KNOWN_FEATURES: u64 = 0;
+/// Feature bit of archives that need other archives: their index lists bases.
+pub const HAS_BASES: u64 = 1 << 1;
+/// Feature bits this crate knows.
+pub const KNOWN_FEATURES: u64 = HAS_BASES;
 
 const SECTION: &str = "preamble";
 

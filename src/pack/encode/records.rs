@@ -18,6 +18,7 @@ use crate::codec::entropy::CodingTable;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// An archive's records, written.
@@ -36,12 +37,19 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
+    Base(MaterializeError),
     Interrupted,
 }
 
 impl From<std::io::Error> for WriteError {
     fn from(error: std::io::Error) -> Self {
         Self::Io(error)
+    }
+}
+
+impl From<MaterializeError> for WriteError {
+    fn from(error: MaterializeError) -> Self {
+        Self::Base(error)
     }
 }
 
@@ -84,11 +92,13 @@ impl Encoder<'_> {
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
             let step_factor = steering.step_factor();
             let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
-                .map(|(&(tensor, bytes), part)| {
-                    let step_factor = if part.follows_step { step_factor } else { 1.0 };
-                    Drafted::new(part.decision, tensor, bytes, step_factor, self.options)
+                .zip(&record.parts)
+                .map(|((&(tensor, bytes), planned), part)| {
+                    let step_factor = if planned.follows_step { step_factor } else { 1.0 };
+                    let start = self.start(part.file, part.tensor)?;
+                    Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
                 })
-                .collect();
+                .collect::<Result<_, MaterializeError>>()?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
             let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
@@ -157,7 +167,7 @@ impl Encoder<'_> {
             tables: Vec::new(),
             block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
             records: Vec::new(),
-            bases: Vec::new(),
+            bases: self.base.iter().map(|base| base.reference()).collect(),
             provenance: self.options.provenance(),
         }
     }
@@ -237,6 +247,7 @@ fn written_parts(
             decision: match draft {
                 Drafted::Quantized { quantizer, .. } => Decision::Quantized(quantizer.choice),
                 Drafted::Split(split, ..) => Decision::Split(*split),
+                Drafted::Based { choice, .. } => Decision::Based(*choice),
                 Drafted::Raw(_) => Decision::Raw,
             },
             bits: 8.0 * encoded.body.len() as f64 + side_bits,
