@@ -258,6 +258,7 @@ fn kind_of(part: &PreparedPart) -> String {
         PartKind::Raw => "raw".into(),
         PartKind::Split { .. } => "split".into(),
         PartKind::Units { units, .. } => format!("units of {} bits", units.unit_bits()),
+        PartKind::Based(_) => "based".into(),
         PartKind::Quantized { symbols, quantizer, prediction } => {
             let trellis = match (&quantizer.vectors, quantizer.trellis) {
                 (Some(_), _) => "vectors",

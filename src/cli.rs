@@ -3,13 +3,15 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. What works on
 //! a mount (`mount`, `umount`, `status`, `upgrade`) uses those of mount(8).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use log::LevelFilter;
 
+use crate::archive::Place;
 use crate::telemetry;
+use packed_tree::PackedTree;
 
 pub mod analyze;
 pub mod bench;
@@ -68,6 +70,14 @@ struct McwcPack {
 fn parse_threads(text: &str) -> Result<usize, String> {
     let count: usize = text.parse().map_err(|error| format!("{error}"))?;
     if (1..=1024).contains(&count) { Ok(count) } else { Err("expected 1 to 1024".into()) }
+}
+
+/// Where the bases of packed files are looked for: among themselves, beside the directory that holds them, and where the
+/// user says.
+fn base_places(packed: &PackedTree, is_directory: bool, base_paths: &[PathBuf]) -> Vec<Place> {
+    let own = Place { path: packed.root.clone(), levels: if is_directory { usize::MAX } else { 0 } };
+    let beside = packed.root.parent().map(|parent| Place { path: parent.to_owned(), levels: 1 });
+    std::iter::once(own).chain(base_paths.iter().map(|path| Place::tree(path))).chain(beside).collect()
 }
 
 /// Whether `path` is `directory`, which is canonical, or lies in it, whatever links lead there. It need not exist yet.

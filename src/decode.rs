@@ -102,7 +102,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Decodes strip number `strip` of `part` from its stored bytes into the tensor's bytes for the elements it holds.
     ///
     /// `stored` is what [`PreparedPart::strip_range`] covers and `out` is [`PreparedPart::strip_output_bytes`] long.
-    /// `reference` is the whole decoded reference tensor where the part is predicted. The checksum is checked first.
+    /// `reference` is the whole decoded reference tensor where the part is predicted; where it starts from a base, the
+    /// reference bytes from the strip's first element on. The checksum is checked first.
     /// After an error the content of `out` means nothing.
     fn decode_strip(
         &self,
@@ -119,16 +120,23 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     }
 
     /// Decodes several strips of one part, in any order; the first error found ends it. May change the order of `jobs`.
+    /// Where the part starts from a base, `reference` has the references from the first of these strips on.
     fn decode_strips(
         &self,
         part: &PreparedPart,
         reference: Option<&[u8]>,
         jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
+        let first = first_strip(jobs);
         for job in jobs {
             let stored = job.stored_bytes(part);
-            self.decode_strip(part, job.strip, stored, reference, job.out)?;
+            self.decode_strip(part, job.strip, stored, part.reference_of(job.strip, first, reference), job.out)?;
         }
         Ok(())
     }
+}
+
+/// The lowest of the strips' numbers.
+fn first_strip(jobs: &[StripJob<'_>]) -> usize {
+    jobs.iter().map(|job| job.strip).min().unwrap_or(0)
 }

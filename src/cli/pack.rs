@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
+use crate::pack::base::Base;
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
@@ -33,6 +34,11 @@ pub struct PackArgs {
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
     keep: Vec<KeepRule>,
+    /// A model that this one was made from: an archive, a directory with one, or a checkpoint. Tensors are coded as what
+    /// changed, where that is shorter. The result needs an archive of the base to be read: of exactly this base, for it is named
+    /// by its content.
+    #[arg(long, value_name = "BASE")]
+    base: Option<PathBuf>,
     /// How much time packing may take.
     #[arg(long, value_enum, default_value_t)]
     effort: Effort,
@@ -62,7 +68,7 @@ pub struct PackArgs {
     #[arg(long)]
     no_rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
-    #[arg(long, value_name = "TIMES", default_value_t = 1.4, value_parser = refinement)]
+    #[arg(long, value_name = "TIMES", default_value_t = 1.2, value_parser = refinement)]
     embedding_refinement: f32,
     /// Pack a checkpoint that was quantized before (GPTQ, AWQ, FP8 and others) with losses: what is quantized in it stays
     /// bit-exact, its other matrices lose.
@@ -191,7 +197,8 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         destination.refuse_existing(&checkpoint.sidecars)?;
     }
     let progress = Bar::new()?;
-    let encoder = Encoder::new(&checkpoint, &options, &progress);
+    let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
+    let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
     if args.dry_run {
         let plan = encoder.dry_run()?;
         progress.bar.finish_and_clear();

@@ -4,6 +4,7 @@
 //! Kernels are what differs between instruction sets (`kernels`); everything else is written once (`strips`). Which
 //! kernels a process uses is chosen in [`super::select`]. Whatever they are, the bytes are the reference decoder's.
 
+mod differences;
 mod finish;
 mod kernels;
 mod portable;
@@ -30,7 +31,7 @@ pub use kernels::{AVX2, AVX512};
 use std::cmp::Reverse;
 
 use super::reference::ReferenceEngine;
-use super::{DecodeError, Engine, PreparedPart, StripJob};
+use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::decode::prepared::PartKind;
 use strips::PartDecoder;
 
@@ -80,7 +81,7 @@ impl CpuEngine {
         let is_rare = match part.kind() {
             PartKind::Quantized { quantizer, .. } => quantizer.vectors.is_some(), // an ablation of the paper's
             PartKind::Units { units, .. } => units.has_differences(),             // token numbers and the like: small
-            PartKind::Raw | PartKind::Split { .. } => false,
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => false,
         };
         if is_rare {
             for job in jobs {
@@ -88,7 +89,15 @@ impl CpuEngine {
             }
             return Ok(());
         }
-        let decoder = PartDecoder::new(self.kernels, part, reference, clock);
+        let first = first_strip(jobs);
+        if part.based().is_some_and(|based| based.difference.is_none()) {
+            for job in jobs {
+                let reference = part.reference_of(job.strip, first, reference).expect("it starts from a base");
+                job.out.copy_from_slice(&part.predicted_strip(job.strip, reference));
+            }
+            return Ok(());
+        }
+        let decoder = PartDecoder::new(self.kernels, part, (reference, first), clock);
         for group in jobs.chunks_mut(self.kernels.strips_at_once) {
             group.sort_by_key(|job| Reverse(job.out.len()));
             match group {

@@ -1,10 +1,12 @@
 //! A part checked and ready for any engine: everything its header says, against the tensor it must fill.
 
+mod based;
 mod quantized;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use self::based::prepare_based;
 use self::quantized::prepare_quantized;
 use super::DecodeError;
 use crate::codec::entropy::CodingTable;
@@ -13,11 +15,13 @@ use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
 use crate::codec::units::UnitCoding;
 use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
+use crate::format::bytes::crc32c;
 use crate::format::limits;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStreams, TrellisTables};
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
 use crate::tensor::{Dtype, TensorInfo};
 
+pub use self::based::{Based, Difference};
 pub use self::quantized::{Prediction, Quantizer};
 
 /// What parts of an archive refer to by number.
@@ -83,6 +87,8 @@ pub enum PartKind {
         /// Present in predicted parts.
         prediction: Option<Prediction>,
     },
+    /// Bit-exact, see `codec::difference`.
+    Based(Based),
 }
 
 /// Layout and tables of coded symbols.
@@ -122,6 +128,11 @@ impl Symbols {
     pub fn stored_raw_bits(&self, run: usize) -> (u32, u32) {
         let zeros = self.zero_bits.get(run) as u32;
         (self.raw_bits - zeros, zeros)
+    }
+
+    /// Whether all raw bits of all runs are stored.
+    pub fn stores_all_raw_bits(&self) -> bool {
+        matches!(self.zero_bits, Integers::Constant(0))
     }
 
     /// Bytes of a strip's raw bits.
@@ -181,7 +192,17 @@ impl PreparedPart {
             kind: PartKind::Raw,
             strips: Vec::new(),
         };
+        if let Coding::Based(info) = &header.coding {
+            part.kind = prepare_based(info, tensor, header.streams.as_ref(), pools.tables)?;
+        }
         let Some(streams) = &header.streams else {
+            if matches!(part.kind, PartKind::Based(_)) {
+                if !header.strip_crcs.is_empty() {
+                    return Err(inconsistent("strips", header.strip_crcs.len(), "none without differences"));
+                }
+                part.prepare_unstored_strips();
+                return Ok(part);
+            }
             part.prepare_raw_strips(&header.strip_crcs)?;
             return Ok(part);
         };
@@ -247,6 +268,7 @@ impl PreparedPart {
                 part.kind = PartKind::Units { units: UnitCoding::new(info), symbols };
                 info.number_bytes()
             }
+            Coding::Based(_) => part.symbol_bits / 8,
             Coding::Raw => unreachable!("raw parts have no streams"),
         };
         part.prepare_symbol_strips(streams, &header.strip_crcs, elements, exception_value_bytes)?;
@@ -275,10 +297,10 @@ impl PreparedPart {
     ) -> Result<(), DecodeError> {
         let count = crcs.len() as u64;
         let strip_symbols = u64::from(streams.run_elements) * u64::from(streams.runs_per_strip);
-        let (symbols, vectors) = match &self.kind {
-            PartKind::Split { symbols, .. } | PartKind::Units { symbols, .. } => (symbols, None),
-            PartKind::Quantized { symbols, quantizer, .. } => (symbols, quantizer.vectors.as_ref()),
-            PartKind::Raw => unreachable!("raw parts have no symbols"),
+        let symbols = self.symbols().expect("only parts with symbols come here");
+        let vectors = match &self.kind {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.as_ref(),
+            _ => None,
         };
         let (words, exceptions) = match vectors {
             Some(_) => (Integers::Constant(0), Integers::Constant(0)),
@@ -365,11 +387,25 @@ impl PreparedPart {
         full.min(self.length_bytes - strip as u64 * full) as usize
     }
 
+    /// How the part starts from a base archive, where it does.
+    pub fn based(&self) -> Option<&Based> {
+        match &self.kind {
+            PartKind::Based(based) => Some(based),
+            _ => None,
+        }
+    }
+
+    /// Tensor bytes of consecutive strips.
+    pub fn output_range(&self, strips: Range<usize>) -> Range<u64> {
+        let full = self.full_strip_output_bytes();
+        strips.start as u64 * full..(strips.end as u64 * full).min(self.length_bytes)
+    }
+
     /// The prediction, where the part is predicted.
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
-            PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } => None,
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => None,
         }
     }
 
@@ -380,6 +416,7 @@ impl PreparedPart {
             PartKind::Split { symbols, .. } | PartKind::Units { symbols, .. } | PartKind::Quantized { symbols, .. } => {
                 Some(symbols)
             }
+            PartKind::Based(based) => based.difference.as_ref().map(|difference| &difference.symbols),
         }
     }
 
@@ -389,6 +426,7 @@ impl PreparedPart {
         let exception_value_bytes = match &self.kind {
             PartKind::Split { carrier_bits, .. } => *carrier_bits as usize / 8,
             PartKind::Units { units, .. } => units.number_bytes(),
+            PartKind::Based(_) => self.symbol_bits / 8,
             PartKind::Raw | PartKind::Quantized { .. } => 2,
         };
         Some(StripLayout {
@@ -404,7 +442,7 @@ impl PreparedPart {
 
     /// Checks the stored bytes of a strip; every engine starts with this.
     pub fn check_strip(&self, strip: usize, stored: &[u8]) -> Result<(), DecodeError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         let expected = self.strips[strip].crc;
         if found != expected {
             return Err(DecodeError::StripChecksum { strip, found, expected });
@@ -428,6 +466,15 @@ fn decode_integers(
     integers::decode(stored, count, low, high).map_err(|error| DecodeError::SideInformation { field, error })
 }
 
+/// The tables that a part names.
+fn tables_of(streams: &SymbolStreams, pool: &[Arc<CodingTable>]) -> Result<Vec<Arc<CodingTable>>, DecodeError> {
+    let table = |&number: &u16| {
+        let table = pool.get(usize::from(number));
+        table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
+    };
+    streams.tables.iter().map(table).collect()
+}
+
 fn prepare_symbols(
     streams: &SymbolStreams,
     raw_bits: u32,
@@ -435,14 +482,7 @@ fn prepare_symbols(
     runs: u64,
     tables_per_number: usize,
 ) -> Result<Symbols, DecodeError> {
-    let tables = streams
-        .tables
-        .iter()
-        .map(|&number| {
-            let table = pool.get(usize::from(number));
-            table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let tables = tables_of(streams, pool)?;
     if tables.len() % tables_per_number != 0 {
         return Err(inconsistent("part tables", tables.len(), "pairs of tables"));
     }

@@ -19,13 +19,18 @@ impl Materializer {
         out: &mut [u8],
     ) -> Result<(), MaterializeError> {
         let mut copy = |whole: &[u8]| out.copy_from_slice(&whole[offset as usize..][..out.len()]);
-        if let Some(whole) = self.cache.get(&key_of_whole(archive, address)) {
+        if let Some(whole) = self.whole_if_known(archive, address) {
             copy(&whole);
             return Ok(());
         }
         let _memory = self.take_memory(self.memory_for_whole(part));
         copy(&self.whole(archive, address)?);
         Ok(())
+    }
+
+    /// A whole decoded tensor if the cache has it.
+    pub(super) fn whole_if_known(&self, archive: &Archive, address: PartAddress) -> Option<Arc<[u8]>> {
+        self.cache.get(&key_of_whole(archive, address))
     }
 
     /// Decodes a part into the cache, unless it would push out what others need.
@@ -48,14 +53,14 @@ impl Materializer {
 
     /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
     /// chain are of one length, and never more than two of them are held.
-    fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
+    pub(super) fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
         let held = if part.prediction().is_some() { 2 } else { 1 };
         held * part.length_bytes() + self.processors.total() * strips::TOGETHER_BYTES as u64
     }
 
     /// A whole decoded tensor, through the cache; its reference first (Algorithm 1's context buffer). The caller holds the
     /// memory for it.
-    fn whole(&self, archive: &Archive, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
+    pub(super) fn whole(&self, archive: &Archive, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
         self.cache.get_or_try_insert(key_of_whole(archive, address), || {
             let record = self.prepared.get(archive, address.record)?;
             let part = &record[address.part as usize];

@@ -37,9 +37,7 @@ impl Split {
         let raw_bits = 8.0 * bytes.len() as f64;
         let units = unit_splits(tensor, bytes).into_iter().map(|split| {
             let split = Self::Units(split);
-            let symbols = split.symbols(tensor, bytes);
-            let bits = sampled_bits(&*symbols) * symbols.layout().elements as f64 + PART_BITS;
-            (split, bits)
+            (split, split.estimated_bits(tensor, bytes) + PART_BITS)
         });
         let units =
             units.filter(|&(_, bits)| bits < (1.0 - LEAST_SAVING) * raw_bits).min_by(|(_, a), (_, b)| a.total_cmp(b));
@@ -56,6 +54,12 @@ impl Split {
             Self::Elements(split) => Box::new(split.symbols(tensor, bytes)),
             Self::Units(split) => Box::new(UnitSymbols::new(tensor, bytes, *split)),
         }
+    }
+
+    /// Bits of all symbols and raw bits, about, by a look at some runs.
+    pub fn estimated_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
+        let symbols = self.symbols(tensor, bytes);
+        sampled_bits(&*symbols) * symbols.layout().elements as f64
     }
 
     /// The name in plans and reports.

@@ -48,7 +48,7 @@ fn is_router(name: &str) -> bool {
 pub fn refinement(block_type: BlockType, options: &PackOptions) -> f32 {
     match block_type {
         BlockType::Embedding | BlockType::Head => options.embedding_refinement,
-        BlockType::Attention | BlockType::Ffn | BlockType::Layer | BlockType::Global => 1.0,
+        _ => 1.0,
     }
 }
 

@@ -14,10 +14,12 @@ use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::decode::Pools;
+use crate::format::bytes::crc32c;
 use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// An archive's records, written.
@@ -36,12 +38,19 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
+    Base(MaterializeError),
     Interrupted,
 }
 
 impl From<std::io::Error> for WriteError {
     fn from(error: std::io::Error) -> Self {
         Self::Io(error)
+    }
+}
+
+impl From<MaterializeError> for WriteError {
+    fn from(error: MaterializeError) -> Self {
+        Self::Base(error)
     }
 }
 
@@ -86,11 +95,13 @@ impl Encoder<'_> {
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
             let step_factor = steering.step_factor();
             let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
-                .map(|(&(tensor, bytes), part)| {
-                    let step_factor = if part.follows_step { step_factor } else { 1.0 };
-                    Drafted::new(part.decision, tensor, bytes, step_factor, self.options)
+                .zip(&record.parts)
+                .map(|((&(tensor, bytes), planned), part)| {
+                    let step_factor = if planned.follows_step { step_factor } else { 1.0 };
+                    let start = self.start(part.file, part.tensor)?;
+                    Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
                 })
-                .collect();
+                .collect::<Result<_, MaterializeError>>()?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
             let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
@@ -147,6 +158,7 @@ impl Encoder<'_> {
                 header: file.header.bytes.clone(),
                 decoded_sha256: [0; 32],
                 source_sha256: [0; 32],
+                decoded_blake3: Some([0; 32]),
             })
             .collect();
         let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
@@ -158,9 +170,9 @@ impl Encoder<'_> {
             files,
             tables: Vec::new(),
             codebooks: Vec::new(),
-            block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
+            block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
-            bases: Vec::new(),
+            bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
             provenance: self.options.provenance(),
         }
@@ -173,7 +185,7 @@ impl Encoder<'_> {
         index.codebooks = stored_codebooks(&plan.pool);
         for (record, parts) in self.plan.records.iter().zip(&plan.parts) {
             let mut entry = record_entry(record, parts.iter().map(|part| (part.bits / 8.0) as u64));
-            entry.side_crc = crc32c::crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
+            entry.side_crc = crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
             index.records.push(entry);
         }
         let (_, stored) = index.write(0);
@@ -209,7 +221,7 @@ fn write_record(
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));
     entry.reference = reference;
     entry.side_bytes = side.len() as u64;
-    entry.side_crc = crc32c::crc32c(&side);
+    entry.side_crc = crc32c(&side);
     let bytes = entry.bytes();
     index.records.push(entry);
     out.write_all(&side)?;
@@ -223,7 +235,7 @@ fn write_record(
 fn record_entry(record: &RecordPlan, body_bytes: impl Iterator<Item = u64>) -> RecordEntry {
     RecordEntry {
         layer: record.layer,
-        block_type: record.block_type as u8,
+        block_type: record.block_type.number(),
         reference: None,
         side_bytes: 0,
         side_crc: 0,
@@ -247,6 +259,7 @@ fn written_parts(
             decision: match draft {
                 Drafted::Quantized { quantizer, .. } => Decision::Quantized(quantizer.choice),
                 Drafted::Split(split, ..) => Decision::Split(*split),
+                Drafted::Based { choice, .. } => Decision::Based(*choice),
                 Drafted::Raw(_) => Decision::Raw,
             },
             bits: 8.0 * encoded.body.len() as f64 + side_bits,

@@ -3,17 +3,19 @@
 use std::ops::Range;
 
 use super::{PartDecoder, Path, Strip};
+use crate::codec::difference::Bits;
 use crate::codec::lossless::widen;
 use crate::codec::motion::Motion;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::DecodeError;
+use crate::decode::cpu::differences;
 use crate::decode::cpu::finish::{RunPrediction, join_any};
 use crate::decode::cpu::raw_bits::RawBits;
 use crate::decode::cpu::stages::Stage;
 use crate::decode::cpu::units::{join_units, replace_unit};
 use crate::decode::cpu::values::Meaning;
-use crate::decode::prepared::{PartKind, Prediction};
+use crate::decode::prepared::{Based, Difference, PartKind, Prediction};
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::raw_bytes_of_run;
 use crate::tensor::Dtype;
@@ -21,7 +23,13 @@ use crate::tensor::Dtype;
 impl<'a> PartDecoder<'a> {
     /// What is left to do with the runs that fill `elements`, whose values are there.
     pub(super) fn finish(&self, strip: &mut Strip<'_>, elements: Range<usize>) {
-        if matches!(self.path, Path::Final) {
+        let is_final = match self.path {
+            Path::Final | Path::Joined { .. } => true,
+            // Sixteen-bit symbols are differences already where nothing lies below them.
+            Path::Difference { zero_bits } => self.element_bytes == 2 && zero_bits == 0 && self.symbols.raw_bits == 0,
+            _ => false,
+        };
+        if is_final {
             return;
         }
         let mut values = std::mem::take(&mut strip.scratch);
@@ -49,7 +57,19 @@ impl<'a> PartDecoder<'a> {
         let raw = RawBits::of_run(raw, elements.len(), stored_bits, finish.spread, &mut bit_planes);
         // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
         match self.path {
-            Path::Final => {}
+            Path::Final | Path::Joined { .. } => {}
+            Path::Difference { zero_bits } => match self.element_bytes {
+                2 if raw.planes().is_empty() => {
+                    differences::shift_in_place(strip.out[bytes].as_chunks_mut().0, zero_bits);
+                }
+                2 => {
+                    let out = &mut strip.out[bytes];
+                    let symbols = out.as_chunks().0.to_vec();
+                    differences::join::<u16>(&symbols, &raw, zero_bits, out);
+                }
+                1 => differences::join::<u8>(values.as_chunks().0, &raw, zero_bits, &mut strip.out[bytes]),
+                _ => differences::join::<u32>(values.as_chunks().0, &raw, zero_bits, &mut strip.out[bytes]),
+            },
             Path::Split16 { carrier: Carrier::Own } => {
                 // SAFETY: see above.
                 unsafe { (finish.join_16)(&raw, strip.out[bytes].as_chunks_mut().0) }
@@ -215,7 +235,27 @@ impl<'a> PartDecoder<'a> {
             }
             self.patch(number, index, value, &mut out[index * self.element_bytes..][..self.element_bytes]);
         }
+        if let PartKind::Based(Based { difference: Some(difference), .. }) = self.part.kind() {
+            match self.element_bytes {
+                1 => self.add_differences::<u8>(difference, number, out),
+                2 => self.add_differences::<u16>(difference, number, out),
+                _ => self.add_differences::<u32>(difference, number, out),
+            }
+        }
         Ok(())
+    }
+
+    /// Replaces the differences of a strip, in coded order, by its elements.
+    fn add_differences<T: Bits>(&self, difference: &Difference, strip: usize, out: &mut [u8]) {
+        let reference = self.part.reference_of(strip, self.first_strip, self.reference);
+        let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
+        let predicted = self.part.predicted_strip(strip, reference);
+        let first_element = strip * self.symbols.runs_per_strip * self.symbols.run_elements;
+        let mut classes = Vec::new();
+        difference.classes.of::<T>(first_element, &predicted, &mut classes);
+        let differences = out.to_vec();
+        differences::merge::<T>(&classes, &differences, &predicted, out);
+        self.ended(Stage::Prediction);
     }
 
     /// Writes the element that an exception stands for.
