@@ -82,7 +82,7 @@ class Part:
             read_based(self, reader)
             self.bits = tensor.bits
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
-        has_symbols = self.coding in ("split", "quantized") or self.coding == "based" and self.has_difference
+        has_symbols = self.coding in ("split", "quantized", "units") or self.coding == "based" and self.has_difference
         if self.vectors:
             self.read_layout(reader)
         elif has_symbols:
