@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::entropy_model::{ClassHistograms, FittedTable, TablePool};
+use super::entropy_model::{ClassHistograms, FittedTable, StreamKind, TablePool};
 use super::histogram::{EXCEPTION_BITS, Histogram};
 use super::symbols::Symbols;
 use crate::codec::integers;
@@ -90,10 +90,12 @@ pub fn choose_tables(symbols: &dyn Symbols, pool: &TablePool, runs: Range<usize>
     .collect()
 }
 
-/// The one table that takes a small part shorter than each run's own, whose choices cost bits too; `None` where none does.
+/// The one table that takes a small bit-exact part shorter than each run's own, whose choices cost bits too; `None` where none does.
 pub fn sole_table(symbols: &dyn Symbols, pool: &TablePool) -> Option<usize> {
     let layout = symbols.layout();
-    if layout.elements > SMALL_PART || symbols.second_kind().is_some() {
+    // Of codes, which a search will choose by what they cost, the nearest ones say too little.
+    let are_codes = matches!(symbols.kind(), StreamKind::Quantized { .. } | StreamKind::Trellis { .. });
+    if layout.elements > SMALL_PART || are_codes {
         return None;
     }
     let mut scratch = Vec::new();
