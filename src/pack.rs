@@ -32,3 +32,4 @@ pub mod survey;
 pub mod symbols;
 pub mod treatment;
 pub mod trellis_search;
+pub mod zoo;

@@ -139,6 +139,9 @@ pub enum PackCommandError {
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
+    /// A zoo without checkpoints.
+    #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
+    NoCheckpoints(PathBuf),
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -227,14 +230,14 @@ fn warn_of_damage(report: &PackReport) {
 }
 
 /// Where the output goes.
-struct Destination {
-    archive: PathBuf,
+pub(super) struct Destination {
+    pub(super) archive: PathBuf,
     /// Receives sidecars; absent where a file was named.
     directory: Option<PathBuf>,
 }
 
 impl Destination {
-    fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
+    pub(super) fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
         let names_archive = output.extension().is_some_and(|extension| extension == "mcwc");
         if names_archive && !output.is_dir() {
             if !checkpoint.sidecars.is_empty() {
@@ -262,7 +265,12 @@ impl Destination {
     }
 
     /// Packs, copies the sidecars, and gives the archive its name last: what fails before leaves nothing behind.
-    fn fill(&self, encoder: &Encoder<'_>, sidecars: &[Sidecar], force: bool) -> Result<PackReport, PackCommandError> {
+    pub(super) fn fill(
+        &self,
+        encoder: &Encoder<'_>,
+        sidecars: &[Sidecar],
+        force: bool,
+    ) -> Result<PackReport, PackCommandError> {
         let Some(directory) = &self.directory else {
             return Ok(encoder.pack(&self.archive, force)?);
         };
@@ -279,7 +287,7 @@ impl Destination {
     }
 }
 
-fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
+pub(super) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
     let path = path.to_owned();
     move |source| PackCommandError::Io { path, source }
 }
@@ -303,14 +311,14 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
 }
 
 /// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
-struct Bar {
-    bar: ProgressBar,
+pub(super) struct Bar {
+    pub(super) bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Bar {
     /// From here on, the first signal stops the work in an orderly way, and a second one at once.
-    fn new() -> Result<Self, PackCommandError> {
+    pub(super) fn new() -> Result<Self, PackCommandError> {
         let target =
             if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -345,7 +353,7 @@ impl Progress for Bar {
 }
 
 /// Writes to standard output; a reader that went away is an error, not a panic.
-fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
+pub(super) fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
     let mut output = std::io::stdout().lock();
     write(&mut output).and_then(|()| output.flush()).map_err(PackCommandError::Print)
 }

@@ -93,9 +93,8 @@ fn quantized(tensor: &TensorInfo, bytes: &[u8], decoded: &[u8], left: &Matrix, r
     let most = largest(left).max(largest(right));
     let try_magnitude = |magnitude: i32| {
         let step = most / magnitude.min(FACTOR) as f32;
-        let integers = |matrix: &Matrix| -> Vec<i32> {
-            matrix.values.iter().map(|value| (value / step).round() as i32).collect()
-        };
+        let integers =
+            |matrix: &Matrix| -> Vec<i32> { matrix.values.iter().map(|value| (value / step).round() as i32).collect() };
         let product = LowRank {
             rank: left.columns,
             columns: right.columns,
@@ -180,11 +179,17 @@ fn refine(change: &Matrix, mut span: Matrix, intervals: &Intervals<'_>) -> (Matr
     let right = target.transposed_times(&span);
     let (squares, directions) = right.gram().eigen();
     // Both factors get the root of each singular value, so that one step suits both.
-    let roots: Vec<f32> = squares.iter().map(|square| square.max(0.0).sqrt().sqrt().max(f64::MIN_POSITIVE) as f32).collect();
+    let roots: Vec<f32> =
+        squares.iter().map(|square| square.max(0.0).sqrt().sqrt().max(f64::MIN_POSITIVE) as f32).collect();
     let mut left = span.times(&directions);
-    left.values.chunks_mut(roots.len()).for_each(|row| row.iter_mut().zip(&roots).for_each(|(value, root)| *value *= root));
+    left.values
+        .chunks_mut(roots.len())
+        .for_each(|row| row.iter_mut().zip(&roots).for_each(|(value, root)| *value *= root));
     let mut right = right.times(&directions);
-    right.values.chunks_mut(roots.len()).for_each(|row| row.iter_mut().zip(&roots).for_each(|(value, root)| *value /= root));
+    right
+        .values
+        .chunks_mut(roots.len())
+        .for_each(|row| row.iter_mut().zip(&roots).for_each(|(value, root)| *value /= root));
     (left, right.transposed())
 }
 
@@ -308,7 +313,8 @@ impl Matrix {
 
     /// Orthonormal columns with the same span (Gram-Schmidt, twice: once is not enough in 32 bits).
     fn orthonormal(&self) -> Self {
-        let mut columns: Vec<Vec<f32>> = self.transposed().values.chunks_exact(self.rows).map(<[f32]>::to_vec).collect();
+        let mut columns: Vec<Vec<f32>> =
+            self.transposed().values.chunks_exact(self.rows).map(<[f32]>::to_vec).collect();
         for column in 0..columns.len() {
             let (before, rest) = columns.split_at_mut(column);
             let own = &mut rest[0];
@@ -349,7 +355,8 @@ impl Eigen for Vec<Vec<f64>> {
         let mut vectors: Vec<Vec<f64>> =
             (0..size).map(|row| (0..size).map(|column| f64::from(u8::from(row == column))).collect()).collect();
         for _ in 0..30 {
-            let beside: f64 = (0..size).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| self[i][j].powi(2)).sum();
+            let beside: f64 =
+                (0..size).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| self[i][j].powi(2)).sum();
             let diagonal: f64 = (0..size).map(|i| self[i][i].powi(2)).sum();
             if beside <= 1e-20 * diagonal {
                 break;

@@ -6,7 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
-use super::{finish, portable};
+use super::{differences, finish, portable};
 use crate::codec::entropy::{CodingTable, LaneError, PADDED, STATE_LOW};
 use crate::codec::trellis::Trellis;
 use crate::format::part::TrellisTables;
@@ -191,6 +191,8 @@ pub struct Kernels {
     pub wide: [RunKernel<[u8; 4]>; 3],
     /// What is done with values after entropy decoding.
     pub finish: finish::Kernels,
+    /// What is done with differences to a base.
+    pub differences: differences::Kernels,
 }
 
 /// Any CPU.
@@ -200,6 +202,7 @@ pub static PORTABLE: Kernels = Kernels {
     narrow: [portable::run::<0, [u8; 2]>, portable::run::<1, [u8; 2]>, portable::run::<2, [u8; 2]>],
     wide: [portable::run::<0, [u8; 4]>, portable::run::<1, [u8; 4]>, portable::run::<2, [u8; 4]>],
     finish: finish::PORTABLE,
+    differences: differences::PORTABLE,
 };
 
 /// x86-64 with AVX2: nearly all of them.
@@ -210,6 +213,7 @@ pub static AVX2: Kernels = Kernels {
     narrow: [avx2::run::<0, [u8; 2]>, avx2::run::<1, [u8; 2]>, avx2::run::<2, [u8; 2]>],
     wide: [avx2::run::<0, [u8; 4]>, avx2::run::<1, [u8; 4]>, avx2::run::<2, [u8; 4]>],
     finish: finish::AVX2,
+    differences: differences::AVX2,
 };
 
 /// x86-64 with AVX-512 F, BW, VL, VBMI and VBMI2: Ice Lake, Zen 4 and later.
@@ -220,6 +224,7 @@ pub static AVX512: Kernels = Kernels {
     narrow: [avx512::narrow::<0>, avx512::narrow::<1>, avx512::narrow::<2>],
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
     finish: finish::AVX512,
+    differences: differences::AVX512,
 };
 
 /// Two or four bytes that a symbol turns into.
