@@ -13,6 +13,7 @@ use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
+use crate::format::difference::BaseTensor;
 use crate::format::limits;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStreams, TrellisTables};
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
@@ -28,6 +29,8 @@ pub struct PreparedPart {
     element_bytes: usize,
     length_bytes: u64,
     kind: PartKind,
+    /// The tensor of a base archive that the part starts from.
+    base: Option<BaseTensor>,
     strips: Vec<PreparedStrip>,
 }
 
@@ -146,10 +149,12 @@ impl PreparedPart {
             element_bytes: element_bits.div_ceil(8) as usize,
             length_bytes: tensor.length_bytes,
             kind: PartKind::Raw,
+            base: None,
             strips: Vec::new(),
         };
         if let Coding::Based(info) = &header.coding {
             part.kind = prepare_based(info, tensor, header.streams.as_ref(), tables)?;
+            part.base = Some(info.reference);
         }
         let Some(streams) = &header.streams else {
             if matches!(part.kind, PartKind::Based(_)) {
@@ -190,7 +195,7 @@ impl PreparedPart {
                 part.kind = PartKind::Split { carrier: *carrier, carrier_bits: bits, symbols };
                 bits as usize / 8
             }
-            Coding::Quantized(info) => {
+            Coding::Quantized(info) | Coding::QuantizedFromBase(_, info) => {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
@@ -198,6 +203,12 @@ impl PreparedPart {
                 let per_number = if pairs { 2 } else { 1 };
                 let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
                 part.kind = prepare_quantized(info, symbols, motion, runs)?;
+                if let (Coding::QuantizedFromBase(reference, _), PartKind::Quantized { prediction, .. }) =
+                    (&header.coding, &mut part.kind)
+                {
+                    part.base = Some(*reference);
+                    *prediction = Some(Prediction::copy());
+                }
                 2
             }
             Coding::Based(_) => part.element_bytes,
@@ -305,7 +316,7 @@ impl PreparedPart {
         full.min(self.length_bytes - strip as u64 * full) as usize
     }
 
-    /// How the part starts from a base archive, where it does.
+    /// How a bit-exact part starts from a base archive, where it does.
     pub fn based(&self) -> Option<&Based> {
         match &self.kind {
             PartKind::Based(based) => Some(based),
@@ -319,9 +330,15 @@ impl PreparedPart {
         strips.start as u64 * full..(strips.end as u64 * full).min(self.length_bytes)
     }
 
-    /// The prediction, where the part is predicted.
+    /// The tensor of a base archive that the part starts from, bit-exact or quantized.
+    pub fn base(&self) -> Option<BaseTensor> {
+        self.base
+    }
+
+    /// The prediction, where the part is predicted from another record.
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
+            _ if self.base.is_some() => None,
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
             PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => None,
         }

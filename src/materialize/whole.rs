@@ -49,7 +49,7 @@ impl Materializer {
     /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
     /// chain are of one length, and never more than two of them are held.
     pub(super) fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
-        let held = if part.prediction().is_some() { 2 } else { 1 };
+        let held = if part.prediction().is_some() || part.base().is_some() { 2 } else { 1 };
         held * part.length_bytes() + self.processors.total() * strips::TOGETHER_BYTES as u64
     }
 

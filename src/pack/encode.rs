@@ -26,7 +26,7 @@ use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{BasedChoice, Decision, Start, Treatment};
+use super::treatment::{BasedChoice, Decision, Start, Treatment, is_near};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
@@ -111,6 +111,8 @@ impl<'a> Encoder<'a> {
                     if let Some((choice, product)) = chosen {
                         treatment = Treatment::Based(choice);
                         encoder.based.insert((part.file, part.tensor), (reference, product));
+                    } else if is_near(treatment, tensor, bytes, &decoded) {
+                        encoder.based.insert((part.file, part.tensor), (reference, None));
                     }
                 }
                 treatments.push(treatment);
@@ -131,7 +133,11 @@ impl<'a> Encoder<'a> {
         if let Some(found) = product {
             found.product.add(&info.dtype, 0, &mut predicted);
         }
-        Ok(Some(Start { predicted, low_rank: product.as_ref().map(|found| found.stored.clone()) }))
+        Ok(Some(Start {
+            reference: *reference,
+            predicted,
+            low_rank: product.as_ref().map(|found| found.stored.clone()),
+        }))
     }
 
     fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {
@@ -282,6 +288,7 @@ impl<'a> Encoder<'a> {
             bits_per_parameter: 8.0 * archive_bytes as f64 / parameters.max(1) as f64,
             lossless: compared.decoded == compared.sources,
             relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
+            relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,

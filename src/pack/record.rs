@@ -145,7 +145,7 @@ impl RecordEncoder<'_> {
                 let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
-            Drafted::Quantized { values, layout, quantizer } => {
+            Drafted::Quantized { values, layout, quantizer, base } => {
                 let mut info = quantizer.info();
                 info.prediction = prediction.map(|prediction| StoredPrediction {
                     reference_part: ordinal,
@@ -168,7 +168,11 @@ impl RecordEncoder<'_> {
                     raw_bits: quantizer.choice.raw_bits,
                     rounding: quantizer.choice.rounding,
                 };
-                EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
+                let coding = match base {
+                    Some(reference) => Coding::QuantizedFromBase(*reference, info),
+                    None => Coding::Quantized(info),
+                };
+                EncodedPart::symbols(coding, &symbols, self.pool)
                     .expect("quantized symbols were counted before tables were fitted")
             }
         }
@@ -201,7 +205,7 @@ impl RecordEncoder<'_> {
         let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
         for (ordinal, draft) in drafts.iter().enumerate() {
             let (mut in_place, mut moved) = (None, None);
-            if let (Drafted::Quantized { values, layout, quantizer }, Some(decoded)) =
+            if let (Drafted::Quantized { values, layout, quantizer, base: None }, Some(decoded)) =
                 (draft, &context.decoded[ordinal])
             {
                 let decoded = values_of(&source[ordinal].0.dtype, decoded);
@@ -321,8 +325,8 @@ fn align_record(
     let compared = || {
         let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
         parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
-            Drafted::Quantized { .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
-            Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
+            Drafted::Quantized { base: None, .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
+            _ => None,
         })
     };
     let current =

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from spec_based import based_elements, read_based, references
+from spec_based import based_elements, read_base_tensor, read_based, references
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
 
@@ -57,7 +57,7 @@ def side_of(archive, record):
     return record.side
 
 
-CODINGS = {0: "raw", 1: "split", 2: "quantized", 4: "based"}
+CODINGS = {0: "raw", 1: "split", 2: "quantized", 4: "based", 5: "quantized"}
 
 
 class Part:
@@ -66,7 +66,8 @@ class Part:
         number = reader.u8("part coding")
         require(number in CODINGS, f"part coding {number}")
         self.coding = CODINGS[number]
-        self.trellis = self.reference = self.stored_zero_bits = None
+        self.trellis = self.reference = self.stored_zero_bits = self.factors = None
+        self.is_from_base = number == 5
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
             self.carrier = reader.u8("carrier", below=3)
@@ -78,6 +79,8 @@ class Part:
         if self.coding == "based":
             read_based(self, reader)
             self.bits = tensor.bits
+        if self.is_from_base:
+            read_base_tensor(self, reader, rows_may_differ=True)
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
         has_symbols = self.coding in ("split", "quantized") or self.coding == "based" and self.has_difference
         if has_symbols:
@@ -108,6 +111,7 @@ class Part:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
             per_run.append(("means", reader.f32("mean step"), reader.blob("means")))
+        require(not (flags & 4 and self.is_from_base), "quantizer flags: a prediction beside a base")
         if flags & 4:
             require(self.record.reference is not None, "reference part: the record has no reference")
             parts = side_of(self.archive, self.record.reference).parts
@@ -347,6 +351,8 @@ def quantized_elements(part):
         if part.offsets is not None:
             prediction = prediction + part.offsets[run]
         values = values + prediction
+    if part.is_from_base:
+        values = values + to_float(references(part, decoded, to_float, from_float), part.tensor.dtype)
     require(values.dtype == FLOAT, "numpy has widened binary32")
     return from_float(values, part.tensor.dtype)
 
@@ -379,6 +385,7 @@ def count(part):
         MET["other rows"] += part.base.files[part.base_place[0]][2][part.base_place[1]].shape != part.tensor.shape
     if part.coding == "quantized":
         MET["predicted"] += part.reference is not None
+        MET["quantized from a base"] += part.is_from_base
         MET["moved"] += part.reference is not None and part.axis is not None
         MET["row affine"] += part.reference is not None and part.offsets is not None
         MET["trellis"] += part.trellis is not None

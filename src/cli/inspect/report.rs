@@ -119,6 +119,10 @@ pub fn mode(header: &PartHeader) -> &'static str {
             (Some(_), None) => "low rank",
             (Some(_), Some(_)) => "low rank and difference",
         },
+        Coding::QuantizedFromBase(_, info) => match info.trellis {
+            None => "from the base",
+            Some(_) => "from the base, trellis",
+        },
         Coding::Quantized(info) => {
             let predictor = info.prediction.as_ref().map(|prediction| &prediction.predictor);
             match (predictor, info.trellis.is_some()) {
@@ -191,7 +195,7 @@ impl Report {
             block_type.parameters += tensor.elements();
             if with_parts {
                 let step = match &header.coding {
-                    Coding::Quantized(info) => Some(info.step),
+                    Coding::Quantized(info) | Coding::QuantizedFromBase(_, info) => Some(info.step),
                     Coding::Raw | Coding::Split { .. } | Coding::Based(_) => None,
                 };
                 self.parts.push(PartReport {
