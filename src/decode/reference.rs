@@ -2,7 +2,7 @@
 //! with, so it is written to be read; nothing in it is fast.
 
 use super::prepared::{PartKind, Prediction, Quantizer, Symbols};
-use super::{DecodeError, Engine, PreparedPart};
+use super::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
@@ -21,31 +21,37 @@ impl Engine for ReferenceEngine {
         "reference"
     }
 
-    fn decode_strip(
+    fn decode_strips(
         &self,
         part: &PreparedPart,
-        strip: usize,
-        stored: &[u8],
         reference: Option<&[u8]>,
-        out: &mut [u8],
+        jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
-        part.check_strip(strip, stored)?;
-        let Some(layout) = part.layout(strip) else {
-            out.copy_from_slice(stored);
-            return Ok(());
-        };
-        let strip = StripView { number: strip, stored, layout };
-        match part.kind() {
-            PartKind::Raw => unreachable!("raw parts have no symbol layout"),
-            PartKind::Split { carrier, carrier_bits, symbols } => {
-                strip.decode_split(symbols, *carrier, *carrier_bits, out)
-            }
-            PartKind::Quantized { symbols, quantizer, prediction } => {
-                let prediction = prediction.as_ref().map(|prediction| {
-                    (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
-                });
-                strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
-            }
+        jobs.iter_mut().try_for_each(|job| decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out))
+    }
+}
+
+fn decode_strip(
+    part: &PreparedPart,
+    strip: usize,
+    stored: &[u8],
+    reference: Option<&[u8]>,
+    out: &mut [u8],
+) -> Result<(), DecodeError> {
+    part.check_strip(strip, stored)?;
+    let Some(layout) = part.layout(strip) else {
+        out.copy_from_slice(stored);
+        return Ok(());
+    };
+    let strip = StripView { number: strip, stored, layout };
+    match part.kind() {
+        PartKind::Raw => unreachable!("raw parts have no symbol layout"),
+        PartKind::Split { carrier, carrier_bits, symbols } => strip.decode_split(symbols, *carrier, *carrier_bits, out),
+        PartKind::Quantized { symbols, quantizer, prediction } => {
+            let prediction = prediction.as_ref().map(|prediction| {
+                (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
+            });
+            strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
         }
     }
 }
