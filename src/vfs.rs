@@ -36,7 +36,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::{Deref, Range};
+use std::ops::{Deref, DerefMut, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -47,7 +47,7 @@ use log::info;
 use crate::decoded_files::DecodedFiles;
 
 pub use changes::Changes;
-pub use checkpoint::{BoxError, Checkpoint, DecodedArchive, Keeper};
+pub use checkpoint::{BoxError, Checkpoint, Decoded, DecodedArchive, Keeper};
 pub use decode_ahead::DecodeAhead;
 use decode_ahead::Follower;
 pub use error::VfsError;
@@ -164,6 +164,26 @@ impl Deref for Resident {
         match &self.node.content {
             Content::Archived(archived) => &archived.file().header[self.range.clone()],
             _ => unreachable!("made for archived files only"),
+        }
+    }
+}
+
+/// Bytes of a file: see [`Vfs::read`].
+#[derive(Debug)]
+pub enum Bytes<B> {
+    /// As they were decoded ahead, or as others need them too.
+    Decoded(Decoded),
+    /// In a buffer of the caller's.
+    Buffer(B),
+}
+
+impl<B: Deref<Target = [u8]>> Deref for Bytes<B> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Decoded(decoded) => decoded,
+            Self::Buffer(buffer) => buffer,
         }
     }
 }
@@ -356,48 +376,72 @@ impl Vfs {
         Some(Resident { node, range: from..to })
     }
 
-    /// Fills `out` with the bytes of a file from `offset_bytes` on; returns how many that was, less than `out.len()` only
-    /// where the file ends. Blocks while reading the source or decoding, and holds no lock meanwhile.
+    /// Gives the bytes of a file from `offset_bytes` on, `length` of them or as many as it has; in a `buffer` of that length
+    /// where they are not in memory side by side. Blocks while reading the source or decoding, and holds no lock meanwhile.
     ///
     /// A failure has one log line, with the path, the tensor and what was wrong, however often it is met.
-    pub fn read(&self, inode: Inode, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, VfsError> {
+    pub fn read<B: DerefMut<Target = [u8]>>(
+        &self,
+        inode: Inode,
+        offset_bytes: u64,
+        length: usize,
+        keeper: Keeper,
+        buffer: impl FnOnce(usize) -> B,
+    ) -> Result<Bytes<B>, VfsError> {
         let node = self.node(inode)?;
         let left = node.attributes.length_bytes.saturating_sub(offset_bytes);
-        let length = usize::try_from(left).unwrap_or(usize::MAX).min(out.len());
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(length);
         if length == 0 {
-            return Ok(0);
+            return Ok(Bytes::Buffer(buffer(0)));
         }
-        let result = self.read_content(&node, offset_bytes, keeper, &mut out[..length]);
+        if let Content::Archived(archived) = &node.content
+            && self.decoded_file_of(archived).is_none()
+        {
+            self.note_read(&node, archived, offset_bytes, length as u64, keeper);
+            if keeper == Keeper::Reader
+                && let Some(decoded) = archived.checkpoint().decoded(archived.index, offset_bytes, length)
+            {
+                archived.count_read(offset_bytes, length as u64);
+                return Ok(Bytes::Decoded(decoded));
+            }
+        }
+        let mut out = buffer(length);
+        let result = self.read_content(&node, offset_bytes, keeper, &mut out);
         if let Err(error) = &result {
             self.log.error(&format!("read failed: {error}"));
         }
-        result.map(|()| length)
+        result.map(|()| Bytes::Buffer(out))
     }
 
     fn read_content(&self, node: &Node, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<(), VfsError> {
         match &node.content {
             Content::Sidecar(file) => self.source.read_exact_at(file, offset_bytes, out),
-            Content::Archived(archived) => {
-                if self.read_decoded_file(archived, offset_bytes, out) {
-                    return Ok(());
-                }
-                let (checkpoint, file, length) = (archived.checkpoint(), archived.index, out.len() as u64);
-                if let Some(file_keeper) = &self.file_keeper {
-                    file_keeper.note_read(checkpoint, file, offset_bytes + length);
-                }
-                if let Some(follower) = &self.follower {
-                    follower.follow(node.attributes.inode, checkpoint, file, offset_bytes, length);
-                }
-                archived.read_exact_at(&node.path, offset_bytes, keeper, out)
-            }
+            Content::Archived(archived) if self.read_decoded_file(archived, offset_bytes, out) => Ok(()),
+            Content::Archived(archived) => archived.read_exact_at(&node.path, offset_bytes, keeper, out),
             Content::Directory(_) => Err(VfsError::IsADirectory),
             Content::Link(_) => Err(VfsError::NotAFile),
         }
     }
 
+    /// Tells those who look ahead of readers of a read that is about to be answered by decoding.
+    fn note_read(&self, node: &Node, archived: &Archived, offset_bytes: u64, length_bytes: u64, keeper: Keeper) {
+        let (checkpoint, file) = (archived.checkpoint(), archived.index);
+        if let Some(file_keeper) = &self.file_keeper {
+            file_keeper.note_read(checkpoint, file, offset_bytes + length_bytes);
+        }
+        if let Some(follower) = &self.follower {
+            follower.follow(node.attributes.inode, checkpoint, file, offset_bytes, length_bytes, keeper);
+        }
+    }
+
+    /// The file on disk with the bytes of an archived file, if it has been found or written before.
+    fn decoded_file_of(&self, archived: &Archived) -> Option<Arc<File>> {
+        self.file_keeper.as_ref()?.get(archived.file())
+    }
+
     /// Fills `out` from the decoded file on disk; returns whether there is one and that went well.
     fn read_decoded_file(&self, archived: &Archived, offset_bytes: u64, out: &mut [u8]) -> bool {
-        let Some(file) = self.file_keeper.as_ref().and_then(|keeper| keeper.get(archived.file())) else { return false };
+        let Some(file) = self.decoded_file_of(archived) else { return false };
         match file.read_exact_at(out, offset_bytes) {
             Ok(()) => {
                 archived.count_read(offset_bytes, out.len() as u64);

@@ -62,7 +62,7 @@ pub struct PackArgs {
     #[arg(long)]
     no_rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
-    #[arg(long, value_name = "TIMES", default_value_t = 1.4, value_parser = refinement)]
+    #[arg(long, value_name = "TIMES", default_value_t = 1.2, value_parser = refinement)]
     embedding_refinement: f32,
     /// Threads; all cores by default. The archive is the same for any number.
     #[arg(long, value_name = "N", value_parser = parse_threads)]

@@ -10,10 +10,12 @@ pub const PREAMBLE_BYTES: u64 = 64;
 pub const MAGIC: [u8; 4] = *b"MCWC";
 /// The version this crate writes and the newest it reads.
 pub const VERSION: u16 = 1;
-/// Feature bit of archives whose index has a BLAKE3 digest of every decoded file.
-pub const TREE_DIGESTS: u64 = 1 << 0;
-/// Feature bits this crate knows.
-pub const KNOWN_FEATURES: u64 = TREE_DIGESTS;
+/// Feature: the index has a BLAKE3 digest of every decoded file.
+pub const FEATURE_TREE_DIGESTS: u64 = 1 << 0;
+/// Feature: the index has codebooks, which parts of vectors refer to.
+pub const FEATURE_CODEBOOKS: u64 = 1 << 1;
+/// Feature bits this crate knows (SPEC.md section 10).
+pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS;
 
 const SECTION: &str = "preamble";
 

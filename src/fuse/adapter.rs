@@ -267,11 +267,10 @@ impl Filesystem for Adapter {
         // The kernel keeps what it is given, but for readers that pass it by.
         let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
         self.workers.submit(move || {
-            let mut bytes = replies.take(size as usize);
-            match vfs.read(inode, offset, keeper, &mut bytes) {
-                Ok(length) => {
-                    pending.answered(Some(length));
-                    reply.data(&bytes[..length]);
+            match vfs.read(inode, offset, size as usize, keeper, |length| replies.take(length)) {
+                Ok(bytes) => {
+                    pending.answered(Some(bytes.len()));
+                    reply.data(&bytes);
                 }
                 Err(error) => {
                     pending.answered(None);

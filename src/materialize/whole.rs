@@ -19,13 +19,18 @@ impl Materializer {
         out: &mut [u8],
     ) -> Result<(), MaterializeError> {
         let mut copy = |whole: &[u8]| out.copy_from_slice(&whole[offset as usize..][..out.len()]);
-        if let Some(whole) = self.cache.get(&key_of_whole(archive, address)) {
+        if let Some(whole) = self.whole_if_known(archive, address) {
             copy(&whole);
             return Ok(());
         }
         let _memory = self.take_memory(self.memory_for_whole(part));
         copy(&self.whole(archive, address)?);
         Ok(())
+    }
+
+    /// A whole decoded tensor if the cache has it.
+    pub(super) fn whole_if_known(&self, archive: &Archive, address: PartAddress) -> Option<Arc<[u8]>> {
+        self.cache.get(&key_of_whole(archive, address))
     }
 
     /// Decodes a part into the cache, unless it would push out what others need.

@@ -10,6 +10,7 @@ mod finished;
 mod records;
 mod steering;
 mod target;
+mod vectors;
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 
 use super::counting::{choose_tables, sum_of_squares};
 use super::entropy_model::{FittedTable, TablePool};
-use super::symbols::{Placed, Symbols};
+use super::symbols::{Placed, RunLayout, Symbols};
+use super::vectors::VectorStrips;
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
 use crate::decode::DecodeError;
@@ -100,6 +101,22 @@ impl EncodedPart {
             body,
             squared_error: strips.iter().map(|strip| strip.squared_error).sum(),
         })
+    }
+
+    /// Vectors as quantized. `coding` says with which codebooks.
+    pub fn vectors(coding: Coding, layout: RunLayout, quantized: &VectorStrips) -> Self {
+        Self {
+            coding,
+            streams: Some(SymbolStreams {
+                run_elements: layout.run_elements as u32,
+                runs_per_strip: layout.runs_per_strip as u32,
+                ..SymbolStreams::default()
+            }),
+            tables: Vec::new(),
+            strip_crcs: quantized.strips.iter().map(|strip| crc32c(strip)).collect(),
+            body: quantized.strips.concat(),
+            squared_error: quantized.squared_error,
+        }
     }
 
     /// Pool numbers of the tables used, in the part's order.

@@ -65,6 +65,15 @@ pub const RECIPES: &[Recipe] = &[
         options: &["--max-rel-mse", "0.000003"],
         tensors: || Bert { layers: 1, hidden: 64, ffn_units: 64, dtype: "F16", seed: 9, ..Bert::default() }.tensors(),
     },
+    Recipe {
+        name: "lossy-vectors",
+        must_contain: &["keyframe, vectors", "predicted, vectors"],
+        options: &["--bpp", "5.5", "--quantization", "residual-vector"],
+        tensors: || {
+            Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 14, ..Bert::default() }
+                .tensors()
+        },
+    },
 ];
 
 /// Archives whose strips have all 32 lanes, which only tensors of some size have: too large to try every byte of.

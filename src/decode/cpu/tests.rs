@@ -12,7 +12,7 @@ use crate::codec::quantizer::join_code;
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::select::cpu_engines;
-use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
 use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
@@ -35,7 +35,8 @@ struct RandomPart {
 
 impl RandomPart {
     fn prepared(&self) -> PreparedPart {
-        PreparedPart::new(&self.tensor, &self.header, &self.tables, self.motion.clone()).expect("a sound header")
+        let pools = Pools { tables: &self.tables, ..Pools::default() };
+        PreparedPart::new(&self.tensor, &self.header, pools, self.motion.clone()).expect("a sound header")
     }
 
     /// Changes bytes and states the checksums of the changed strips, so that engines decode them.
@@ -253,7 +254,15 @@ impl Recipe {
                     random.shuffle(&mut source);
                     motion = Motion::new(&shape.map(|length| length as u64), axis.into(), source);
                 }
-                Coding::Quantized(QuantizerInfo { step: 0.013, raw_bits, trellis, scales, means, prediction })
+                Coding::Quantized(QuantizerInfo {
+                    step: 0.013,
+                    raw_bits,
+                    trellis,
+                    vectors: None,
+                    scales,
+                    means,
+                    prediction,
+                })
             }
         };
         let is_predicted = matches!(self.coding, Kind::Quantized { prediction: Some(_), .. });
