@@ -4,6 +4,8 @@
 //! hide one another's latency. What a symbol turns into is a table too ([`RunValues`]), so that a kernel knows nothing of
 //! exponents, weights or rounding.
 
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use super::{finish, portable};
@@ -246,6 +248,17 @@ pub static AVX512: Kernels = Kernels {
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
     joined: Some(Joined { narrow: avx512::narrow_joined, wide: avx512::wide_joined }),
     finish: finish::AVX512,
+};
+
+/// Any aarch64.
+#[cfg(target_arch = "aarch64")]
+pub static NEON: Kernels = Kernels {
+    name: "neon",
+    strips_at_once: neon::STRIPS,
+    narrow: [neon::run::<0, [u8; 2]>, neon::run::<1, [u8; 2]>, neon::run::<2, [u8; 2]>],
+    wide: [neon::run::<0, [u8; 4]>, neon::run::<1, [u8; 4]>, neon::run::<2, [u8; 4]>],
+    joined: None,
+    finish: finish::PORTABLE, // compilers vectorize it: NEON is part of the architecture
 };
 
 /// Two or four bytes that a symbol turns into.

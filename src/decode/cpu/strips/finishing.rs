@@ -114,9 +114,7 @@ impl<'a> PartDecoder<'a> {
                         }
                     }
                 }
-                if prediction.is_some() {
-                    self.ended(Stage::RawBits);
-                }
+                self.ended(Stage::RawBits);
                 let first = self.first_element(strip) + elements.start;
                 let prediction = prediction.and_then(|prediction| {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
