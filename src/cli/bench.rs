@@ -21,7 +21,7 @@ use crate::materialize::{EngineChoice, MaterializeError, decode_error, prepare_r
 /// Bytes copied for comparison: more than caches hold, as a checkpoint is.
 const COPIED_BYTES: usize = 256 << 20;
 
-/// Says how fast an archive decodes here, stage by stage, and when that pays.
+/// Say how fast an archive decodes here, stage by stage, and when that pays.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// The archive (.mcwc)

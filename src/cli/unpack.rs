@@ -22,7 +22,7 @@ use super::{lies_inside, parse_threads};
 use crate::archive::{Archive, ArchiveError};
 use crate::materialize::{EngineChoice, MaterializeError};
 
-/// Writes the files of archives as they were before packing.
+/// Write the files of archives as they were before packing.
 #[derive(Debug, Args)]
 pub struct UnpackArgs {
     /// An archive, or a directory of archives and sidecars
