@@ -14,8 +14,9 @@ use log::info;
 use super::Inode;
 use crate::archive::ArchivedFile;
 
-/// How finely it is known what has been asked for.
-const PIECE_BYTES: u64 = 1 << 20;
+/// In how many pieces, or half as many, it is known what has been asked for; none is smaller than a page.
+const PIECES: u64 = 4096;
+const PAGE_BYTES: u64 = 4096;
 
 /// Files that somebody has open.
 #[derive(Debug, Default)]
@@ -30,6 +31,7 @@ struct Load {
     /// When the first request came, if one has.
     begun: Option<Instant>,
     has_first_byte: bool,
+    piece_bytes: u64,
     /// A bit for each piece of the file that was not asked for yet; none once all were.
     missing: Vec<u64>,
     read_bytes: u64,
@@ -55,6 +57,7 @@ impl Load {
             opened: Instant::now(),
             begun: None,
             has_first_byte: false,
+            piece_bytes: PAGE_BYTES,
             missing: Vec::new(),
             read_bytes: 0,
             decoded_bytes: 0,
@@ -73,7 +76,8 @@ impl Load {
         info!("open: {}, {} bytes", path.display(), file.length_bytes);
         self.path = path.to_owned();
         self.begun = Some(Instant::now());
-        let pieces = file.length_bytes.div_ceil(PIECE_BYTES);
+        self.piece_bytes = (file.length_bytes / PIECES).next_power_of_two().max(PAGE_BYTES);
+        let pieces = file.length_bytes.div_ceil(self.piece_bytes);
         self.missing = vec![u64::MAX; pieces.div_ceil(64) as usize];
         if let Some(last) = self.missing.last_mut() {
             *last >>= (64 - pieces % 64) % 64;
@@ -93,7 +97,7 @@ impl Load {
         }
         self.read_bytes += length_bytes;
         self.decoded_bytes += if is_decoded { length_bytes } else { 0 };
-        for piece in offset_bytes / PIECE_BYTES..end.div_ceil(PIECE_BYTES) {
+        for piece in offset_bytes / self.piece_bytes..end.div_ceil(self.piece_bytes) {
             if let Some(word) = self.missing.get_mut((piece / 64) as usize) {
                 *word &= !(1 << (piece % 64));
             }
