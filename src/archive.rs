@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use crate::codec::entropy::CodingTable;
+use crate::codec::vector_quantizer::Codebook;
 use crate::format::FormatError;
 use crate::format::index::Index;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
@@ -101,6 +102,7 @@ pub struct Archive {
     index: Index,
     files: Vec<ArchivedFile>,
     tables: Vec<Arc<CodingTable>>,
+    codebooks: Vec<Arc<Codebook>>,
     /// First byte of each record.
     record_offsets: Vec<u64>,
     /// Whether a later record is predicted from it.
@@ -129,6 +131,11 @@ impl Archive {
         file.read_exact_at(&mut stored_index, preamble.index_offset).map_err(io)?;
         let index = Index::parse(&stored_index, &preamble).map_err(format)?;
         Self::from_index(path, file, &preamble, index)
+    }
+
+    /// BLAKE3 of a decoded file; `None` for archives made before they had it.
+    pub fn decoded_blake3(&self, file: usize) -> Option<[u8; 32]> {
+        self.index.files[file].decoded_blake3
     }
 
     fn from_index(path: &Path, file: File, preamble: &Preamble, index: Index) -> Result<Self, ArchiveError> {
@@ -215,6 +222,7 @@ impl Archive {
             instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
             stored_bytes: preamble.file_bytes,
             index_stored_bytes: preamble.file_bytes - preamble.index_offset,
+            codebooks: index.codebooks.iter().map(|stored| Arc::new(Codebook::of_stored(stored))).collect(),
             tables: index.tables.iter().map(|table| Arc::new(CodingTable::new(table.clone()))).collect(),
             index,
             files,
@@ -247,6 +255,11 @@ impl Archive {
     /// Length of the stored, deflated index in bytes.
     pub fn index_stored_bytes(&self) -> u64 {
         self.index_stored_bytes
+    }
+
+    /// The codebooks of vectors, ready for look-ups.
+    pub fn codebooks(&self) -> &[Arc<Codebook>] {
+        &self.codebooks
     }
 
     /// The entropy tables, ready for coding.

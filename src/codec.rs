@@ -15,3 +15,4 @@ pub mod permutation;
 pub mod predictor;
 pub mod quantizer;
 pub mod trellis;
+pub mod vector_quantizer;

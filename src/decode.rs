@@ -9,7 +9,7 @@ pub mod prepared;
 pub mod reference;
 pub mod select;
 
-pub use prepared::PreparedPart;
+pub use prepared::{Pools, PreparedPart};
 pub use select::EngineChoice;
 
 use crate::codec::blocks::BlocksError;

@@ -5,12 +5,14 @@
 //! from a disk is `archive`.
 
 pub mod bytes;
+pub mod codebook;
 pub mod error;
 pub mod index;
 pub mod limits;
 pub mod part;
 pub mod preamble;
 pub mod record;
+pub mod streams;
 pub mod strip;
 pub mod table;
 

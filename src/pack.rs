@@ -29,3 +29,4 @@ pub mod survey;
 pub mod symbols;
 pub mod treatment;
 pub mod trellis_search;
+pub mod vectors;

@@ -141,6 +141,7 @@ for_each_recipe! {
     lossy_scalar_steps_per_run: 3,
     lossy_trellis_shared: 4,
     lossy_fine_steps: 5,
+    lossy_vectors: 6,
 }
 
 /// Bytes exchanged between sound archives are no mixture of both.

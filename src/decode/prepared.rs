@@ -11,12 +11,23 @@ use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
+use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
+use crate::format::bytes::crc32c;
 use crate::format::limits;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStreams, TrellisTables};
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
 use crate::tensor::{Dtype, TensorInfo};
 
 pub use self::quantized::{Prediction, Quantizer};
+
+/// What parts of an archive refer to by number.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pools<'a> {
+    /// Entropy tables.
+    pub tables: &'a [Arc<CodingTable>],
+    /// Codebooks of vectors.
+    pub codebooks: &'a [Arc<Codebook>],
+}
 
 /// A part ready for decoding.
 #[derive(Debug)]
@@ -105,6 +116,11 @@ impl Symbols {
         (self.raw_bits - zeros, zeros)
     }
 
+    /// Whether all raw bits of all runs are stored.
+    pub fn stores_all_raw_bits(&self) -> bool {
+        matches!(self.zero_bits, Integers::Constant(0))
+    }
+
     /// Bytes of a strip's raw bits.
     fn raw_bytes_of_strip(&self, strip: usize, symbols: usize) -> usize {
         let bytes = |run, symbols| {
@@ -119,6 +135,25 @@ impl Symbols {
         }
     }
 
+    /// The layout of indices of codewords: without lanes and tables.
+    fn of_vectors(streams: &SymbolStreams) -> Self {
+        Self {
+            run_elements: streams.run_elements as usize,
+            runs_per_strip: streams.runs_per_strip as usize,
+            lanes: 0,
+            raw_bits: 0,
+            zero_bits: Integers::Constant(0),
+            tables: Vec::new(),
+            table_of_run: Integers::Constant(0),
+        }
+    }
+
+    /// Bytes of a strip's indices of codewords.
+    fn vector_bytes_of_strip(&self, vectors: &VectorQuantizer, elements: usize) -> usize {
+        let (runs, rest) = (elements / self.run_elements, elements % self.run_elements);
+        runs * vectors.bytes_of_run(self.run_elements) + vectors.bytes_of_run(rest)
+    }
+
     /// The two tables of a run whose table number stands for a pair.
     pub fn table_pair_of_run(&self, run: usize) -> [&CodingTable; 2] {
         let first = 2 * self.table_of_run.get(run) as usize;
@@ -127,12 +162,12 @@ impl Symbols {
 }
 
 impl PreparedPart {
-    /// Checks `header` against the tensor it fills. `tables` is the archive's pool. `motion` is what the record's permutation
+    /// Checks `header` against the tensor it fills. `pools` are the archive's. `motion` is what the record's permutation
     /// does to this tensor; it is used only if the header asks for it.
     pub fn new(
         tensor: &TensorInfo,
         header: &PartHeader,
-        tables: &[Arc<CodingTable>],
+        pools: Pools<'_>,
         motion: Option<Motion>,
     ) -> Result<Self, DecodeError> {
         let element_bits = tensor.dtype.bits().unwrap_or(8);
@@ -167,7 +202,7 @@ impl PreparedPart {
                 if u32::from(*raw_bits) > bits {
                     return Err(inconsistent("raw bits", raw_bits, format!("1 to {bits}")));
                 }
-                let mut symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs, 1)?;
+                let mut symbols = prepare_symbols(streams, (*raw_bits).into(), pools.tables, runs, 1)?;
                 if let Some(zero_bits) = zero_bits {
                     // The sign is always stored.
                     symbols.zero_bits = decode_integers("zero bits", zero_bits, runs, 0, i32::from(*raw_bits) - 1)?;
@@ -179,10 +214,14 @@ impl PreparedPart {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
-                let pairs = info.trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
-                let per_number = if pairs { 2 } else { 1 };
-                let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
-                part.kind = prepare_quantized(info, symbols, motion, runs)?;
+                let symbols = if info.vectors.is_some() {
+                    Symbols::of_vectors(streams)
+                } else {
+                    let pairs = info.trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
+                    let per_number = if pairs { 2 } else { 1 };
+                    prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, per_number)?
+                };
+                part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
                 2
             }
             Coding::Raw => unreachable!("raw parts have no streams"),
@@ -213,12 +252,20 @@ impl PreparedPart {
     ) -> Result<(), DecodeError> {
         let count = crcs.len() as u64;
         let strip_symbols = u64::from(streams.run_elements) * u64::from(streams.runs_per_strip);
-        let words = decode_integers("strip words", &streams.strip_words, count, 0, 1 << 17)?;
-        let most = limits::STRIP_SYMBOLS as i32;
-        let exceptions = decode_integers("strip exceptions", &streams.strip_exceptions, count, 0, most)?;
-        let symbols = match &self.kind {
-            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => symbols,
+        let (symbols, vectors) = match &self.kind {
+            PartKind::Split { symbols, .. } => (symbols, None),
+            PartKind::Quantized { symbols, quantizer, .. } => (symbols, quantizer.vectors.as_ref()),
             PartKind::Raw => unreachable!("raw parts have no symbols"),
+        };
+        let (words, exceptions) = match vectors {
+            Some(_) => (Integers::Constant(0), Integers::Constant(0)),
+            None => {
+                let most = limits::STRIP_SYMBOLS as i32;
+                (
+                    decode_integers("strip words", &streams.strip_words, count, 0, 1 << 17)?,
+                    decode_integers("strip exceptions", &streams.strip_exceptions, count, 0, most)?,
+                )
+            }
         };
         let mut strips = Vec::with_capacity(crcs.len());
         let mut offset = 0;
@@ -228,9 +275,12 @@ impl PreparedPart {
             let layout = StripLayout {
                 symbols: symbols_of_strip,
                 run_elements: streams.run_elements as usize,
-                lanes: streams.lanes.into(),
+                lanes: symbols.lanes,
                 words: words.get(strip) as usize,
-                raw_bytes: symbols.raw_bytes_of_strip(strip, symbols_of_strip),
+                raw_bytes: match vectors {
+                    Some(vectors) => symbols.vector_bytes_of_strip(vectors, symbols_of_strip),
+                    None => symbols.raw_bytes_of_strip(strip, symbols_of_strip),
+                },
                 exceptions: exceptions.get(strip) as usize,
                 exception_value_bytes,
             };
@@ -300,6 +350,11 @@ impl PreparedPart {
         }
     }
 
+    /// Whether there are indices of codewords in place of codes.
+    pub fn has_vectors(&self) -> bool {
+        matches!(&self.kind, PartKind::Quantized { quantizer, .. } if quantizer.vectors.is_some())
+    }
+
     /// Layout and tables, where symbols are coded.
     pub fn symbols(&self) -> Option<&Symbols> {
         match &self.kind {
@@ -328,7 +383,7 @@ impl PreparedPart {
 
     /// Checks the stored bytes of a strip; every engine starts with this.
     pub fn check_strip(&self, strip: usize, stored: &[u8]) -> Result<(), DecodeError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         let expected = self.strips[strip].crc;
         if found != expected {
             return Err(DecodeError::StripChecksum { strip, found, expected });
@@ -391,7 +446,7 @@ mod tests {
     use super::quantized::COEFFICIENT_RANGE;
     use super::*;
     use crate::codec::quantizer::SCALE_RANGE;
-    use crate::format::part::QuantizerInfo;
+    use crate::format::part::{QuantizerInfo, StoredVectors};
     use crate::format::table::Table;
 
     /// What a keyframe part of eight elements with this quantizer is refused for, if it is.
@@ -411,6 +466,7 @@ mod tests {
             step,
             raw_bits: 0,
             trellis: None,
+            vectors: None,
             scales: scales.map(|scale| integers::encode(&[scale])),
             means: mean.map(|(step, mean)| (step, integers::encode(&[mean]))),
             prediction: None,
@@ -423,7 +479,8 @@ mod tests {
         };
         let table = Table { codes: vec![0, 1], frequencies: vec![2048; 2], point_offsets: vec![] };
         let tables = [Arc::new(CodingTable::new(table))];
-        PreparedPart::new(&tensor, &header, &tables, None).err().map(|error| error.to_string())
+        let pools = Pools { tables: &tables, ..Pools::default() };
+        PreparedPart::new(&tensor, &header, pools, None).err().map(|error| error.to_string())
     }
 
     #[test]
@@ -433,6 +490,37 @@ mod tests {
         assert!(error.starts_with("scales: found 16 on a step of"), "{error}");
         let error = refusal(1.0, None, Some((-1e32, 1 << 24))).expect("infinite");
         assert!(error.starts_with("means: found 16777216 to 16777216 times -"), "{error}");
+    }
+
+    #[test]
+    fn codebooks_that_are_missing_or_of_different_lengths_are_errors() {
+        let tensor =
+            TensorInfo { name: "weight".into(), dtype: Dtype::F32, shape: vec![8], offset_bytes: 0, length_bytes: 32 };
+        let codebooks = [2, 2, 3].map(|elements| Arc::new(Codebook::new(elements, &vec![0.5; 4 * elements])));
+        let refusal = |vectors: [u16; 2]| {
+            let info = QuantizerInfo {
+                step: 1.0,
+                raw_bits: 0,
+                trellis: None,
+                vectors: Some(StoredVectors { codebooks: vectors }),
+                scales: None,
+                means: None,
+                prediction: None,
+            };
+            let streams = SymbolStreams { run_elements: 8, runs_per_strip: 1, ..SymbolStreams::default() };
+            let header = PartHeader {
+                coding: Coding::Quantized(info),
+                streams: Some(streams),
+                strip_crcs: vec![0],
+                cost: crate::format::part::PartHeaderBytes::default(),
+            };
+            let pools = Pools { codebooks: &codebooks, ..Pools::default() };
+            let prepared = PreparedPart::new(&tensor, &header, pools, None);
+            prepared.map(|part| part.body_bytes()).map_err(|error| error.to_string())
+        };
+        assert_eq!(refusal([0, 1]), Ok(2), "four vectors of two indices of two bits");
+        assert!(refusal([0, 3]).expect_err("there are three").contains("less than 3"));
+        assert!(refusal([1, 2]).expect_err("two and three").contains("codewords of 3 elements"));
     }
 
     #[test]

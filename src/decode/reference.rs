@@ -7,6 +7,7 @@ use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
+use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
@@ -137,7 +138,7 @@ impl StripView<'_> {
         let mut elements: Vec<u64> = Vec::with_capacity(self.layout.symbols);
         for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
-            let symbol = symbols.table_of_run(run).code(position) as u16; // codes of magnitudes are not negative
+            let symbol = symbols.table_of_run(run).code(position) as u16; // modulo 65536
             elements.push(join_element(symbol.into(), raw, carrier_bits, symbols.raw_bits));
         }
         for (position, value) in self.exceptions()? {
@@ -199,6 +200,18 @@ impl StripView<'_> {
         Ok(points)
     }
 
+    /// Points of vectors, in steps: the strip is nothing but the indices of their codewords.
+    fn vector_points(&self, vectors: &VectorQuantizer) -> Vec<f32> {
+        let mut points = vec![0.0; self.layout.symbols];
+        let mut rest = self.stored;
+        for points in points.chunks_mut(self.layout.run_elements) {
+            let (of_run, later) = rest.split_at(vectors.bytes_of_run(points.len()));
+            vectors.points_of_run(of_run, points);
+            rest = later;
+        }
+        points
+    }
+
     fn decode_quantized(
         &self,
         symbols: &Symbols,
@@ -207,9 +220,10 @@ impl StripView<'_> {
         dtype: &Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let mut points = match quantizer.trellis {
-            None => self.scalar_points(symbols)?,
-            Some((tables, trellis)) => self.trellis_points(symbols, tables, trellis)?,
+        let mut points = match (&quantizer.vectors, quantizer.trellis) {
+            (Some(vectors), _) => self.vector_points(vectors),
+            (None, None) => self.scalar_points(symbols)?,
+            (None, Some((tables, trellis))) => self.trellis_points(symbols, tables, trellis)?,
         };
         for (position, value) in self.exceptions()? {
             points[position] = i16::from_le_bytes([value[0], value[1]]).into();

@@ -80,7 +80,8 @@ pub fn cpu_engines() -> Vec<CpuEngine> {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vbmi")
-            && is_x86_feature_detected!("avx512vbmi2");
+            && is_x86_feature_detected!("avx512vbmi2")
+            && is_x86_feature_detected!("gfni");
         if has_avx512 {
             // SAFETY: the CPU has just said so.
             engines.push(unsafe { CpuEngine::new(&AVX512) });

@@ -8,10 +8,11 @@ use std::io::Write;
 
 use flate2::{Decompress, FlushDecompress, Status};
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc32c};
+use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::Preamble;
+use super::preamble::{FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -28,6 +29,9 @@ pub struct FileEntry {
     pub decoded_sha256: [u8; 32],
     /// SHA-256 of the file that was packed.
     pub source_sha256: [u8; 32],
+    /// BLAKE3 of the decoded file, which many threads can compute together. All files of an archive have it, or none:
+    /// archives from before it do not.
+    pub decoded_blake3: Option<[u8; 32]>,
 }
 
 /// An archive that predicted records refer to. Version 1 allows none; later ones announce it with a feature bit.
@@ -54,6 +58,8 @@ pub struct Index {
     pub files: Vec<FileEntry>,
     /// Entropy tables that parts refer to by number (`EntropySpec`).
     pub tables: Vec<Table>,
+    /// Codebooks that parts of vectors refer to by number.
+    pub codebooks: Vec<StoredCodebook>,
     /// Names that records refer to by number.
     pub block_types: Vec<String>,
     /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
@@ -67,18 +73,18 @@ pub struct Index {
 impl Index {
     /// Checks, inflates and reads the stored index that the preamble describes.
     pub fn parse(stored: &[u8], preamble: &Preamble) -> Result<Self, FormatError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         if found != preamble.index_crc {
             return Err(FormatError::Checksum { section: SECTION, found, expected: preamble.index_crc });
         }
         let bytes = inflate(stored, preamble.index_inflated_bytes)?;
         let mut reader = Reader::new(SECTION, &bytes);
-        let index = Self::parse_fields(&mut reader)?;
+        let index = Self::parse_fields(&mut reader, preamble.required_features)?;
         reader.end()?;
         Ok(index)
     }
 
-    fn parse_fields(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+    fn parse_fields(reader: &mut Reader<'_>, features: u64) -> Result<Self, FormatError> {
         let architecture = reader.text("architecture", limits::TEXT_BYTES)?;
         let layers = reader.varint("layers", limits::LAYERS)? as u32;
         let keyframe_interval = reader.varint("keyframe interval", limits::CHAIN_RECORDS)? as u32;
@@ -100,10 +106,16 @@ impl Index {
                 header: reader.blob("file header", limits::HEADER_BYTES)?.to_vec(),
                 decoded_sha256: reader.digest("decoded SHA-256")?,
                 source_sha256: reader.digest("source SHA-256")?,
+                decoded_blake3: match features & FEATURE_TREE_DIGESTS {
+                    0 => None,
+                    _ => Some(reader.digest("decoded BLAKE3")?),
+                },
             });
         }
         let count = reader.count("tables", limits::TABLES)?;
         let tables = (0..count).map(|_| Table::parse(reader)).collect::<Result<Vec<_>, _>>()?;
+        let count = if features & FEATURE_CODEBOOKS == 0 { 0 } else { reader.count("codebooks", limits::CODEBOOKS)? };
+        let codebooks = (0..count).map(|_| StoredCodebook::parse(reader)).collect::<Result<Vec<_>, _>>()?;
         let count = reader.count("block types", limits::BLOCK_TYPES)?;
         let block_types =
             (0..count).map(|_| reader.text("block type", limits::TEXT_BYTES)).collect::<Result<Vec<_>, _>>()?;
@@ -151,11 +163,22 @@ impl Index {
             content_id,
             files,
             tables,
+            codebooks,
             block_types,
             records,
             bases: Vec::new(),
             provenance,
         })
+    }
+
+    fn has_tree_digests(&self) -> bool {
+        self.files.first().is_some_and(|file| file.decoded_blake3.is_some())
+    }
+
+    /// The features that a reader must know.
+    fn required_features(&self) -> u64 {
+        let feature = |bit, is_used| if is_used { bit } else { 0 };
+        feature(FEATURE_TREE_DIGESTS, self.has_tree_digests()) | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
     }
 
     /// The index before deflation.
@@ -171,10 +194,17 @@ impl Index {
             writer.blob(&file.header);
             writer.raw(&file.decoded_sha256);
             writer.raw(&file.source_sha256);
+            file.decoded_blake3.iter().for_each(|digest| writer.raw(digest));
         }
         writer.varint(self.tables.len() as u64);
         for table in &self.tables {
             table.write(&mut writer);
+        }
+        if self.required_features() & FEATURE_CODEBOOKS != 0 {
+            writer.varint(self.codebooks.len() as u64);
+            for codebook in &self.codebooks {
+                codebook.write(&mut writer);
+            }
         }
         writer.varint(self.block_types.len() as u64);
         for name in &self.block_types {
@@ -194,17 +224,21 @@ impl Index {
     }
 
     /// The stored index and the preamble of a file in which it follows `index_offset` bytes.
+    ///
+    /// Panics where some files have a BLAKE3 digest and others do not.
     pub fn write(&self, index_offset: u64) -> (Preamble, Vec<u8>) {
+        let is_alike = |file: &FileEntry| file.decoded_blake3.is_some() == self.has_tree_digests();
+        assert!(self.files.iter().all(is_alike), "the feature bit speaks for all files");
         let fields = self.write_fields().into_bytes();
         let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
         encoder.write_all(&fields).expect("a vector takes every byte");
         let stored = encoder.finish().expect("a vector takes every byte");
         let preamble = Preamble {
-            required_features: 0,
+            required_features: self.required_features(),
             file_bytes: index_offset + stored.len() as u64,
             index_offset,
             index_inflated_bytes: fields.len() as u64,
-            index_crc: crc32c::crc32c(&stored),
+            index_crc: crc32c(&stored),
         };
         (preamble, stored)
     }
@@ -263,8 +297,10 @@ mod tests {
                 header: vec![1, 2, 3],
                 decoded_sha256: [1; 32],
                 source_sha256: [2; 32],
+                decoded_blake3: None,
             }],
             tables: vec![Table { codes: vec![0, 1], frequencies: vec![4000, 96], point_offsets: vec![] }],
+            codebooks: vec![],
             block_types: vec!["global".into(), "ffn".into()],
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
@@ -276,6 +312,27 @@ mod tests {
     fn an_index_comes_back() {
         let index = sample();
         let (preamble, stored) = index.write(5000);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+    }
+
+    #[test]
+    fn tree_digests_are_announced_by_their_feature_bit() {
+        let mut index = sample();
+        assert_eq!(index.write(5000).0.required_features, 0);
+        index.files[0].decoded_blake3 = Some([3; 32]);
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_TREE_DIGESTS);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+        let unannounced = Preamble { required_features: 0, ..preamble };
+        assert!(Index::parse(&stored, &unannounced).is_err(), "the digest would be read as something else");
+    }
+
+    #[test]
+    fn an_index_with_codebooks_comes_back_and_needs_their_feature() {
+        let codebook = StoredCodebook { elements: 2, index_bits: 1, values: vec![0x3c00, 0, 0, 0x3c00] };
+        let index = Index { codebooks: vec![codebook], ..sample() };
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS);
         assert_eq!(Index::parse(&stored, &preamble), Ok(index));
     }
 
@@ -336,7 +393,7 @@ mod tests {
             let mut fields = sample().write_fields().into_bytes();
             let position = position.index(fields.len());
             fields[position] = value;
-            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields));
+            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields), 0);
         }
     }
 }

@@ -10,6 +10,7 @@ mod finished;
 mod records;
 mod steering;
 mod target;
+mod vectors;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -214,9 +215,10 @@ impl<'a> Encoder<'a> {
         });
 
         let mut index = written.index;
-        for (file, (decoded, source)) in index.files.iter_mut().zip(compared.decoded.iter().zip(&compared.sources)) {
-            file.decoded_sha256 = *decoded;
-            file.source_sha256 = *source;
+        for (number, file) in index.files.iter_mut().enumerate() {
+            file.decoded_sha256 = compared.decoded[number];
+            file.source_sha256 = compared.sources[number];
+            file.decoded_blake3 = Some(compared.decoded_blake3[number]);
         }
         index.content_id = content_id(compared.decoded.iter().copied());
         let archive_bytes = records::write_index(unfinished.as_file_mut(), &index, written.bytes).map_err(output)?;

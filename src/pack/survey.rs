@@ -8,11 +8,11 @@ mod sample;
 
 use rayon::prelude::*;
 
-use self::sample::Sample;
+pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
-use super::options::PackOptions;
+use super::options::{PackOptions, Quantization};
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
@@ -99,6 +99,19 @@ pub struct ProbedPart {
     pub squared_error: f64,
 }
 
+/// The sample of a part that is to be quantized.
+#[derive(Clone, Copy)]
+pub struct PartSample<'s> {
+    /// Number of the record and of the part in it.
+    pub place: (usize, usize),
+    /// Layout of the whole part.
+    pub layout: RunLayout,
+    /// Some of its runs.
+    pub sample: &'s Sample,
+    /// How finely it is to be quantized.
+    pub fineness: Fineness,
+}
+
 /// Whether a probe may decide for good that a part is bit-exact, or move the step of one that has its own.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Settling {
@@ -172,6 +185,28 @@ impl<'a> Survey<'a> {
     /// ones are that from then on.
     pub fn probe(&mut self, step: f64, before: Option<&Probe>) -> Probe {
         self.probe_as(self.options, step, before, Settling::Settle)
+    }
+
+    /// What bit-exact parts take, where the others are to be of vectors; nothing is said of those.
+    pub fn probe_exact(&mut self) -> Probe {
+        let mut probe = self.probe_as(self.options, 1.0, None, Settling::Leave);
+        for sample in self.samples() {
+            probe.parts[sample.place.0][sample.place.1].bits = 0.0;
+        }
+        probe
+    }
+
+    /// The samples of all parts that are to be quantized.
+    pub fn samples(&self) -> impl Iterator<Item = PartSample<'_>> {
+        let parts = self.parts.iter().enumerate().flat_map(|(record, parts)| {
+            parts.iter().enumerate().map(move |(part, surveyed)| ((record, part), surveyed))
+        });
+        parts.filter_map(|(place, part)| match &part.state {
+            State::Quantized { sample, fineness, .. } => {
+                Some(PartSample { place, layout: part.layout, sample, fineness: *fineness })
+            }
+            _ => None,
+        })
     }
 
     /// Bits and squared error of everything quantized, were it packed with other options. Nothing is settled by that.
@@ -269,9 +304,12 @@ impl State {
 }
 
 impl SurveyedPart<'_> {
-    /// The quantizer of a part that is to be quantized, unless it cannot be.
+    /// The scalar or trellis quantizer of a part that is to be quantized, unless it cannot be.
     fn quantizer(&mut self, step: f64, rms_of_all: f64, options: &PackOptions) -> Option<PartQuantizer> {
         let State::Quantized { sample, fineness, own, .. } = &mut self.state else { return None };
+        if options.quantization == Quantization::ResidualVector {
+            return None;
+        }
         let step = match *fineness {
             Fineness::Times(times) => {
                 let most = (2.0 * step / rms_of_all).max(LEAST_COARSEST) * sample.root_mean_square;

@@ -27,6 +27,12 @@ pub const RECIPES: &[Recipe] = &[
         tensors: || Bert { layers: 2, hidden: 32, ffn_units: 48, dtype: "BF16", ..Bert::default() }.tensors(),
     },
     Recipe {
+        name: "tree-digests", // the first archives had none; all since have
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: || Bert { layers: 1, hidden: 32, ffn_units: 32, dtype: "BF16", ..Bert::default() }.tensors(),
+    },
+    Recipe {
         name: "lossless-mixed-types",
         must_contain: &["\"raw\"", "\"split\""],
         options: &["--lossless"],
@@ -58,6 +64,15 @@ pub const RECIPES: &[Recipe] = &[
         must_contain: &["\"keyframe"],
         options: &["--max-rel-mse", "0.000003"],
         tensors: || Bert { layers: 1, hidden: 64, ffn_units: 64, dtype: "F16", seed: 9, ..Bert::default() }.tensors(),
+    },
+    Recipe {
+        name: "lossy-vectors",
+        must_contain: &["keyframe, vectors", "predicted, vectors"],
+        options: &["--bpp", "5.5", "--quantization", "residual-vector"],
+        tensors: || {
+            Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 14, ..Bert::default() }
+                .tensors()
+        },
     },
 ];
 

@@ -9,10 +9,11 @@ use mcwcfs::codec::integers;
 use mcwcfs::codec::permutation::{self, GroupedPermutation, Permutation, PermutationCoding, Symmetry};
 use mcwcfs::codec::quantizer::join_code;
 use mcwcfs::codec::trellis::{Trellis, multiple, quantizer_of};
+use mcwcfs::format::codebook::StoredCodebook;
 use mcwcfs::format::index::{FileEntry, Index};
 use mcwcfs::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
-    StoredPredictor, StoredTrellis, SymbolStreams, TrellisTables,
+    StoredPredictor, StoredTrellis, StoredVectors, SymbolStreams, TrellisTables,
 };
 use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
 use mcwcfs::format::strip::{LANES, StripLayout};
@@ -27,19 +28,21 @@ pub fn write_random_archive(seed: u64, path: &Path) {
     let mut writer = ArchiveWriter::new(seed);
     writer.draw();
     // The digests of what it decodes to are known once it has been decoded.
-    std::fs::write(path, writer.bytes([0; 32])).expect("an archive");
+    std::fs::write(path, writer.bytes(&[])).expect("an archive");
     let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
     let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
     let options =
         MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference, ..MaterializeOptions::default() };
     let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
     read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-    std::fs::write(path, writer.bytes(Sha256::digest(&decoded).into())).expect("an archive");
+    std::fs::write(path, writer.bytes(&decoded)).expect("an archive");
 }
 
 struct ArchiveWriter {
     random: Random,
     tables: Vec<Table>,
+    /// Two and two with codewords of one length.
+    codebooks: Vec<StoredCodebook>,
     tensors: Vec<Tensor>,
     records: Vec<RecordEntry>,
     layers: u32,
@@ -57,7 +60,13 @@ impl ArchiveWriter {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let tables = (0..6).map(|_| random.table()).collect();
-        Self { random, tables, tensors: Vec::new(), records: Vec::new(), layers: 0, body: Vec::new() }
+        let mut codebooks = Vec::new();
+        if random.chance() {
+            for elements in [2 + random.below(3), 2 + random.below(15)] {
+                codebooks.extend([(); 2].map(|()| random.codebook(elements)));
+            }
+        }
+        Self { random, tables, codebooks, tensors: Vec::new(), records: Vec::new(), layers: 0, body: Vec::new() }
     }
 
     /// A chain of records, and one outside the layers.
@@ -164,11 +173,17 @@ impl ArchiveWriter {
     }
 
     fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
+        let has_vectors = !self.codebooks.is_empty() && self.random.below(3) == 0;
+        let pair = 2 * self.random.below(2) as u16;
+        let vectors = has_vectors.then(|| StoredVectors { codebooks: [pair, pair + self.random.below(2) as u16] });
         let tables = *self.random.pick(&[None, Some(TrellisTables::Shared), Some(TrellisTables::Pairs)]);
         let state_bits = 3 + self.random.below(6) as u8;
-        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits });
-        let raw_bits = if self.random.chance() { 0 } else { self.random.below(9) as u8 };
-        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis);
+        let trellis = tables.filter(|_| !has_vectors).map(|tables| StoredTrellis { tables, state_bits });
+        let raw_bits = if has_vectors || self.random.chance() { 0 } else { self.random.below(9) as u8 };
+        let (streams, strip_crcs, body) = match vectors {
+            Some(vectors) => self.vector_strips(self.elements(tensor), vectors),
+            None => self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis),
+        };
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let random = &mut self.random;
         let scales = random.chance().then(|| random.integers(runs, 40));
@@ -188,9 +203,28 @@ impl ArchiveWriter {
             },
         });
         let step = (random.normal() * 0.01).abs() + 1e-6;
-        let coding = Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, scales, means, prediction });
+        let coding = Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, prediction });
         let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
         Part { tensor, header, body }
+    }
+
+    /// Indices of codewords, which may be any bits.
+    fn vector_strips(&mut self, elements: usize, vectors: StoredVectors) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
+        let [first, second] = vectors.codebooks.map(|number| &self.codebooks[usize::from(number)]);
+        let (vector, bits) = (usize::from(first.elements), usize::from(first.index_bits + second.index_bits));
+        let random = &mut self.random;
+        let (run_elements, runs_per_strip) = (1 + random.below(150), 1 + random.below(9));
+        let (mut crcs, mut body) = (Vec::new(), Vec::new());
+        let runs: Vec<usize> =
+            (0..elements).step_by(run_elements).map(|start| run_elements.min(elements - start)).collect();
+        for strip in runs.chunks(runs_per_strip) {
+            let bytes: usize = strip.iter().map(|run| (run.div_ceil(vector) * bits).div_ceil(8)).sum();
+            let bytes = random.bytes(bytes);
+            crcs.push(crc32c::crc32c(&bytes));
+            body.extend(bytes);
+        }
+        let (run_elements, runs_per_strip) = (run_elements as u32, runs_per_strip as u32);
+        (SymbolStreams { run_elements, runs_per_strip, ..SymbolStreams::default() }, crcs, body)
     }
 
     /// Symbols drawn at random, their strips, and what the header says of them.
@@ -297,12 +331,16 @@ impl ArchiveWriter {
         self.body.extend(bodies.concat());
     }
 
-    fn bytes(&mut self, decoded_sha256: [u8; 32]) -> Vec<u8> {
+    /// The archive, with the digests of what it decodes to.
+    fn bytes(&mut self, decoded: &[u8]) -> Vec<u8> {
         let order: Vec<usize> = (0..self.tensors.len()).rev().collect();
         let mut header = safetensors_with(&self.tensors, &order, &[]);
         let data: usize = self.tensors.iter().map(|tensor| tensor.data.len()).sum();
         header.truncate(header.len() - data);
-        let file = FileEntry { name: "model.safetensors".into(), header, decoded_sha256, source_sha256: [0; 32] };
+        let (decoded_sha256, source_sha256) = (Sha256::digest(decoded).into(), [0; 32]);
+        let decoded_blake3 = self.layers.is_multiple_of(2).then(|| blake3::hash(decoded).into());
+        let name = "model.safetensors".into();
+        let file = FileEntry { name, header, decoded_sha256, source_sha256, decoded_blake3 };
         let index = Index {
             architecture: "random".into(),
             layers: self.layers,
@@ -310,6 +348,7 @@ impl ArchiveWriter {
             content_id: content_id(std::iter::once(decoded_sha256)),
             files: vec![file],
             tables: self.tables.clone(),
+            codebooks: self.codebooks.clone(),
             block_types: vec!["global".into(), "ffn".into()],
             records: self.records.clone(),
             bases: Vec::new(),
@@ -332,6 +371,14 @@ impl Random {
     fn integers(&mut self, count: usize, reach: i32) -> StoredIntegers {
         let reach = 1 + self.below(reach as usize);
         integers::encode(&(0..count).map(|_| self.below(2 * reach + 1) as i32 - reach as i32).collect::<Vec<_>>())
+    }
+
+    /// A codebook of finite numbers.
+    fn codebook(&mut self, elements: usize) -> StoredCodebook {
+        let index_bits = 1 + self.below(6);
+        let values = self.normals(elements << index_bits, 1.0).into_iter();
+        let values = values.map(|value| half::f16::from_f32(value).to_bits()).collect();
+        StoredCodebook { elements: elements as u8, index_bits: index_bits as u8, values }
     }
 
     /// A table that keeps the depth rule: boundaries drawn one by one, at most three in a bucket.

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from spec_blake3 import blake3
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
 
@@ -59,7 +60,7 @@ class Part:
     def __init__(self, archive, record, side, tensor, reader):
         self.archive, self.record, self.tensor = archive, record, tensor
         self.coding = ("raw", "split", "quantized")[reader.u8("part coding", below=3)]
-        self.trellis = self.reference = self.stored_zero_bits = None
+        self.trellis = self.vectors = self.reference = self.stored_zero_bits = None
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
             self.carrier = reader.u8("carrier", below=3)
@@ -69,12 +70,16 @@ class Part:
             require(1 <= self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
             self.stored_zero_bits = reader.blob("zero bits") if reader.u8("split flags", below=2) else None
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
-        if self.coding != "raw":
+        if self.vectors:
+            self.read_layout(reader)
+        elif self.coding != "raw":
             self.read_streams(reader)
         count = reader.count("strips")
         self.checksums = [reader.u32("strip checksums") for _ in range(count)]
         if self.coding == "raw":
             self.strips, self.length = -(-tensor.length // 131072), tensor.length
+        elif self.vectors:
+            self.lay_out_vectors()
         else:
             self.lay_out_strips()
         require(count == self.strips, f"strips: {count}, expected {self.strips}")
@@ -86,11 +91,17 @@ class Part:
         require(self.tensor.dtype in ("F32", "F16", "BF16"), f"part coding: quantized {self.tensor.dtype}")
         self.step, self.raw_bits = reader.f32("step"), reader.u8("raw bits", below=9)
         require(self.step > 0, f"step: {self.step}")
-        flags, per_run = reader.u8("quantizer flags", below=16), []
+        flags, per_run = reader.u8("quantizer flags", below=32), []
         if flags & 8:
             self.trellis = reader.u8("trellis", below=2)
             self.state_bits = reader.u8("trellis state bits", below=9)
             require(self.state_bits >= 3, f"trellis state bits: {self.state_bits}")
+        if flags & 16:
+            require(not flags & 8 and self.raw_bits == 0, "quantizer flags: vectors beside others")
+            numbers = [reader.varint("vector codebook", 2**8 - 1) for _ in range(2)]
+            require(max(numbers) < len(self.archive.codebooks), f"vector codebook: {numbers}")
+            self.vectors = [self.archive.codebooks[number] for number in numbers]
+            require(self.vectors[0].elements == self.vectors[1].elements, "vector codebook: lengths")
         if flags & 1:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
@@ -135,13 +146,9 @@ class Part:
             require(len(numbers) % 2 == 0, "part tables: pairs of tables")
             self.tables = list(zip(self.tables[::2], self.tables[1::2]))
         choices = reader.blob("table of run") if len(numbers) > 1 else b"\0\0"
-        self.run_elements = reader.varint("run elements", 2**16)
-        self.runs_per_strip = reader.varint("runs per strip", 2**16)
-        require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        self.read_layout(reader)
         self.lanes = reader.u8("lanes")
         require(self.lanes in (1, 2, 4, 8, 16, 32), f"lanes: {self.lanes}")
-        self.runs = -(-self.tensor.elements // self.run_elements)
-        self.strips = -(-self.runs // self.runs_per_strip)
         require(self.tables or not self.runs, "part tables: none")
         zeros = b"\0\0" if self.stored_zero_bits is None else self.stored_zero_bits
         self.zero_bits = integers(zeros, self.runs, 0, max(self.raw_bits - 1, 0), "zero bits").tolist()
@@ -149,6 +156,24 @@ class Part:
         self.table_of_run = integers(choices, self.runs, 0, max(len(self.tables), 1) - 1, "table of run")
         self.words = integers(reader.blob("strip words"), self.strips, 0, 2**17, "strip words")
         self.exceptions = integers(reader.blob("strip exceptions"), self.strips, 0, 2**16, "strip exceptions")
+
+    def read_layout(self, reader):
+        self.run_elements = reader.varint("run elements", 2**16)
+        self.runs_per_strip = reader.varint("runs per strip", 2**16)
+        require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        self.runs = -(-self.tensor.elements // self.run_elements)
+        self.strips = -(-self.runs // self.runs_per_strip)
+
+    def lay_out_vectors(self):
+        """Section 6.1: the lengths of each strip's runs in elements and in bytes, and where the strip begins."""
+        bits = sum(codebook.index_bits for codebook in self.vectors)
+        full, self.layout, self.length = self.run_elements * self.runs_per_strip, [], 0
+        for strip in range(self.strips):
+            elements = min(full, self.tensor.elements - strip * full)
+            lengths = [min(self.run_elements, elements - at) for at in range(0, elements, self.run_elements)]
+            sizes = [-(-(-(-n // self.vectors[0].elements) * bits) // 8) for n in lengths]
+            self.layout.append((self.length, lengths, sizes))
+            self.length += sum(sizes)
 
     def lay_out_strips(self):
         """Section 6: where the pieces of each strip lie, and how long the body is."""
@@ -290,6 +315,25 @@ def split_elements(part):
     return bits if part.carrier == 0 else to_float(bits, "BF16" if part.carrier == 1 else "F16").view("<u4")
 
 
+def vector_points(part):
+    """Section 7.3: what the vectors' codewords add up to, in steps."""
+    first, second = part.vectors
+    all_points = []
+    for number, (offset, lengths, sizes) in enumerate(part.layout):
+        stored = part.archive.data[part.at + offset : part.at + offset + sum(sizes)]
+        require(crc32c(stored) == part.checksums[number], f"strip {number}: checksum")
+        at = 0
+        for length, size in zip(lengths, sizes):
+            bits, run = int.from_bytes(stored[at : at + size], "little"), []
+            while len(run) < length:
+                i, bits = bits % 2**first.index_bits, bits >> first.index_bits
+                k, bits = bits % 2**second.index_bits, bits >> second.index_bits
+                run += (first.codewords[i] + second.codewords[k]).tolist()
+            all_points += run[:length]
+            at += size
+    return np.array(all_points, FLOAT)
+
+
 def points(part):
     """What every code of the part stands for, in steps."""
 
@@ -314,7 +358,7 @@ def points(part):
 
 def quantized_elements(part):
     run = np.arange(part.tensor.elements) // part.run_elements
-    values = points(part) * part.steps[run]
+    values = (vector_points if part.vectors else points)(part) * part.steps[run]
     if part.means is not None:
         values = values + part.means[run]
     if part.reference:
@@ -359,7 +403,8 @@ def count(part):
         MET["means"] += part.means is not None
         MET["scales"] += len(set(part.steps.tolist())) > 1
         MET["raw bits"] += part.raw_bits > 0
-        MET["points"] += any(table.point.any() for table in np.ravel(part.tables))
+        MET["vectors"] += part.vectors is not None
+        MET["points"] += not part.vectors and any(table.point.any() for table in np.ravel(part.tables))
 
 
 def main(path, directory):
@@ -368,9 +413,11 @@ def main(path, directory):
     for record in archive.records:
         for (file, tensor, _), part in zip(record.parts, side_of(archive, record).parts):
             part_of[file, tensor] = part
-    for file, (name, header, tensors, sha256) in enumerate(archive.files):
+    for file, (name, header, tensors, sha256, tree) in enumerate(archive.files):
         data = header + b"".join(decoded(part_of[file, tensor]) for tensor in range(len(tensors)))
         require(hashlib.sha256(data).digest() == sha256, f"{name}: decoded SHA-256")
+        require(tree is None or blake3(data) == tree, f"{name}: decoded BLAKE3")
+        MET["tree digests"] += tree is not None
         (Path(directory) / name).write_bytes(data)
         print(f"{name}: {len(data)} bytes, SHA-256 as stated")
     print("; ".join(f"{what}: {times}" for what, times in sorted(MET.items()) if times))

@@ -113,6 +113,9 @@ pub fn mode(header: &PartHeader) -> &'static str {
         Coding::Split { carrier: Carrier::Bf16, .. } => "split as BF16",
         Coding::Split { carrier: Carrier::F16, .. } => "split as F16",
         Coding::Quantized(info) => {
+            if info.vectors.is_some() {
+                return if info.prediction.is_some() { "predicted, vectors" } else { "keyframe, vectors" };
+            }
             let predictor = info.prediction.as_ref().map(|prediction| &prediction.predictor);
             match (predictor, info.trellis.is_some()) {
                 (None, false) => "keyframe",

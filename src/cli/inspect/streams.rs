@@ -106,6 +106,7 @@ mod tests {
             step: 1.0,
             raw_bits: 0,
             trellis: None,
+            vectors: None,
             scales: None,
             means: None,
             prediction,

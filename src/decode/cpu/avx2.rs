@@ -148,8 +148,9 @@ pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>])
             whole_vectors::<TABLE_USE, O>(job, whole);
         }
         if whole < job.out.len() {
-            let RunJob { words, tables, values, trellis, .. } = *job;
-            let rest = RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, out: &mut job.out[whole..] };
+            let RunJob { words, tables, values, trellis, raw, .. } = *job;
+            let rest =
+                RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, raw, out: &mut job.out[whole..] };
             // SAFETY: it is for any CPU.
             unsafe { portable::run::<TABLE_USE, O>(&mut [rest]) };
         }

@@ -12,7 +12,7 @@ use crate::codec::quantizer::join_code;
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::select::cpu_engines;
-use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
 use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
@@ -35,7 +35,8 @@ struct RandomPart {
 
 impl RandomPart {
     fn prepared(&self) -> PreparedPart {
-        PreparedPart::new(&self.tensor, &self.header, &self.tables, self.motion.clone()).expect("a sound header")
+        let pools = Pools { tables: &self.tables, ..Pools::default() };
+        PreparedPart::new(&self.tensor, &self.header, pools, self.motion.clone()).expect("a sound header")
     }
 
     /// Changes bytes and states the checksums of the changed strips, so that engines decode them.
@@ -186,7 +187,8 @@ impl Recipe {
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.i32(0..numbers as i32)).collect();
 
         let is_split = matches!(self.coding, Kind::Split(..));
-        let zeros = if is_split && self.exceptions { i32::from(raw_bits) } else { 1 };
+        let has_zero_bits = is_split && self.exceptions && random.bool();
+        let zeros = if has_zero_bits { i32::from(raw_bits) } else { 1 };
         let zero_bits: Vec<i32> = (0..runs).map(|_| random.i32(0..zeros)).collect();
 
         let (mut words, mut exceptions, mut body, mut strip_crcs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -224,7 +226,7 @@ impl Recipe {
         let mut motion = None;
         let coding = match self.coding {
             Kind::Split(carrier, raw_bits) => {
-                let zero_bits = self.exceptions.then(|| integers::encode(&zero_bits));
+                let zero_bits = has_zero_bits.then(|| integers::encode(&zero_bits));
                 Coding::Split { carrier, raw_bits, zero_bits }
             }
             Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides } => {
@@ -252,7 +254,15 @@ impl Recipe {
                     random.shuffle(&mut source);
                     motion = Motion::new(&shape.map(|length| length as u64), axis.into(), source);
                 }
-                Coding::Quantized(QuantizerInfo { step: 0.013, raw_bits, trellis, scales, means, prediction })
+                Coding::Quantized(QuantizerInfo {
+                    step: 0.013,
+                    raw_bits,
+                    trellis,
+                    vectors: None,
+                    scales,
+                    means,
+                    prediction,
+                })
             }
         };
         let is_predicted = matches!(self.coding, Kind::Quantized { prediction: Some(_), .. });
@@ -351,6 +361,26 @@ trait ConcatAll {
 impl ConcatAll for Vec<Result<Vec<u8>, DecodeError>> {
     fn concat_all(self) -> Vec<u8> {
         self.into_iter().flat_map(|strip| strip.expect("a sound strip")).collect()
+    }
+}
+
+#[test]
+fn elements_are_joined_with_any_number_of_raw_bits() {
+    let rows = if cfg!(miri) { 2 } else { 40 };
+    for (dtype, most) in [(Dtype::BF16, 16), (Dtype::F32, 32)] {
+        for (raw_bits, columns) in (1..=most).flat_map(|raw_bits| [(raw_bits, 96), (raw_bits, 100)]) {
+            let coding = Kind::Split(Carrier::Own, raw_bits);
+            let dtype = dtype.clone();
+            let (run_elements, runs_per_strip, lanes) = (None, 3, LANES);
+            let (exceptions, seed) = (false, raw_bits.into());
+            let recipe = Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, lanes, exceptions, seed };
+            let random = recipe.make();
+            let expected = decode_together(&ReferenceEngine, &random).expect("sound strips");
+            for engine in cpu_engines() {
+                let found = decode_together(&engine, &random);
+                assert_eq!(found.as_ref(), Ok(&expected), "{}: {recipe:?}", engine.name());
+            }
+        }
     }
 }
 

@@ -35,6 +35,12 @@ pub enum PackError {
         /// What is in the way.
         reason: String,
     },
+    /// Residual vector quantization cannot do what is asked.
+    #[error("--quantization residual-vector: {reason}")]
+    Vectors {
+        /// What is in the way.
+        reason: String,
+    },
     /// The error cannot be reached.
     #[error(
         "--max-rel-mse {wanted}: {found:.3e} after {encodings} encodings, nothing was written; try a lower one, or --lossless"

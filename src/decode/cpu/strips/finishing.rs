@@ -20,7 +20,7 @@ use crate::tensor::Dtype;
 impl<'a> PartDecoder<'a> {
     /// What is left to do with the runs that fill `elements`, whose values are there.
     pub(super) fn finish(&self, strip: &mut Strip<'_>, elements: Range<usize>) {
-        if matches!(self.path, Path::Final) {
+        if matches!(self.path, Path::Final | Path::Joined { .. }) {
             return;
         }
         let mut values = std::mem::take(&mut strip.scratch);
@@ -45,7 +45,7 @@ impl<'a> PartDecoder<'a> {
         let raw = RawBits::of_run(raw, elements.len(), stored_bits, finish.spread, &mut bit_planes);
         // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
         match self.path {
-            Path::Final => {}
+            Path::Final | Path::Joined { .. } => {}
             Path::Split16 { carrier: Carrier::Own } => {
                 // SAFETY: see above.
                 unsafe { (finish.join_16)(&raw, strip.out[bytes].as_chunks_mut().0) }
