@@ -49,7 +49,7 @@ pub struct MaterializeOptions {
     /// Budget of decoded bytes that are kept: the cache, and what was decoded ahead.
     pub cache_bytes: u64,
     /// What decoding may take beside the cache: what is being decoded, and what it is decoded from. A single tensor that
-    /// needs more is decoded alone.
+    /// needs more is decoded alone, and the cache makes room for it.
     pub working_bytes: u64,
     /// How many threads may decode at a time.
     pub threads: usize,
@@ -71,6 +71,20 @@ pub enum MaterializeError {
     /// The archive could not be read, or its bytes are not what they should be.
     #[error("{0}")]
     Archive(Arc<ArchiveError>),
+    /// A tensor that is decoded whole takes more memory than there may be.
+    #[error(
+        "{archive}: {tensor}: takes {needed_bytes} bytes to decode, expected at most {available_bytes}: the memory limit is too low"
+    )]
+    TooLarge {
+        /// File name of the archive.
+        archive: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// Memory for it, for what it is predicted from, and for what both are decoded from.
+        needed_bytes: u64,
+        /// Working memory and cache together.
+        available_bytes: u64,
+    },
     /// A tensor does not decode.
     #[error("{archive}: {tensor} (layer {layer}, {block_type}, record {record}): {error}")]
     Decode {

@@ -25,7 +25,7 @@ use crate::materialize::{
 /// Bytes copied for comparison: more than caches hold, as a checkpoint is.
 const COPIED_BYTES: usize = 256 << 20;
 
-/// Says how fast an archive decodes here, stage by stage, and when that pays.
+/// Say how fast an archive decodes here, stage by stage, and when that pays.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// The archive (.mcwc)

@@ -21,7 +21,7 @@ use crate::pack::options::{
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
-/// Packs a checkpoint into a `.mcwc` archive.
+/// Pack a checkpoint into a `.mcwc` archive.
 #[derive(Args, Debug)]
 pub struct PackArgs {
     /// A `.safetensors` file, or a Hugging Face directory.
@@ -139,6 +139,9 @@ pub enum PackCommandError {
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
+    /// A file name for the output, where it would become a directory.
+    #[error("{0}: named like a file, expected a .mcwc file or a directory")]
+    OddName(PathBuf),
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -241,6 +244,11 @@ impl Destination {
                 log::info!("{} sidecars are not packed: name a directory to copy them", checkpoint.sidecars.len());
             }
             return Ok(Self { archive: output.to_owned(), directory: None });
+        }
+        if output.is_file()
+            || output.extension().is_some_and(|extension| extension == "safetensors") && !output.is_dir()
+        {
+            return Err(PackCommandError::OddName(output.to_owned()));
         }
         let is_inside = |input: PathBuf| input.is_dir() && lies_inside(output, &input);
         if checkpoint.path.canonicalize().is_ok_and(is_inside) {

@@ -27,7 +27,7 @@ use crate::materialize::{EngineChoice, MaterializeError};
 
 pub use compare::{Compared, Comparison, SquaredError, TensorDifference};
 
-/// Checks archives: every checksum, every decoded file, and on request against the originals.
+/// Check archives: every checksum, every decoded file, and on request against the originals.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// An archive, or a directory of archives and sidecars
