@@ -28,6 +28,7 @@ pub mod umount;
 pub mod unpack;
 pub mod upgrade;
 pub mod verify;
+pub mod zoo;
 
 /// Exit code of `verify` where an archive is damaged or differs from the original.
 const NOT_SOUND: u8 = 3;
@@ -46,6 +47,8 @@ enum Command {
     /// Pack a checkpoint into a .mcwc archive.
     #[command(visible_alias = "mcwc-pack")]
     Pack(pack::PackArgs),
+    /// Pack a directory of checkpoints, variants against their bases.
+    Zoo(zoo::ZooArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
@@ -62,9 +65,20 @@ enum Command {
 /// Pack a checkpoint into a .mcwc archive.
 #[derive(Parser, Debug)]
 #[command(name = "mcwc-pack", version)]
+#[command(
+    after_help = "mcwc-pack zoo DIR OUT packs a directory of checkpoints, variants against their bases: see mcwc-pack zoo --help"
+)]
 struct McwcPack {
     #[command(flatten)]
     pack: pack::PackArgs,
+}
+
+/// Packs a directory of checkpoints, variants against their bases.
+#[derive(Parser, Debug)]
+#[command(name = "mcwc-pack zoo", version)]
+struct McwcPackZoo {
+    #[command(flatten)]
+    zoo: zoo::ZooArgs,
 }
 
 /// Reads `--threads`. More than a thousand only wait for one another, and tens of thousands bring a machine to a halt.
@@ -103,6 +117,7 @@ pub fn mcwcfs() -> ExitCode {
     }
     match command {
         Command::Pack(args) => finish(pack::run(&args)),
+        Command::Zoo(args) => finish(zoo::run(&args)),
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
@@ -147,8 +162,13 @@ fn usage(error: &clap::Error, command: Option<&OsStr>) -> ExitCode {
 
 /// The process `mcwc-pack`.
 pub fn mcwc_pack() -> ExitCode {
-    let arguments = McwcPack::parse();
     telemetry::start(LevelFilter::Warn);
+    // A checkpoint of this name is `./zoo`.
+    if std::env::args_os().nth(1).is_some_and(|first| first == "zoo") {
+        let arguments = McwcPackZoo::parse_from(std::env::args_os().skip(1));
+        return finish(zoo::run(&arguments.zoo));
+    }
+    let arguments = McwcPack::parse();
     finish(pack::run(&arguments.pack))
 }
 

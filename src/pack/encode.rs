@@ -21,6 +21,7 @@ pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
 use super::base::{Base, BaseError};
 use super::keep::{Keep, kept};
+use super::low_rank::FoundProduct;
 use super::options::{PackOptions, PredictorChoice};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
@@ -64,7 +65,7 @@ pub struct Encoder<'a> {
     /// Per record, per part.
     treatments: Vec<Vec<Treatment>>,
     /// The tensors that start from the base, by file and tensor.
-    based: BTreeMap<(usize, usize), BaseTensor>,
+    based: BTreeMap<(usize, usize), (BaseTensor, Option<FoundProduct>)>,
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
 }
@@ -107,9 +108,10 @@ impl<'a> Encoder<'a> {
                 if let (Some(base), Some(reference)) = (base, reference) {
                     let decoded = base.decoded(reference, tensor.length_bytes).map_err(BaseError::from)?;
                     let is_whole = base.tensor(reference).shape == tensor.shape;
-                    if let Some(choice) = BasedChoice::choose(treatment, reference, is_whole, tensor, bytes, &decoded) {
+                    let chosen = BasedChoice::choose(treatment, reference, is_whole, tensor, bytes, &decoded);
+                    if let Some((choice, product)) = chosen {
                         treatment = Treatment::Based(choice);
-                        encoder.based.insert((part.file, part.tensor), reference);
+                        encoder.based.insert((part.file, part.tensor), (reference, product));
                     }
                 }
                 treatments.push(treatment);
@@ -122,9 +124,15 @@ impl<'a> Encoder<'a> {
 
     /// What a tensor starts from, decoded; `None` where it stands alone.
     fn start(&self, file: usize, tensor: usize) -> Result<Option<Start>, MaterializeError> {
-        let (Some(base), Some(&reference)) = (self.base, self.based.get(&(file, tensor))) else { return Ok(None) };
-        let predicted = base.decoded(reference, self.tensor(file, tensor).0.length_bytes)?;
-        Ok(Some(Start { predicted, low_rank: None }))
+        let (Some(base), Some((reference, product))) = (self.base, self.based.get(&(file, tensor))) else {
+            return Ok(None);
+        };
+        let info = self.tensor(file, tensor).0;
+        let mut predicted = base.decoded(*reference, info.length_bytes)?;
+        if let Some(found) = product {
+            found.product.add(&info.dtype, 0, &mut predicted);
+        }
+        Ok(Some(Start { predicted, low_rank: product.as_ref().map(|found| found.stored.clone()) }))
     }
 
     fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {

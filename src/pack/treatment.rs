@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::difference::{DifferenceChoice, Pair};
 use super::keep::Keep;
 use super::lossless::Split;
+use super::low_rank::{FoundProduct, find_product};
 use super::options::PackOptions;
 use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
 use super::symbols::RunLayout;
@@ -17,6 +18,8 @@ const FEW_VALUES: usize = 32;
 
 /// Elements below which a tensor that differs from the base's stands alone: its header takes more than it could save.
 const LEAST_DIFFERENCES: u64 = 192;
+/// Bits per element of a difference below which no product is looked for.
+const LEAST_FACTORED_BITS: f64 = 0.3;
 
 /// How one part is coded, before a step is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -193,7 +196,7 @@ impl<'a> Drafted<'a> {
 }
 
 impl BasedChoice {
-    /// How a tensor starts from one of the base, where that is shorter than `alone`, its treatment without a base. `decoded`
+    /// How a tensor starts from one of the base, and the product that is added, where that is shorter than `alone`, its treatment without a base. `decoded`
     /// is the base's tensor, as many bytes; `is_whole` whether it has the same shape.
     pub fn choose(
         alone: Treatment,
@@ -202,9 +205,9 @@ impl BasedChoice {
         tensor: &TensorInfo,
         bytes: &[u8],
         decoded: &[u8],
-    ) -> Option<Self> {
+    ) -> Option<(Self, Option<FoundProduct>)> {
         if is_whole && bytes == decoded {
-            return Some(Self { reference, difference: None });
+            return Some((Self { reference, difference: None }, None));
         }
         let alone_bits = match alone {
             Treatment::Raw => 8.0 * bytes.len() as f64,
@@ -212,7 +215,14 @@ impl BasedChoice {
             Treatment::Quantized(_) | Treatment::Based(_) => return None,
         };
         let (difference, bits) = DifferenceChoice::choose(Pair { tensor, bytes, predicted: decoded })?;
+        if is_whole
+            && bits > LEAST_FACTORED_BITS * tensor.elements() as f64
+            && let Some(found) = find_product(tensor, bytes, decoded)
+            && found.bits < bits.min(alone_bits)
+        {
+            return Some((Self { reference, difference: found.difference }, Some(found)));
+        }
         let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && bits < alone_bits;
-        is_shorter.then_some(Self { reference, difference: Some(difference) })
+        is_shorter.then_some((Self { reference, difference: Some(difference) }, None))
     }
 }

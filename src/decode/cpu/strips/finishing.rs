@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::{PartDecoder, Path, Strip};
-use crate::codec::difference::Bits;
 use crate::codec::lossless::widen;
 use crate::codec::motion::Motion;
 use crate::codec::quantizer::{dequantize, join_code};
@@ -226,24 +225,25 @@ impl<'a> PartDecoder<'a> {
         }
         if let PartKind::Based(Based { difference: Some(difference), .. }) = self.part.kind() {
             match self.element_bytes {
-                1 => self.add_differences::<u8>(difference, number, out),
-                2 => self.add_differences::<u16>(difference, number, out),
-                _ => self.add_differences::<u32>(difference, number, out),
+                1 => self.add_differences(difference, number, out, differences::add::<u8>),
+                2 => self.add_differences(difference, number, out, self.kernels.differences.add_16),
+                _ => self.add_differences(difference, number, out, differences::add::<u32>),
             }
         }
         Ok(())
     }
 
     /// Replaces the differences of a strip, in coded order, by its elements.
-    fn add_differences<T: Bits>(&self, difference: &Difference, strip: usize, out: &mut [u8]) {
+    fn add_differences(&self, difference: &Difference, strip: usize, out: &mut [u8], add: differences::Add) {
         let reference = self.part.reference_of(strip, self.first_strip, self.reference);
         let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
         let predicted = self.part.predicted_strip(strip, reference);
         let first_element = strip * self.symbols.runs_per_strip * self.symbols.run_elements;
-        let mut classes = Vec::new();
-        difference.classes.of::<T>(first_element, &predicted, &mut classes);
-        let differences = out.to_vec();
-        differences::merge::<T>(&classes, &differences, &predicted, out);
+        let mut differences = Vec::with_capacity(out.len() + differences::PADDING);
+        differences.extend_from_slice(out);
+        differences.resize(out.len() + differences::PADDING, 0);
+        // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+        unsafe { add(&difference.classes, first_element, &predicted, &differences, out) }
         self.ended(Stage::Prediction);
     }
 
