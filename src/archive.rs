@@ -14,9 +14,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use crate::codec::entropy::CodingTable;
+use crate::codec::vector_quantizer::Codebook;
 use crate::format::FormatError;
 use crate::format::difference::BaseTensor;
 use crate::format::index::Index;
+use crate::format::part::Coding;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
 use crate::format::record::{RecordEntry, SideInformation};
 use crate::safetensors::{Header, SafetensorsError};
@@ -123,6 +125,7 @@ pub struct Archive {
     index: Index,
     files: Vec<ArchivedFile>,
     tables: Vec<Arc<CodingTable>>,
+    codebooks: Vec<Arc<Codebook>>,
     /// First byte of each record.
     record_offsets: Vec<u64>,
     /// Whether a later record is predicted from it.
@@ -156,7 +159,12 @@ impl Archive {
         let io = |source| ArchiveError::Io { path: path.to_owned(), source };
         let format = |error| ArchiveError::Format { path: path.to_owned(), error };
         let file = File::open(path).map_err(io)?;
-        let stored_bytes = file.metadata().map_err(io)?.len();
+        let metadata = file.metadata().map_err(io)?;
+        if metadata.is_dir() {
+            let reason = "is a directory, expected an archive: name the .mcwc file in it";
+            return Err(io(std::io::Error::new(std::io::ErrorKind::IsADirectory, reason)));
+        }
+        let stored_bytes = metadata.len();
         let mut preamble = vec![0; PREAMBLE_BYTES.min(stored_bytes) as usize];
         file.read_exact_at(&mut preamble, 0).map_err(io)?;
         let preamble = Preamble::parse(&preamble, stored_bytes).map_err(format)?;
@@ -177,6 +185,11 @@ impl Archive {
             });
         }
         Ok(archive)
+    }
+
+    /// BLAKE3 of a decoded file; `None` for archives made before they had it.
+    pub fn decoded_blake3(&self, file: usize) -> Option<[u8; 32]> {
+        self.index.files[file].decoded_blake3
     }
 
     fn from_contents(path: &Path, contents: Contents) -> Result<Self, ArchiveError> {
@@ -260,6 +273,7 @@ impl Archive {
             instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
             stored_bytes: offset.saturating_add(index_stored_bytes),
             index_stored_bytes,
+            codebooks: index.codebooks.iter().map(|stored| Arc::new(Codebook::of_stored(stored))).collect(),
             tables: index.tables.iter().map(|table| Arc::new(CodingTable::new(table.clone()))).collect(),
             index,
             files,
@@ -334,6 +348,11 @@ impl Archive {
         self.index_stored_bytes
     }
 
+    /// The codebooks of vectors, ready for look-ups.
+    pub fn codebooks(&self) -> &[Arc<Codebook>] {
+        &self.codebooks
+    }
+
     /// The entropy tables, ready for coding.
     pub fn tables(&self) -> &[Arc<CodingTable>] {
         &self.tables
@@ -394,7 +413,19 @@ impl Archive {
         // The records' lengths add up to the file's, so this allocation is earned.
         let mut bytes = vec![0; entry.side_bytes as usize];
         self.read_at(&mut bytes, self.record_offsets[record as usize])?;
-        SideInformation::parse(&bytes, entry).map_err(|error| ArchiveError::Format { path: self.path.clone(), error })
+        let failed = |error| ArchiveError::Format { path: self.path.clone(), error };
+        let side = SideInformation::parse(&bytes, entry).map_err(failed)?;
+        let has_units = side.parts.iter().any(|part| matches!(part.coding, Coding::Units(_)));
+        if has_units && !self.index.has_units {
+            return Err(failed(FormatError::Invalid {
+                section: "side information",
+                field: "part coding",
+                offset: 0,
+                found: "a part of units".into(),
+                expected: "none without feature 3".into(),
+            }));
+        }
+        Ok(side)
     }
 
     /// Fills `out` with stored strip bytes of a part, from `offset` on, counted from its first strip.

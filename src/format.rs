@@ -5,6 +5,7 @@
 //! from a disk is `archive`.
 
 pub mod bytes;
+pub mod codebook;
 pub mod difference;
 pub mod error;
 pub mod index;
@@ -12,7 +13,9 @@ pub mod limits;
 pub mod part;
 pub mod preamble;
 pub mod record;
+pub mod streams;
 pub mod strip;
 pub mod table;
+pub mod units;
 
 pub use error::FormatError;

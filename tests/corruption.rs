@@ -142,6 +142,8 @@ for_each_recipe! {
     lossy_scalar_steps_per_run: 3,
     lossy_trellis_shared: 4,
     lossy_fine_steps: 5,
+    lossy_vectors: 6,
+    lossless_units: 7,
 }
 
 mod variant {

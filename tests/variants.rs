@@ -185,7 +185,8 @@ fn readers_of_a_variant_and_its_base_all_end_with_the_right_bytes_in_hardly_any_
                             let from = random.below(expected.len());
                             let mut out = vec![0; random.below(expected.len() - from) + 1];
                             if reader == 0 {
-                                materializer.decode_ahead(archive, 0, from as u64, out.len() as u64);
+                                let keeper = if random.below(2) == 0 { Keeper::Cache } else { Keeper::Reader };
+                                materializer.decode_ahead(keeper, archive, 0, from as u64, out.len() as u64);
                             }
                             let keeper = if reader % 2 == 0 { Keeper::Cache } else { Keeper::Reader };
                             materializer.read_for(keeper, archive, 0, from as u64, &mut out).expect("sound strips");

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::{Archive, ArchiveError, Contents, Storage, content_id};
+use crate::format::bytes::crc32c;
 use crate::format::index::{FileEntry, Index};
 use crate::format::limits::RAW_STRIP_BYTES;
 use crate::format::part::{Coding, PartHeader, PartHeaderBytes};
@@ -53,6 +54,7 @@ impl Archive {
                 header: plain.header.bytes.clone(),
                 decoded_sha256: plain.sha256,
                 source_sha256: plain.sha256,
+                decoded_blake3: None,
             });
             sides.push(SideInformation { permutation: None, parts: plain.parts, permutation_bytes: 0 });
             opened.push((plain.file, plain.header.bytes.len() as u64));
@@ -64,9 +66,11 @@ impl Archive {
             content_id: content_id(entries.iter().map(|entry| entry.decoded_sha256)),
             files: entries,
             tables: Vec::new(),
+            codebooks: Vec::new(),
             block_types: vec!["plain".into()],
             records,
             bases: Vec::new(),
+            has_units: false,
             provenance: Vec::new(),
         };
         let storage = Storage::Plain(PlainFiles { files: opened, sides });
@@ -104,7 +108,7 @@ fn read_plain(path: &Path) -> Result<Plain, ArchiveError> {
             let strip = &mut strip[..RAW_STRIP_BYTES.min(left) as usize];
             reader.read_exact(strip).map_err(io)?;
             hash.update(&*strip);
-            strip_crcs.push(crc32c::crc32c(strip));
+            strip_crcs.push(crc32c(strip));
             left -= strip.len() as u64;
         }
         parts.push(PartHeader { coding: Coding::Raw, streams: None, strip_crcs, cost: PartHeaderBytes::default() });

@@ -21,7 +21,7 @@ use crate::pack::options::{
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
-/// Packs a checkpoint into a `.mcwc` archive.
+/// Pack a checkpoint into a `.mcwc` archive.
 #[derive(Args, Debug)]
 pub struct PackArgs {
     /// A `.safetensors` file, or a Hugging Face directory.
@@ -68,8 +68,12 @@ pub struct PackArgs {
     #[arg(long)]
     no_rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
-    #[arg(long, value_name = "TIMES", default_value_t = 1.4, value_parser = refinement)]
+    #[arg(long, value_name = "TIMES", default_value_t = 1.2, value_parser = refinement)]
     embedding_refinement: f32,
+    /// Pack a checkpoint that was quantized before (GPTQ, AWQ, FP8 and others) with losses: what is quantized in it stays
+    /// bit-exact, its other matrices lose.
+    #[arg(long)]
+    force_requantize: bool,
     /// Threads; all cores by default. The archive is the same for any number.
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<usize>,
@@ -139,6 +143,9 @@ pub enum PackCommandError {
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
+    /// A file name for the output, where it would become a directory.
+    #[error("{0}: named like a file, expected a .mcwc file or a directory")]
+    OddName(PathBuf),
     /// A zoo without checkpoints.
     #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
     NoCheckpoints(PathBuf),
@@ -182,6 +189,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         trellis_states: args.trellis_states,
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
+        force_requantize: args.force_requantize,
         stats: args.stats,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
@@ -244,6 +252,11 @@ impl Destination {
                 log::info!("{} sidecars are not packed: name a directory to copy them", checkpoint.sidecars.len());
             }
             return Ok(Self { archive: output.to_owned(), directory: None });
+        }
+        if output.is_file()
+            || output.extension().is_some_and(|extension| extension == "safetensors") && !output.is_dir()
+        {
+            return Err(PackCommandError::OddName(output.to_owned()));
         }
         let is_inside = |input: PathBuf| input.is_dir() && lies_inside(output, &input);
         if checkpoint.path.canonicalize().is_ok_and(is_inside) {

@@ -1,6 +1,6 @@
 //! `mcwcfs verify`: whether archives decode to what they say they hold and, beside the originals, to what was packed.
 //!
-//! Every checksum is looked at on the way: preamble, index, side information, each strip, and the SHA-256 of each file.
+//! Every checksum is looked at on the way: preamble, index, side information, each strip, and the digests of each file.
 
 mod compare;
 
@@ -26,7 +26,7 @@ use crate::materialize::{EngineChoice, MaterializeError};
 
 pub use compare::{Compared, Comparison, SquaredError, TensorDifference};
 
-/// Checks archives: every checksum, every decoded file, and on request against the originals.
+/// Check archives: every checksum, every decoded file, and on request against the originals.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// An archive, or a directory of archives and sidecars
@@ -218,12 +218,14 @@ fn verify_file(
 
     let materializer = sequential_materializer(archive, args.engine, threads);
     let mut decoded_hash = Sha256::new();
+    let mut decoded_tree = blake3::Hasher::new();
     let mut original_hash = Sha256::new();
     let mut original_bytes = Vec::new();
     let mut comparison = Comparison::new(entry.header.len() as u64, &entry.tensors);
     let anywhere = |_, _: &[u8]| Ok(());
     let decoded = decode_in_order(&materializer, archive, file, threads, anywhere, |bytes| {
         decoded_hash.update(bytes);
+        decoded_tree.update(bytes);
         if let Some(original) = &mut original {
             original_bytes.resize(bytes.len(), 0);
             original.read_exact(&mut original_bytes).map_err(Stop::Original)?;
@@ -246,13 +248,16 @@ fn verify_file(
     let digest = |hash: Sha256| -> [u8; 32] { hash.finalize().into() };
     let mut expect_digest = |what: &str, found: [u8; 32], expected: [u8; 32]| {
         if found != expected {
-            verified.problems.push(format!("SHA-256 of {what} is {}, expected {}", hex(&found), hex(&expected)));
+            verified.problems.push(format!("{what} is {}, expected {}", hex(&found), hex(&expected)));
         }
     };
-    expect_digest("the decoded file", digest(decoded_hash), entry.decoded_sha256);
+    expect_digest("SHA-256 of the decoded file", digest(decoded_hash), entry.decoded_sha256);
+    if let Some(expected) = archive.decoded_blake3(file) {
+        expect_digest("BLAKE3 of the decoded file", decoded_tree.finalize().into(), expected);
+    }
     if original.is_some() {
         expect_digest(
-            "the original, which must be the file that was packed,",
+            "SHA-256 of the original, which must be the file that was packed,",
             digest(original_hash),
             entry.source_sha256,
         );

@@ -2,12 +2,14 @@
 //! with, so it is written to be read; nothing in it is fast.
 
 use super::prepared::{Difference, PartKind, Prediction, Quantizer, Symbols};
-use super::{DecodeError, Engine, PreparedPart};
+use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::codec::difference::{Bits, coded_order, join_difference};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
+use crate::codec::units::{UnitCoding, write_units};
+use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
@@ -22,48 +24,59 @@ impl Engine for ReferenceEngine {
         "reference"
     }
 
-    fn decode_strip(
+    fn decode_strips(
         &self,
         part: &PreparedPart,
-        strip: usize,
-        stored: &[u8],
         reference: Option<&[u8]>,
-        out: &mut [u8],
+        jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
-        part.check_strip(strip, stored)?;
-        let predicted = part.based().map(|_| {
-            let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
-            part.predicted_strip(strip, reference)
-        });
-        let Some(layout) = part.layout(strip) else {
-            out.copy_from_slice(predicted.as_deref().unwrap_or(stored));
-            return Ok(());
-        };
-        let strip = StripView { number: strip, stored, layout };
-        match part.kind() {
-            PartKind::Raw => unreachable!("raw parts have no symbol layout"),
-            PartKind::Based(based) => {
-                let difference = based.difference.as_ref().expect("there are symbols");
-                let predicted = predicted.expect("the part starts from a base");
-                match part.dtype().bits() {
-                    Some(8) => strip.decode_differences::<u8>(difference, &predicted, out),
-                    Some(16) => strip.decode_differences::<u16>(difference, &predicted, out),
-                    _ => strip.decode_differences::<u32>(difference, &predicted, out),
-                }
+        let first = first_strip(jobs);
+        jobs.iter_mut().try_for_each(|job| {
+            let reference = part.reference_of(job.strip, first, reference);
+            decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out)
+        })
+    }
+}
+
+fn decode_strip(
+    part: &PreparedPart,
+    strip: usize,
+    stored: &[u8],
+    reference: Option<&[u8]>,
+    out: &mut [u8],
+) -> Result<(), DecodeError> {
+    part.check_strip(strip, stored)?;
+    let predicted = part.based().map(|_| {
+        let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
+        part.predicted_strip(strip, reference)
+    });
+    let Some(layout) = part.layout(strip) else {
+        out.copy_from_slice(predicted.as_deref().unwrap_or(stored));
+        return Ok(());
+    };
+    let strip = StripView { number: strip, stored, layout };
+    match part.kind() {
+        PartKind::Raw => unreachable!("raw parts have no symbol layout"),
+        PartKind::Based(based) => {
+            let difference = based.difference.as_ref().expect("there are symbols");
+            let predicted = predicted.expect("the part starts from a base");
+            match part.dtype().bits() {
+                Some(8) => strip.decode_differences::<u8>(difference, &predicted, out),
+                Some(16) => strip.decode_differences::<u16>(difference, &predicted, out),
+                _ => strip.decode_differences::<u32>(difference, &predicted, out),
             }
-            PartKind::Split { carrier, carrier_bits, symbols } => {
-                strip.decode_split(symbols, *carrier, *carrier_bits, out)
-            }
-            PartKind::Quantized { symbols, quantizer, prediction } => {
-                let prediction = prediction.as_ref().map(|prediction| {
-                    let reference = reference.expect("a predicted part is decoded with its reference at hand");
-                    // That of a base begins with the strip.
-                    let first =
-                        if part.base().is_some() { strip.first_run(symbols) * strip.layout.run_elements } else { 0 };
-                    (prediction, reference, first)
-                });
-                strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
-            }
+        }
+        PartKind::Split { carrier, carrier_bits, symbols } => strip.decode_split(symbols, *carrier, *carrier_bits, out),
+        PartKind::Units { units, symbols } => strip.decode_units(symbols, units, out),
+        PartKind::Quantized { symbols, quantizer, prediction } => {
+            let prediction = prediction.as_ref().map(|prediction| {
+                let reference = reference.expect("a predicted part is decoded with its reference at hand");
+                // That of a base begins with the strip.
+                let first =
+                    if part.base().is_some() { strip.first_run(symbols) * strip.layout.run_elements } else { 0 };
+                (prediction, reference, first)
+            });
+            strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
         }
     }
 }
@@ -155,7 +168,7 @@ impl StripView<'_> {
         let mut elements: Vec<u64> = Vec::with_capacity(self.layout.symbols);
         for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
-            let symbol = symbols.table_of_run(run).code(position) as u16; // codes of magnitudes are not negative
+            let symbol = symbols.table_of_run(run).code(position) as u16; // modulo 65536
             elements.push(join_element(symbol.into(), raw, carrier_bits, symbols.raw_bits));
         }
         for (position, value) in self.exceptions()? {
@@ -167,6 +180,22 @@ impl StripView<'_> {
         for (out, element) in out.chunks_mut(element_bytes).zip(elements) {
             out.copy_from_slice(&widen(carrier, element).to_le_bytes()[..element_bytes]);
         }
+        Ok(())
+    }
+
+    fn decode_units(&self, symbols: &Symbols, units: &UnitCoding, out: &mut [u8]) -> Result<(), DecodeError> {
+        let positions = self.positions(symbols)?;
+        let raw = self.raw(symbols);
+        let mut numbers: Vec<u64> = Vec::with_capacity(self.layout.symbols);
+        for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
+            let run = self.first_run(symbols) + index / self.layout.run_elements;
+            numbers.push(units.number(symbols.table_of_run(run).code(position), raw));
+        }
+        for (position, value) in self.exceptions()? {
+            numbers[position] = units.exception(value);
+        }
+        units.integrate(&mut numbers);
+        write_units(&numbers, units.unit_bits(), out);
         Ok(())
     }
 
@@ -246,6 +275,18 @@ impl StripView<'_> {
         Ok(points)
     }
 
+    /// Points of vectors, in steps: the strip is nothing but the indices of their codewords.
+    fn vector_points(&self, vectors: &VectorQuantizer) -> Vec<f32> {
+        let mut points = vec![0.0; self.layout.symbols];
+        let mut rest = self.stored;
+        for points in points.chunks_mut(self.layout.run_elements) {
+            let (of_run, later) = rest.split_at(vectors.bytes_of_run(points.len()));
+            vectors.points_of_run(of_run, points);
+            rest = later;
+        }
+        points
+    }
+
     fn decode_quantized(
         &self,
         symbols: &Symbols,
@@ -254,9 +295,10 @@ impl StripView<'_> {
         dtype: &Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let mut points = match quantizer.trellis {
-            None => self.scalar_points(symbols)?,
-            Some((tables, trellis)) => self.trellis_points(symbols, tables, trellis)?,
+        let mut points = match (&quantizer.vectors, quantizer.trellis) {
+            (Some(vectors), _) => self.vector_points(vectors),
+            (None, None) => self.scalar_points(symbols)?,
+            (None, Some((tables, trellis))) => self.trellis_points(symbols, tables, trellis)?,
         };
         for (position, value) in self.exceptions()? {
             points[position] = i16::from_le_bytes([value[0], value[1]]).into();

@@ -16,6 +16,12 @@ pub const HEADER_BYTES: u64 = 100_000_008;
 pub const TABLES: u64 = 1 << 12;
 /// Coded positions of one entropy table: 64 less the three that the vector lookup keeps.
 pub const TABLE_POSITIONS: u64 = 61;
+/// Codebooks of residual vector quantization in one archive.
+pub const CODEBOOKS: u64 = 1 << 8;
+/// Elements that share indices in residual vector quantization.
+pub const VECTOR_ELEMENTS: std::ops::RangeInclusive<u8> = 2..=16;
+/// Base-2 logarithm of the codewords of a codebook.
+pub const VECTOR_INDEX_BITS: std::ops::RangeInclusive<u8> = 1..=12;
 /// Block types.
 pub const BLOCK_TYPES: u64 = 256;
 /// Layers.

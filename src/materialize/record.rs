@@ -6,7 +6,7 @@ use crate::archive::{Archive, PartAddress};
 use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
-use crate::decode::{DecodeError, PreparedPart};
+use crate::decode::{DecodeError, Pools, PreparedPart};
 use crate::format::difference::BaseTensor;
 use crate::format::part::{Coding, StoredPlacement};
 use crate::tensor::TensorInfo;
@@ -35,7 +35,8 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
                     motion = Some(motion_of(permutation, placement, tensor)?);
                 }
             }
-            let part = PreparedPart::new(tensor, header, archive.tables(), motion)?;
+            let pools = Pools { tables: archive.tables(), codebooks: archive.codebooks() };
+            let part = PreparedPart::new(tensor, header, pools, motion)?;
             let stated = entry.parts[ordinal].body_bytes;
             if part.body_bytes() != stated {
                 let found = part.body_bytes().to_string();
@@ -188,11 +189,19 @@ mod tests {
             layers: 0,
             keyframe_interval: 4,
             content_id: content_id(std::iter::once(digest)),
-            files: vec![FileEntry { name: "model".into(), header, decoded_sha256: digest, source_sha256: digest }],
+            files: vec![FileEntry {
+                name: "model".into(),
+                header,
+                decoded_sha256: digest,
+                source_sha256: digest,
+                decoded_blake3: None,
+            }],
             tables: vec![],
+            codebooks: vec![],
             block_types: vec!["ffn".into()],
             records: entries,
             bases: vec![],
+            has_units: false,
             provenance: vec![],
         };
         let (preamble, stored) = index.write(PREAMBLE_BYTES + bodies.len() as u64);
@@ -215,7 +224,15 @@ mod tests {
             placement: Some(placement),
             predictor: StoredPredictor::ScaledCopy { gain: 1.0 },
         });
-        let info = QuantizerInfo { step: 1.0, raw_bits: 0, trellis: None, scales: None, means: None, prediction };
+        let info = QuantizerInfo {
+            step: 1.0,
+            raw_bits: 0,
+            trellis: None,
+            vectors: None,
+            scales: None,
+            means: None,
+            prediction,
+        };
         let streams = SymbolStreams {
             run_elements: 1,
             runs_per_strip: 1,

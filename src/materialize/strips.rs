@@ -1,7 +1,7 @@
 //! Parts whose strips are decoded apart from one another: those without prediction.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::{Keeper, MaterializeError, Materializer, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
@@ -10,6 +10,9 @@ use crate::metrics::METRICS;
 
 /// What the kernel asks for at once, and so what is decoded at once.
 pub(super) const TOGETHER_BYTES: usize = 1 << 20;
+
+/// More strips than this are not followed at a time.
+const MOST_PARTLY_TAKEN: usize = 4096;
 
 /// The strips of a part, and what they are called in the cache.
 #[derive(Clone, Copy)]
@@ -55,10 +58,6 @@ impl Strips<'_> {
 
     fn is_whole(&self, piece: &Piece<'_>) -> bool {
         piece.out.len() == self.part.strip_output_bytes(piece.strip)
-    }
-
-    fn reaches_the_end(&self, piece: &Piece<'_>) -> bool {
-        piece.from + piece.out.len() == self.part.strip_output_bytes(piece.strip)
     }
 }
 
@@ -110,22 +109,39 @@ impl Materializer {
         &self,
         keeper: Keeper,
         strips: Strips<'_>,
-        pieces: Vec<&mut Piece<'_>>,
+        mut pieces: Vec<&mut Piece<'_>>,
     ) -> Result<(), MaterializeError> {
         let numbers: Vec<usize> = pieces.iter().map(|piece| piece.strip).collect();
         let decoded = self.strips_through_cache(strips, &numbers)?;
-        let mut done_with = Vec::new();
-        for (piece, decoded) in pieces.into_iter().zip(&decoded) {
+        for (piece, decoded) in pieces.iter_mut().zip(&decoded) {
             piece.out.copy_from_slice(&decoded[piece.from..][..piece.out.len()]);
-            // A reader that keeps its bytes and has the last of a strip has gone past it.
-            if keeper == Keeper::Reader && strips.reaches_the_end(piece) {
-                done_with.push(strips.key(piece.strip));
+        }
+        if keeper == Keeper::Reader {
+            self.let_go_of_what_was_taken(strips, &pieces);
+        }
+        Ok(())
+    }
+
+    /// Strips of which readers that keep their bytes have taken as much as there is will not be asked for again.
+    fn let_go_of_what_was_taken(&self, strips: Strips<'_>, pieces: &[&mut Piece<'_>]) {
+        let mut all_taken = self.taken_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if all_taken.len() > MOST_PARTLY_TAKEN {
+            all_taken.clear(); // the cache evicts them in time
+        }
+        let mut done_with = Vec::new();
+        for piece in pieces {
+            let key = strips.key(piece.strip);
+            let taken = all_taken.remove(&key).unwrap_or(0) + piece.out.len();
+            if taken < strips.part.strip_output_bytes(piece.strip) {
+                all_taken.insert(key, taken);
+            } else {
+                done_with.push(key);
             }
         }
+        drop(all_taken);
         if !done_with.is_empty() {
             self.cache.forget(&done_with);
         }
-        Ok(())
     }
 
     /// Fills `out` with the bytes of a part from `offset` on through the cache. The caller holds the memory for it.

@@ -10,6 +10,7 @@ mod finished;
 mod records;
 mod steering;
 mod target;
+mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,12 +22,12 @@ pub use self::finished::{Finished, hidden_file};
 use super::base::{Base, BaseError};
 use super::keep::{Keep, kept};
 use super::low_rank::FoundProduct;
-use super::options::{PackOptions, PredictorChoice};
+use super::options::{PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{BasedChoice, Decision, Start, Treatment, is_near};
+use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized, is_near};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
@@ -111,7 +112,9 @@ impl<'a> Encoder<'a> {
                     if let Some((choice, product)) = chosen {
                         treatment = Treatment::Based(choice);
                         encoder.based.insert((part.file, part.tensor), (reference, product));
-                    } else if is_near(treatment, tensor, bytes, &decoded) {
+                    } else if options.quantization != Quantization::ResidualVector
+                        && is_near(treatment, tensor, bytes, &decoded)
+                    {
                         encoder.based.insert((part.file, part.tensor), (reference, None));
                     }
                 }
@@ -160,6 +163,18 @@ impl<'a> Encoder<'a> {
         self.checkpoint.files.iter().map(|file| file.header.file_bytes()).sum()
     }
 
+    /// An error where a checkpoint that was quantized before is to lose anything.
+    fn check_not_quantized(&self) -> Result<(), PackError> {
+        if !self.has_quantized() || self.options.force_requantize {
+            return Ok(());
+        }
+        let tensors = self.checkpoint.files.iter().flat_map(|file| &file.header.tensors);
+        match tensors.into_iter().find(|tensor| is_already_quantized(tensor)) {
+            Some(tensor) => Err(PackError::AlreadyQuantized { tensor: tensor.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// Samples every tensor.
     fn survey(&self) -> Result<Survey<'a>, BaseError> {
         self.progress.phase("measuring", self.source_bytes());
@@ -204,6 +219,7 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// [`PackError::Rate`] where the target cannot be met.
     pub fn dry_run(&self) -> Result<Vec<TensorReport>, PackError> {
+        self.check_not_quantized()?;
         let plan = self.find_step(&mut self.survey()?)?;
         let mut reports = Vec::new();
         for (record, parts) in self.plan.records.iter().zip(&plan.probe.parts) {
@@ -252,6 +268,7 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// See [`PackError`]; the hidden file is gone then.
     pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
+        self.check_not_quantized()?;
         // Before the work, in case it cannot be made.
         let mut unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
@@ -268,9 +285,10 @@ impl<'a> Encoder<'a> {
         });
 
         let mut index = written.index;
-        for (file, (decoded, source)) in index.files.iter_mut().zip(compared.decoded.iter().zip(&compared.sources)) {
-            file.decoded_sha256 = *decoded;
-            file.source_sha256 = *source;
+        for (number, file) in index.files.iter_mut().enumerate() {
+            file.decoded_sha256 = compared.decoded[number];
+            file.source_sha256 = compared.sources[number];
+            file.decoded_blake3 = Some(compared.decoded_blake3[number]);
         }
         index.content_id = content_id(compared.decoded.iter().copied());
         let archive_bytes = records::write_index(unfinished.as_file_mut(), &index, written.bytes).map_err(output)?;

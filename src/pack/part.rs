@@ -9,9 +9,11 @@ use rayon::prelude::*;
 use super::counting::{choose_tables, sum_of_squares};
 use super::entropy_model::{FittedTable, TablePool};
 use super::symbols::{Placed, RunLayout, Symbols};
+use super::vectors::VectorStrips;
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
 use crate::decode::DecodeError;
+use crate::format::bytes::crc32c;
 use crate::format::limits::RAW_STRIP_BYTES;
 use crate::format::part::{Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
@@ -47,7 +49,7 @@ struct PlacedStrip {
 impl EncodedPart {
     /// Bytes as they are.
     pub fn raw(bytes: &[u8]) -> Self {
-        let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c::crc32c).collect();
+        let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c).collect();
         Self {
             coding: Coding::Raw,
             streams: None,
@@ -95,7 +97,7 @@ impl EncodedPart {
         let mut body = Vec::with_capacity(strips.iter().map(|strip| strip.bytes.len()).sum());
         let mut strip_crcs = Vec::with_capacity(strips.len());
         for strip in strips {
-            strip_crcs.push(crc32c::crc32c(&strip.bytes));
+            strip_crcs.push(crc32c(&strip.bytes));
             body.extend_from_slice(&strip.bytes);
         }
         Self {
@@ -119,6 +121,27 @@ impl EncodedPart {
     /// What equals a tensor of a base: nothing is stored of it.
     pub fn without_strips(coding: Coding) -> Self {
         Self { coding, ..Self::raw(&[]) }
+    }
+
+    /// Vectors as quantized. `coding` says with which codebooks.
+    pub fn vectors(coding: Coding, layout: RunLayout, quantized: &VectorStrips) -> Self {
+        Self {
+            coding,
+            streams: Some(SymbolStreams {
+                run_elements: layout.run_elements as u32,
+                runs_per_strip: layout.runs_per_strip as u32,
+                ..SymbolStreams::default()
+            }),
+            tables: Vec::new(),
+            strip_crcs: quantized.strips.iter().map(|strip| crc32c(strip)).collect(),
+            body: quantized.strips.concat(),
+            squared_error: quantized.squared_error,
+        }
+    }
+
+    /// Whether the part is of units, which an archive announces.
+    pub fn is_of_units(&self) -> bool {
+        matches!(self.coding, Coding::Units(_))
     }
 
     /// Pool numbers of the tables used, in the part's order.

@@ -8,12 +8,12 @@ mod sample;
 
 use rayon::prelude::*;
 
-use self::sample::Sample;
+pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
 use super::difference::{DifferenceChoice, DifferencePart, Pair};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
-use super::options::PackOptions;
+use super::options::{PackOptions, Quantization};
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
@@ -58,7 +58,7 @@ enum State {
     Split {
         split: Split,
         counted: ClassHistograms,
-        /// Raw bits per symbol.
+        /// Raw bits of all symbols.
         raw_bits: f64,
     },
     Based {
@@ -107,6 +107,19 @@ pub struct ProbedPart {
     pub bits: f64,
     /// Squared error, in squared weight units.
     pub squared_error: f64,
+}
+
+/// The sample of a part that is to be quantized.
+#[derive(Clone, Copy)]
+pub struct PartSample<'s> {
+    /// Number of the record and of the part in it.
+    pub place: (usize, usize),
+    /// Layout of the whole part.
+    pub layout: RunLayout,
+    /// Some of its runs.
+    pub sample: &'s Sample,
+    /// How finely it is to be quantized.
+    pub fineness: Fineness,
 }
 
 /// Whether a probe may decide for good that a part is bit-exact, or move the step of one that has its own.
@@ -215,6 +228,28 @@ impl<'a> Survey<'a> {
         self.probe_as(self.options, step, before, Settling::Settle)
     }
 
+    /// What bit-exact parts take, where the others are to be of vectors; nothing is said of those.
+    pub fn probe_exact(&mut self) -> Probe {
+        let mut probe = self.probe_as(self.options, 1.0, None, Settling::Leave);
+        for sample in self.samples() {
+            probe.parts[sample.place.0][sample.place.1].bits = 0.0;
+        }
+        probe
+    }
+
+    /// The samples of all parts that are to be quantized.
+    pub fn samples(&self) -> impl Iterator<Item = PartSample<'_>> {
+        let parts = self.parts.iter().enumerate().flat_map(|(record, parts)| {
+            parts.iter().enumerate().map(move |(part, surveyed)| ((record, part), surveyed))
+        });
+        parts.filter_map(|(place, part)| match &part.state {
+            State::Quantized { sample, fineness, .. } => {
+                Some(PartSample { place, layout: part.layout, sample, fineness: *fineness })
+            }
+            _ => None,
+        })
+    }
+
     /// Bits and squared error of everything quantized, were it packed with other options. Nothing is settled by that.
     pub fn try_options(&mut self, options: &PackOptions, step: f64) -> (f64, f64) {
         let probe = self.probe_as(options, step, None, Settling::Leave);
@@ -287,9 +322,10 @@ fn first_tables(parts: &[&mut SurveyedPart<'_>], quantizers: &[Option<PartQuanti
 impl State {
     fn split(split: Split, tensor: &TensorInfo, bytes: &[u8]) -> Self {
         let symbols = split.symbols(tensor, bytes);
-        let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
-        let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
-        Self::Split { split, raw_bits: mean_raw_bits(&symbols), counted }
+        let every = (symbols.layout().elements / COUNTED_ELEMENTS).max(1);
+        let counted =
+            if every == 1 { count(&*symbols, 1) } else { count_weighted(&*symbols, every, &|_| every as u64) };
+        Self::Split { split, raw_bits: mean_raw_bits(&*symbols) * symbols.layout().elements as f64, counted }
     }
 
     fn based(choice: BasedChoice, pair: Pair<'_>) -> Self {
@@ -310,19 +346,23 @@ impl State {
     }
 
     /// Bits of a bit-exact part with tables of its own.
-    fn body_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
+    fn body_bits(&self, bytes: &[u8]) -> f64 {
         match self {
-            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits * tensor.elements() as f64,
-            Self::Based { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits,
+            Self::Split { counted, raw_bits, .. } | Self::Based { counted, raw_bits, .. } => {
+                counted.bits(&counted.fit()) + raw_bits
+            }
             _ => 8.0 * bytes.len() as f64,
         }
     }
 }
 
 impl SurveyedPart<'_> {
-    /// The quantizer of a part that is to be quantized, unless it cannot be.
+    /// The scalar or trellis quantizer of a part that is to be quantized, unless it cannot be.
     fn quantizer(&mut self, step: f64, rms_of_all: f64, options: &PackOptions) -> Option<PartQuantizer> {
         let State::Quantized { sample, fineness, own, .. } = &mut self.state else { return None };
+        if options.quantization == Quantization::ResidualVector {
+            return None;
+        }
         let step = match *fineness {
             Fineness::Times(times) => {
                 let most = (2.0 * step / rms_of_all).max(LEAST_COARSEST) * sample.root_mean_square;
@@ -354,8 +394,8 @@ impl SurveyedPart<'_> {
             let (tensor, bytes) = (self.tensor, self.bytes);
             let based = self.exact.as_ref();
             let exact = exact_bits.get_or_insert_with(|| match based {
-                Some(exact) => exact.body_bits(tensor, bytes),
-                None => State::exact(tensor, bytes).body_bits(tensor, bytes),
+                Some(exact) => exact.body_bits(bytes),
+                None => State::exact(tensor, bytes).body_bits(bytes),
             });
             if *exact <= bits * elements {
                 return None;
@@ -383,8 +423,8 @@ impl SurveyedPart<'_> {
                 let follows_step = matches!(fineness, Fineness::Times(_));
                 ProbedPart { decision, follows_step, elements, bits, squared_error }
             }
-            (State::Split { split, counted, raw_bits: of_symbol }, _) => {
-                let bits = counted.bits(pool) + *of_symbol * elements as f64 + overhead;
+            (State::Split { split, counted, raw_bits: of_symbols }, _) => {
+                let bits = counted.bits(pool) + *of_symbols + overhead;
                 exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
             }
             (State::Based { choice, counted, raw_bits, strips }, _) => {

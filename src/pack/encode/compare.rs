@@ -19,10 +19,13 @@ use crate::materialize::{MaterializeOptions, Materializer};
 const COMPARE_WINDOW: usize = 8 << 20;
 /// Cache of that comparison beside the tensors that predictions start from: strips at the edges of windows.
 const COMPARE_CACHE: u64 = 8 << 20;
+
 /// What comparing the decoded archive with its source found.
+#[derive(Default)]
 pub(super) struct Compared {
     pub(super) decoded: Vec<[u8; 32]>,
     pub(super) sources: Vec<[u8; 32]>,
+    pub(super) decoded_blake3: Vec<[u8; 32]>,
     /// Per file, per tensor: squared error and energy.
     pub(super) errors: Vec<Vec<(f64, f64)>>,
     /// Of tensors that are quantized from the base: squared error, and energy of what changed.
@@ -47,12 +50,13 @@ impl Encoder<'_> {
             ..MaterializeOptions::default()
         });
         let quantized = quantized_tensors(&self.plan, parts);
-        let mut compared =
-            Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new(), changes: BTreeMap::new() };
+        let mut compared = Compared::default();
         let mut window = Vec::new();
         for (file, source) in self.checkpoint.files.iter().enumerate() {
             let header_bytes = source.header.bytes.len() as u64;
             let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
+            let mut decoded_tree = blake3::Hasher::new();
+            decoded_tree.update(&source.header.bytes);
             let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
             let mut errors = Vec::new();
             for (number, tensor) in source.header.tensors.iter().enumerate() {
@@ -66,6 +70,7 @@ impl Encoder<'_> {
                     self.check_interrupted(out)?;
                     materializer.read_in_parallel(&archive, file, first, &mut window)?;
                     decoded_hash.update(&window);
+                    decoded_tree.update(&window);
                     source_hash.update(chunk);
                     is_equal &= window == chunk;
                     if is_quantized {
@@ -90,6 +95,7 @@ impl Encoder<'_> {
             }
             compared.decoded.push(decoded_hash.finalize().into());
             compared.sources.push(source_hash.finalize().into());
+            compared.decoded_blake3.push(decoded_tree.finalize().into());
             compared.errors.push(errors);
             log::debug!("compared: {} in {}", source.name, out.display());
         }

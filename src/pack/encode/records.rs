@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
-use std::sync::Arc;
 
 use super::super::entropy_model::TablePool;
 use super::super::part::{EncodedPart, SelfCheckError};
@@ -14,7 +13,9 @@ use super::Encoder;
 use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
-use crate::codec::entropy::CodingTable;
+use crate::decode::Pools;
+use crate::format::bytes::crc32c;
+use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
@@ -81,6 +82,8 @@ impl Encoder<'_> {
         let pool = &plan.pool;
         let mut numbers: BTreeMap<usize, u16> = BTreeMap::new();
         let pool_tables = pool.coding_tables();
+        let pools = Pools { tables: &pool_tables, codebooks: pool.codebooks() };
+        written.index.codebooks = stored_codebooks(pool);
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let encoder = RecordEncoder { pool, options: self.options };
@@ -114,7 +117,7 @@ impl Encoder<'_> {
             written.parts.push(parts);
 
             if self.may_be_a_reference(record) {
-                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), &pool_tables)?;
+                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), pools)?;
                 let permutation = encoded.grouped;
                 let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
                 contexts.insert(record.block_type, context);
@@ -134,7 +137,7 @@ impl Encoder<'_> {
         drafts: &[Drafted<'_>],
         encoded: &EncodedRecord,
         context: Option<&Context>,
-        tables: &[Arc<CodingTable>],
+        pools: Pools<'_>,
     ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
@@ -143,7 +146,7 @@ impl Encoder<'_> {
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
                 let reference = context.and_then(|context| context.decoded[ordinal].as_deref());
-                decode_part(&*self.engine, tensor, &encoded.parts[ordinal], tables, motion, reference).map(Some)
+                decode_part(&*self.engine, tensor, &encoded.parts[ordinal], pools, motion, reference).map(Some)
             })
             .collect()
     }
@@ -155,6 +158,7 @@ impl Encoder<'_> {
                 header: file.header.bytes.clone(),
                 decoded_sha256: [0; 32],
                 source_sha256: [0; 32],
+                decoded_blake3: Some([0; 32]),
             })
             .collect();
         let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
@@ -165,9 +169,11 @@ impl Encoder<'_> {
             content_id: content_id(files.iter().map(|file| file.decoded_sha256)),
             files,
             tables: Vec::new(),
-            block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
+            codebooks: Vec::new(),
+            block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
+            has_units: false,
             provenance: self.options.provenance(),
         }
     }
@@ -176,14 +182,19 @@ impl Encoder<'_> {
     pub(super) fn index_bits(&self, plan: &Probe) -> f64 {
         let mut index = self.empty_index();
         index.tables = plan.pool.coding_tables().iter().map(|table| table.table().clone()).collect();
+        index.codebooks = stored_codebooks(&plan.pool);
         for (record, parts) in self.plan.records.iter().zip(&plan.parts) {
             let mut entry = record_entry(record, parts.iter().map(|part| (part.bits / 8.0) as u64));
-            entry.side_crc = crc32c::crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
+            entry.side_crc = crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
             index.records.push(entry);
         }
         let (_, stored) = index.write(0);
         8.0 * (PREAMBLE_BYTES as f64 + stored.len() as f64 + 64.0 * index.files.len() as f64) // hashes do not deflate
     }
+}
+
+fn stored_codebooks(pool: &TablePool) -> Vec<StoredCodebook> {
+    pool.codebooks().iter().map(|codebook| codebook.stored()).collect()
 }
 
 /// Writes one record, adds it to the index, and returns its length in bytes.
@@ -204,12 +215,13 @@ fn write_record(
         })
     };
     let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
+    index.has_units |= encoded.parts.iter().any(EncodedPart::is_of_units);
     let side = SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
     let side = side.write();
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));
     entry.reference = reference;
     entry.side_bytes = side.len() as u64;
-    entry.side_crc = crc32c::crc32c(&side);
+    entry.side_crc = crc32c(&side);
     let bytes = entry.bytes();
     index.records.push(entry);
     out.write_all(&side)?;
@@ -223,7 +235,7 @@ fn write_record(
 fn record_entry(record: &RecordPlan, body_bytes: impl Iterator<Item = u64>) -> RecordEntry {
     RecordEntry {
         layer: record.layer,
-        block_type: record.block_type as u8,
+        block_type: record.block_type.number(),
         reference: None,
         side_bytes: 0,
         side_crc: 0,
