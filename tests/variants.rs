@@ -244,7 +244,8 @@ fn a_lossy_variant_of_a_lossy_base_spends_its_bits_on_what_changed() {
     let variant = safetensors(&tuned(&base));
     fs::write(path("variant.safetensors"), &variant).expect("a file");
     let pack = |options: &[OsString]| -> serde_json::Value {
-        let arguments = arguments!["pack", "--json", "--force"].into_iter().chain(options.iter().cloned());
+        let arguments =
+            arguments!["pack", "--json", "--force", "--effort", "fast"].into_iter().chain(options.iter().cloned());
         serde_json::from_str(&mcwcfs_ok(arguments)).expect("JSON")
     };
     pack(&arguments!["--bpp", "8", path("base.safetensors"), path("base.mcwc")]);

@@ -260,9 +260,10 @@ impl ArchiveWriter {
         let mut info = BasedInfo { reference, low_rank, difference: None };
         if is_float && random.below(3) == 0 {
             let mut part = self.quantized(tensor, false, None);
-            if let Coding::Quantized(info) = part.header.coding {
-                part.header.coding = Coding::QuantizedFromBase(reference, info);
-            }
+            part.header.coding = match part.header.coding {
+                Coding::Quantized(info) if info.vectors.is_none() => Coding::QuantizedFromBase(reference, info),
+                other => other,
+            };
             return part;
         }
         if !has_difference {
