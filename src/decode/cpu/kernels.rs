@@ -247,7 +247,7 @@ pub static AVX512: Kernels = Kernels {
     narrow: [avx512::narrow::<0>, avx512::narrow::<1>, avx512::narrow::<2>],
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
     joined: Some(Joined { narrow: avx512::narrow_joined, wide: avx512::wide_joined }),
-    finish: finish::AVX512,
+    finish: finish::Kernels { dequantize_trellis: avx512::dequantize_trellis, ..finish::AVX512 },
 };
 
 /// Any aarch64.
