@@ -107,8 +107,9 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Decodes strips of `part`, in any order, each from its stored bytes into the tensor's bytes for the elements it holds; the
     /// first error found ends it. May change the order of `jobs`.
     ///
-    /// `reference` is the whole decoded reference tensor where the part is predicted. Checksums are checked first. After an
-    /// error the content of the outputs means nothing.
+    /// `reference` is the whole decoded reference tensor where the part is predicted; where it starts from a base, the
+    /// reference bytes from the first of these strips on. Checksums are checked first. After an error the content of the
+    /// outputs means nothing.
     fn decode_strips(
         &self,
         part: &PreparedPart,
@@ -128,4 +129,9 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     ) -> Result<(), DecodeError> {
         self.decode_strips(part, reference, &mut [StripJob { strip, stored, out }])
     }
+}
+
+/// The lowest of the strips' numbers.
+fn first_strip(jobs: &[StripJob<'_>]) -> usize {
+    jobs.iter().map(|job| job.strip).min().unwrap_or(0)
 }

@@ -6,6 +6,7 @@
 
 pub mod bytes;
 pub mod codebook;
+pub mod difference;
 pub mod error;
 pub mod index;
 pub mod limits;
@@ -15,5 +16,6 @@ pub mod record;
 pub mod streams;
 pub mod strip;
 pub mod table;
+pub mod units;
 
 pub use error::FormatError;

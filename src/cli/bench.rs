@@ -12,16 +12,20 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
+use super::base_places;
+use super::packed_tree::{PackedTree, PackedTreeError};
 use super::size::parse_size;
-use crate::archive::{Archive, ArchiveError, PartAddress};
+use crate::archive::{Archive, ArchiveError, Bases, PartAddress};
 use crate::decode::cpu::{CpuEngine, Stage, StageClock, WORDS_PADDING};
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
-use crate::materialize::{EngineChoice, MaterializeError, decode_error, prepare_record};
+use crate::materialize::{
+    EngineChoice, MaterializeError, MaterializeOptions, Materializer, decode_error, prepare_record,
+};
 
 /// Bytes copied for comparison: more than caches hold, as a checkpoint is.
 const COPIED_BYTES: usize = 256 << 20;
 
-/// Says how fast an archive decodes here, stage by stage, and when that pays.
+/// Say how fast an archive decodes here, stage by stage, and when that pays.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// The archive (.mcwc)
@@ -38,6 +42,9 @@ pub struct BenchArgs {
     /// Times everything is decoded; of each tensor the fastest counts
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub repeat: usize,
+    /// Where to look for the base of a variant, beside the same tree: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH")]
+    pub base_path: Vec<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -46,6 +53,9 @@ pub struct BenchArgs {
 /// Why there is nothing to report.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
+    /// There is no such archive.
+    #[error(transparent)]
+    Source(#[from] PackedTreeError),
     /// The archive does not open.
     #[error(transparent)]
     Archive(#[from] ArchiveError),
@@ -150,7 +160,8 @@ impl Loading {
 /// Measures and prints.
 pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
     let engine = args.engine.cpu_engine().ok_or(BenchError::NoStages)?;
-    let archive = Archive::open(&args.archive)?;
+    let tree = PackedTree::read(&args.archive)?;
+    let archive = Bases::new(base_places(&tree, false, &args.base_path)).open(&args.archive)?;
     let report = Report::measure(&archive, &engine, args)?;
     let mut output = io::stdout().lock();
     if args.json {
@@ -274,6 +285,7 @@ fn copy_seconds() -> f64 {
 /// Decodes every part once, in the order of the records, keeping what later ones are predicted from.
 fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>) -> Result<Around, BenchError> {
     let mut around = Around::default();
+    let base = Materializer::new(MaterializeOptions { cache_bytes: 64 << 20, ..MaterializeOptions::default() });
     let mut references: HashMap<PartAddress, Vec<u8>> = HashMap::new();
     let records = archive.index().records.len();
     let mut last_use = vec![0; records];
@@ -298,6 +310,12 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
             let reference = part.prediction().and_then(|prediction| {
                 references.get(&PartAddress { record: below?, part: prediction.reference_part }).map(Vec::as_slice)
             });
+            // The base's decoding is the base's.
+            let of_base = match part.based() {
+                Some(based) => Some(base.base_bytes(archive, based.reference, 0..part.length_bytes())?),
+                None => None,
+            };
+            let reference = of_base.as_deref().or(reference);
             // Touched before decoding is timed: what the system does for fresh memory is a stage of its own.
             let start = Instant::now();
             let mut out = vec![1; part.length_bytes() as usize];
@@ -329,7 +347,10 @@ fn decode_part(
         .map(|(strip, out)| StripJob { strip, stored: &stored[part.strip_range(strip).start as usize..], out })
         .collect();
     let at_once = engine.strips_at_once();
-    jobs.chunks_mut(at_once).try_for_each(|jobs| engine.decode_timed(part, reference, jobs, clock))
+    jobs.chunks_mut(at_once).try_for_each(|jobs| {
+        let reference = part.reference_of(jobs[0].strip, 0, reference);
+        engine.decode_timed(part, reference, jobs, clock)
+    })
 }
 
 #[cfg(test)]

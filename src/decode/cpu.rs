@@ -4,12 +4,14 @@
 //! Kernels are what differs between instruction sets (`kernels`); everything else is written once (`strips`). Which
 //! kernels a process uses is chosen in [`super::select`]. Whatever they are, the bytes are the reference decoder's.
 
+mod differences;
 mod finish;
 mod kernels;
 mod portable;
 mod raw_bits;
 mod stages;
 mod strips;
+mod units;
 mod values;
 
 #[cfg(target_arch = "x86_64")]
@@ -34,7 +36,7 @@ pub use kernels::{AVX2, AVX512};
 use std::cmp::Reverse;
 
 use super::reference::ReferenceEngine;
-use super::{DecodeError, Engine, PreparedPart, StripJob};
+use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::decode::prepared::PartKind;
 use strips::PartDecoder;
 
@@ -81,14 +83,26 @@ impl CpuEngine {
             }
             return Ok(());
         }
-        if part.has_vectors() {
-            // An ablation of the paper's: the reference decoder is fast enough for it.
+        let is_rare = match part.kind() {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.is_some(), // an ablation of the paper's
+            PartKind::Units { units, .. } => units.has_differences(),             // token numbers and the like: small
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => false,
+        };
+        if is_rare {
             for job in jobs {
                 ReferenceEngine.decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out)?;
             }
             return Ok(());
         }
-        let decoder = PartDecoder::new(self.kernels, part, reference, clock);
+        let first = first_strip(jobs);
+        if part.based().is_some_and(|based| based.difference.is_none()) {
+            for job in jobs {
+                let reference = part.reference_of(job.strip, first, reference).expect("it starts from a base");
+                job.out.copy_from_slice(&part.predicted_strip(job.strip, reference));
+            }
+            return Ok(());
+        }
+        let decoder = PartDecoder::new(self.kernels, part, (reference, first), clock);
         for group in jobs.chunks_mut(self.kernels.strips_at_once) {
             group.sort_by_key(|job| Reverse(job.out.len()));
             match group {

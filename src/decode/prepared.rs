@@ -1,16 +1,19 @@
 //! A part checked and ready for any engine: everything its header says, against the tensor it must fill.
 
+mod based;
 mod quantized;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use self::based::prepare_based;
 use self::quantized::prepare_quantized;
 use super::DecodeError;
 use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
+use crate::codec::units::UnitCoding;
 use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
 use crate::format::bytes::crc32c;
 use crate::format::limits;
@@ -18,6 +21,7 @@ use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStr
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
 use crate::tensor::{Dtype, TensorInfo};
 
+pub use self::based::{Based, Difference};
 pub use self::quantized::{Prediction, Quantizer};
 
 /// What parts of an archive refer to by number.
@@ -33,7 +37,8 @@ pub struct Pools<'a> {
 #[derive(Debug)]
 pub struct PreparedPart {
     dtype: Dtype,
-    element_bytes: usize,
+    /// Bits of the tensor that a symbol stands for.
+    symbol_bits: usize,
     length_bytes: u64,
     kind: PartKind,
     strips: Vec<PreparedStrip>,
@@ -66,6 +71,13 @@ pub enum PartKind {
         /// The symbols.
         symbols: Symbols,
     },
+    /// Integers in the tensor's bytes, see `codec::units`.
+    Units {
+        /// What symbols stand for.
+        units: UnitCoding,
+        /// The symbols.
+        symbols: Symbols,
+    },
     /// Quantized, see `codec::quantizer`.
     Quantized {
         /// The symbols.
@@ -75,6 +87,8 @@ pub enum PartKind {
         /// Present in predicted parts.
         prediction: Option<Prediction>,
     },
+    /// Bit-exact, see `codec::difference`.
+    Based(Based),
 }
 
 /// Layout and tables of coded symbols.
@@ -173,20 +187,45 @@ impl PreparedPart {
         let element_bits = tensor.dtype.bits().unwrap_or(8);
         let mut part = Self {
             dtype: tensor.dtype.clone(),
-            element_bytes: element_bits.div_ceil(8) as usize,
+            symbol_bits: 8 * element_bits.div_ceil(8) as usize,
             length_bytes: tensor.length_bytes,
             kind: PartKind::Raw,
             strips: Vec::new(),
         };
+        if let Coding::Based(info) = &header.coding {
+            part.kind = prepare_based(info, tensor, header.streams.as_ref(), pools.tables)?;
+        }
         let Some(streams) = &header.streams else {
+            if matches!(part.kind, PartKind::Based(_)) {
+                if !header.strip_crcs.is_empty() {
+                    return Err(inconsistent("strips", header.strip_crcs.len(), "none without differences"));
+                }
+                part.prepare_unstored_strips();
+                return Ok(part);
+            }
             part.prepare_raw_strips(&header.strip_crcs)?;
             return Ok(part);
         };
-        let whole = matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64));
-        if !whole {
-            return Err(inconsistent("part coding", "coded symbols", format!("raw bytes for {}", tensor.dtype)));
+        let mut elements = tensor.elements();
+        if let Coding::Units(info) = &header.coding {
+            let bits = u64::from(info.unit_bits);
+            // Below 2^63 bytes, so that twice as many units can be counted.
+            let is_whole = tensor.length_bytes.is_multiple_of(bits.div_ceil(8))
+                && (u64::from(streams.run_elements) * bits).is_multiple_of(8);
+            if !is_whole {
+                let found = format!("{bits}, runs of {}", streams.run_elements);
+                let expected = format!("runs of whole bytes in a tensor of {}", tensor.length_bytes);
+                return Err(inconsistent("unit bits", found, expected));
+            }
+            part.symbol_bits = bits as usize;
+            elements = if bits == 4 { 2 * tensor.length_bytes } else { tensor.length_bytes / (bits / 8) };
+        } else if !matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64)) {
+            return Err(inconsistent(
+                "part coding",
+                "coded elements",
+                format!("raw bytes or units for {}", tensor.dtype),
+            ));
         }
-        let elements = tensor.elements();
         let run_elements = u64::from(streams.run_elements);
         let runs = elements.div_ceil(run_elements);
         let expected_strips = runs.div_ceil(streams.runs_per_strip.into());
@@ -224,6 +263,12 @@ impl PreparedPart {
                 part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
                 2
             }
+            Coding::Units(info) => {
+                let symbols = prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, 1)?;
+                part.kind = PartKind::Units { units: UnitCoding::new(info), symbols };
+                info.number_bytes()
+            }
+            Coding::Based(_) => part.symbol_bits / 8,
             Coding::Raw => unreachable!("raw parts have no streams"),
         };
         part.prepare_symbol_strips(streams, &header.strip_crcs, elements, exception_value_bytes)?;
@@ -252,10 +297,10 @@ impl PreparedPart {
     ) -> Result<(), DecodeError> {
         let count = crcs.len() as u64;
         let strip_symbols = u64::from(streams.run_elements) * u64::from(streams.runs_per_strip);
-        let (symbols, vectors) = match &self.kind {
-            PartKind::Split { symbols, .. } => (symbols, None),
-            PartKind::Quantized { symbols, quantizer, .. } => (symbols, quantizer.vectors.as_ref()),
-            PartKind::Raw => unreachable!("raw parts have no symbols"),
+        let symbols = self.symbols().expect("only parts with symbols come here");
+        let vectors = match &self.kind {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.as_ref(),
+            _ => None,
         };
         let (words, exceptions) = match vectors {
             Some(_) => (Integers::Constant(0), Integers::Constant(0)),
@@ -331,7 +376,7 @@ impl PreparedPart {
     /// Tensor bytes of a full strip; the last may have fewer.
     pub fn full_strip_output_bytes(&self) -> u64 {
         match self.symbols() {
-            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.element_bytes) as u64,
+            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.symbol_bits / 8) as u64,
             None => limits::RAW_STRIP_BYTES,
         }
     }
@@ -342,24 +387,36 @@ impl PreparedPart {
         full.min(self.length_bytes - strip as u64 * full) as usize
     }
 
+    /// How the part starts from a base archive, where it does.
+    pub fn based(&self) -> Option<&Based> {
+        match &self.kind {
+            PartKind::Based(based) => Some(based),
+            _ => None,
+        }
+    }
+
+    /// Tensor bytes of consecutive strips.
+    pub fn output_range(&self, strips: Range<usize>) -> Range<u64> {
+        let full = self.full_strip_output_bytes();
+        strips.start as u64 * full..(strips.end as u64 * full).min(self.length_bytes)
+    }
+
     /// The prediction, where the part is predicted.
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
-            PartKind::Raw | PartKind::Split { .. } => None,
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => None,
         }
-    }
-
-    /// Whether there are indices of codewords in place of codes.
-    pub fn has_vectors(&self) -> bool {
-        matches!(&self.kind, PartKind::Quantized { quantizer, .. } if quantizer.vectors.is_some())
     }
 
     /// Layout and tables, where symbols are coded.
     pub fn symbols(&self) -> Option<&Symbols> {
         match &self.kind {
             PartKind::Raw => None,
-            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => Some(symbols),
+            PartKind::Split { symbols, .. } | PartKind::Units { symbols, .. } | PartKind::Quantized { symbols, .. } => {
+                Some(symbols)
+            }
+            PartKind::Based(based) => based.difference.as_ref().map(|difference| &difference.symbols),
         }
     }
 
@@ -368,10 +425,12 @@ impl PreparedPart {
         let symbols = self.symbols()?;
         let exception_value_bytes = match &self.kind {
             PartKind::Split { carrier_bits, .. } => *carrier_bits as usize / 8,
+            PartKind::Units { units, .. } => units.number_bytes(),
+            PartKind::Based(_) => self.symbol_bits / 8,
             PartKind::Raw | PartKind::Quantized { .. } => 2,
         };
         Some(StripLayout {
-            symbols: self.strip_output_bytes(strip) / self.element_bytes,
+            symbols: 8 * self.strip_output_bytes(strip) / self.symbol_bits,
             run_elements: symbols.run_elements,
             lanes: symbols.lanes,
             words: self.strips[strip].words,
@@ -407,6 +466,15 @@ fn decode_integers(
     integers::decode(stored, count, low, high).map_err(|error| DecodeError::SideInformation { field, error })
 }
 
+/// The tables that a part names.
+fn tables_of(streams: &SymbolStreams, pool: &[Arc<CodingTable>]) -> Result<Vec<Arc<CodingTable>>, DecodeError> {
+    let table = |&number: &u16| {
+        let table = pool.get(usize::from(number));
+        table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
+    };
+    streams.tables.iter().map(table).collect()
+}
+
 fn prepare_symbols(
     streams: &SymbolStreams,
     raw_bits: u32,
@@ -414,14 +482,7 @@ fn prepare_symbols(
     runs: u64,
     tables_per_number: usize,
 ) -> Result<Symbols, DecodeError> {
-    let tables = streams
-        .tables
-        .iter()
-        .map(|&number| {
-            let table = pool.get(usize::from(number));
-            table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let tables = tables_of(streams, pool)?;
     if tables.len() % tables_per_number != 0 {
         return Err(inconsistent("part tables", tables.len(), "pairs of tables"));
     }

@@ -1,8 +1,10 @@
 //! The header of one part: how one tensor is coded, and everything its strips need (SPEC.md section 4.1; Eqs. 61-63).
 
 use super::bytes::{Reader, Writer};
+use super::difference::BasedInfo;
 use super::error::FormatError;
 use super::limits;
+use super::units::UnitsInfo;
 
 pub use super::streams::SymbolStreams;
 
@@ -133,6 +135,21 @@ pub enum Coding {
     },
     /// Quantized codes, absolute (keyframe) or of a residual (predicted).
     Quantized(QuantizerInfo),
+    /// Bit-exact: integers of some bits that lie in the tensor's bytes, whatever its type.
+    Units(UnitsInfo),
+    /// Bit-exact: what differs from a tensor of a base archive.
+    Based(BasedInfo),
+}
+
+impl Coding {
+    /// Whether strips hold coded symbols.
+    pub fn has_symbols(&self) -> bool {
+        match self {
+            Self::Raw => false,
+            Self::Split { .. } | Self::Quantized(_) | Self::Units(_) => true,
+            Self::Based(info) => info.difference.is_some(),
+        }
+    }
 }
 
 impl Coding {
@@ -158,7 +175,7 @@ pub struct PartHeaderBytes {
 pub struct PartHeader {
     /// How the elements are coded.
     pub coding: Coding,
-    /// Layout of the symbols; `None` for raw parts.
+    /// Layout of the symbols; `None` where there are none.
     pub streams: Option<SymbolStreams>,
     /// CRC-32C of each strip.
     pub strip_crcs: Vec<u32>,
@@ -169,6 +186,8 @@ pub struct PartHeader {
 const CODING_RAW: u8 = 0;
 const CODING_SPLIT: u8 = 1;
 const CODING_QUANTIZED: u8 = 2;
+const CODING_UNITS: u8 = 3;
+const CODING_BASED: u8 = 4;
 
 const HAS_ZERO_BITS: u8 = 1;
 
@@ -189,10 +208,12 @@ impl PartHeader {
             CODING_RAW => Coding::Raw,
             CODING_SPLIT => Self::parse_split(reader)?,
             CODING_QUANTIZED => Coding::Quantized(QuantizerInfo::parse(reader)?),
+            CODING_UNITS => Coding::Units(UnitsInfo::parse(reader)?),
+            CODING_BASED => Coding::Based(BasedInfo::parse(reader)?),
             other => return Err(FormatError::UnknownFeature { feature: format!("part coding {other}") }),
         };
         let quantizer = match &coding {
-            Coding::Quantized(_) => reader.position() - start - 1,
+            Coding::Quantized(_) | Coding::Based(_) => reader.position() - start - 1,
             _ => 0,
         };
         let before_entropy = reader.position();
@@ -200,7 +221,7 @@ impl PartHeader {
         let mut streams = None;
         if coding.has_vectors() {
             streams = Some(SymbolStreams::parse_layout(reader)?);
-        } else if coding != Coding::Raw {
+        } else if coding.has_symbols() {
             let (parsed, entropy_end) = SymbolStreams::parse(reader)?;
             entropy_model = entropy_end - before_entropy;
             streams = Some(parsed);
@@ -248,6 +269,14 @@ impl PartHeader {
             }
             Coding::Quantized(info) => {
                 writer.u8(CODING_QUANTIZED);
+                info.write(writer);
+            }
+            Coding::Units(info) => {
+                writer.u8(CODING_UNITS);
+                info.write(writer);
+            }
+            Coding::Based(info) => {
+                writer.u8(CODING_BASED);
                 info.write(writer);
             }
         }
@@ -410,6 +439,7 @@ impl StoredPrediction {
 
 #[cfg(test)]
 mod tests {
+    use super::super::difference::{BaseTensor, StoredDifference, StoredLowRank};
     use super::*;
     use proptest::prelude::*;
 
@@ -434,6 +464,26 @@ mod tests {
         )
     }
 
+    fn based() -> impl Strategy<Value = Coding> {
+        let low_rank = (1..=256_u32, -1.0_f32..1.0, integers(), integers())
+            .prop_map(|(rank, scale, left, right)| StoredLowRank { rank, scale, left, right });
+        let difference = (0..32_u8, 0..32_u8, 1..=u32::MAX, integers(), integers()).prop_map(
+            |(zero_bits, class_shift, class_row, class_offsets, table_raw_bits)| StoredDifference {
+                zero_bits,
+                class_shift,
+                class_row,
+                class_offsets,
+                table_raw_bits,
+            },
+        );
+        let place = (0..16_u32, 0..65_536_u32, any::<u32>());
+        (place, prop::option::of(low_rank), prop::option::of(difference)).prop_map(
+            |((base, file, tensor), low_rank, difference)| {
+                Coding::Based(BasedInfo { reference: BaseTensor { base, file, tensor }, low_rank, difference })
+            },
+        )
+    }
+
     fn codings() -> impl Strategy<Value = Coding> {
         let tables = prop::sample::select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
         let trellis =
@@ -452,7 +502,13 @@ mod tests {
         let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
         let split = (carrier, 1..=56_u8, prop::option::of(integers()))
             .prop_map(|(carrier, raw_bits, zero_bits)| Coding::Split { carrier, raw_bits, zero_bits });
-        prop_oneof![Just(Coding::Raw), split, quantizer]
+        let values = prop::collection::vec(0..16_u64, 0..=61);
+        let units = (prop::sample::select(vec![4_u8, 8, 16, 32, 64]), any::<bool>(), values);
+        let units = units.prop_map(|(unit_bits, has_differences, values)| {
+            let raw_bits = if values.is_empty() { unit_bits / 4 } else { 0 };
+            Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
+        });
+        prop_oneof![Just(Coding::Raw), split, quantizer, units, based()]
     }
 
     proptest! {
@@ -469,12 +525,10 @@ mod tests {
             let table_of_run = if tables.len() > 1 { table_of_run } else { StoredIntegers::default() };
             let streams =
                 SymbolStreams { run_elements, runs_per_strip: 256, lanes: 1_u8 << lane_bits, tables, table_of_run, strip_words, strip_exceptions };
-            let streams = match coding {
-                Coding::Raw => None,
-                _ if coding.has_vectors() => {
-                    Some(SymbolStreams { run_elements, runs_per_strip: 256, ..SymbolStreams::default() })
-                }
-                _ => Some(streams),
+            let streams = if coding.has_vectors() {
+                Some(SymbolStreams { run_elements, runs_per_strip: 256, ..SymbolStreams::default() })
+            } else {
+                coding.has_symbols().then_some(streams)
             };
             let header = PartHeader { coding, streams, strip_crcs, cost: PartHeaderBytes::default() };
             let mut writer = Writer::new();

@@ -14,6 +14,9 @@ use super::{bytes_of, zeroed};
 /// The longest piece, and the size of every buffer: what the kernel asks for at once.
 pub(super) const PIECE_BYTES: usize = 1 << 20;
 
+/// More buffers than this are not kept for later.
+const MOST_IDLE: usize = 32;
+
 /// Where a piece begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
@@ -125,8 +128,13 @@ impl State {
     /// Takes a buffer back from one who had it. The last who had it gives it to all.
     fn give_back(&mut self, mut buffer: Arc<[u8]>) {
         // Others get theirs under the lock that the caller holds, so that nobody is between two counts here.
-        if Arc::get_mut(&mut buffer).is_some() {
+        if Arc::get_mut(&mut buffer).is_none() {
+            return;
+        }
+        if self.idle.len() < MOST_IDLE {
             self.idle.push(buffer);
+        } else {
+            self.buffers -= 1;
         }
     }
 }

@@ -159,12 +159,14 @@ impl Follower {
         stream.reads += 1;
         // A file's first read is taken for the start of a load, unless it is after the header: many want no more than that.
         let goes_on = (stream.reads > 1 && stream.is_dense()) || (is_first_of_its_file && offset_bytes >= header_bytes);
+        let mut is_more_to_do = false;
         if goes_on {
             let pieces = self.pieces(&mut stream, checkpoint, file, keeper);
             let mut others: u64 = state.streams.iter().map(Stream::ahead_bytes).sum();
             while others + stream.ahead_bytes() > self.most_bytes && !state.streams.is_empty() {
                 others -= state.streams.remove(0).ahead_bytes(); // if it goes on it will be seen again
             }
+            is_more_to_do = !pieces.is_empty();
             state.queue.extend(pieces);
         }
         if state.streams.len() >= MOST_STREAMS {
@@ -172,7 +174,7 @@ impl Follower {
         }
         state.streams.push(stream);
         drop(state);
-        if goes_on {
+        if is_more_to_do {
             self.shared.arrived.notify_all();
         }
     }

@@ -245,7 +245,8 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features & ~3 == 0, f"required features: {features:#x}")
+        require(features & ~15 == 0, f"required features: {features:#x}")
+        self.features = features
         self.has_tree_digests = features & 1 != 0
         require(length == len(data), "file length")
         require(64 <= index_offset <= length, "index offset")
@@ -273,6 +274,7 @@ class Archive:
         require(len({file[0] for file in self.files}) == len(self.files), "file name: comes twice")
         require(content_id == hashlib.sha256(b"".join(file[3] for file in self.files)).digest(), "content id")
         self.tables = [Table(reader) for _ in range(reader.count("tables", 2**12))]
+        self.has_units = features & 8 != 0
         self.codebooks = []
         if features & 2:
             self.codebooks = [Codebook(reader) for _ in range(reader.count("codebooks", 2**8))]
@@ -280,7 +282,10 @@ class Archive:
         self.records = []
         for _ in range(reader.count("records", 2**20)):
             self.records.append(Record(reader, self.records, layers, len(block_types)))
-        require(reader.count("bases", 2**16) == 0, "bases: none in version 1")
+        self.content_id, self.base_ids = content_id, []
+        for _ in range(reader.count("bases", 16)):
+            self.base_ids.append(reader.digest("base content id")), reader.text("base name")
+        require(bool(self.base_ids) == bool(self.features & 4), "bases: announced by feature 2")
         for _ in range(reader.count("provenance", 2**10)):
             reader.text("provenance key"), reader.text("provenance value")
         reader.end()
