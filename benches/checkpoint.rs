@@ -257,6 +257,7 @@ fn kind_of(part: &PreparedPart) -> String {
     match part.kind() {
         PartKind::Raw => "raw".into(),
         PartKind::Split { .. } => "split".into(),
+        PartKind::Based(_) => "based".into(),
         PartKind::Quantized { symbols, quantizer, prediction } => {
             let trellis = if quantizer.trellis.is_some() { "trellis" } else { "scalar" };
             let raw = if symbols.raw_bits > 0 { ", raw bits" } else { "" };

@@ -4,13 +4,15 @@
 //! a mount (`mount`, `umount`, `status`, `upgrade`) uses those of mount(8).
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
+use crate::archive::Place;
 use crate::telemetry;
+use packed_tree::PackedTree;
 
 pub mod analyze;
 pub mod bench;
@@ -26,6 +28,7 @@ pub mod umount;
 pub mod unpack;
 pub mod upgrade;
 pub mod verify;
+pub mod zoo;
 
 /// Exit code of `verify` where an archive is damaged or differs from the original.
 const NOT_SOUND: u8 = 3;
@@ -44,6 +47,8 @@ enum Command {
     /// Pack a checkpoint into a .mcwc archive.
     #[command(visible_alias = "mcwc-pack")]
     Pack(pack::PackArgs),
+    /// Pack a directory of checkpoints, variants against their bases.
+    Zoo(zoo::ZooArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
@@ -60,15 +65,34 @@ enum Command {
 /// Pack a checkpoint into a .mcwc archive.
 #[derive(Parser, Debug)]
 #[command(name = "mcwc-pack", version)]
+#[command(
+    after_help = "mcwc-pack zoo DIR OUT packs a directory of checkpoints, variants against their bases: see mcwc-pack zoo --help"
+)]
 struct McwcPack {
     #[command(flatten)]
     pack: pack::PackArgs,
+}
+
+/// Packs a directory of checkpoints, variants against their bases.
+#[derive(Parser, Debug)]
+#[command(name = "mcwc-pack zoo", version)]
+struct McwcPackZoo {
+    #[command(flatten)]
+    zoo: zoo::ZooArgs,
 }
 
 /// Reads `--threads`. More than a thousand only wait for one another, and tens of thousands bring a machine to a halt.
 fn parse_threads(text: &str) -> Result<usize, String> {
     let count: usize = text.parse().map_err(|error| format!("{error}"))?;
     if (1..=1024).contains(&count) { Ok(count) } else { Err("expected 1 to 1024".into()) }
+}
+
+/// Where the bases of packed files are looked for: among themselves, beside the directory that holds them, and where the
+/// user says.
+fn base_places(packed: &PackedTree, is_directory: bool, base_paths: &[PathBuf]) -> Vec<Place> {
+    let own = Place { path: packed.root.clone(), levels: if is_directory { usize::MAX } else { 0 } };
+    let beside = packed.root.parent().map(|parent| Place { path: parent.to_owned(), levels: 1 });
+    std::iter::once(own).chain(base_paths.iter().map(|path| Place::tree(path))).chain(beside).collect()
 }
 
 /// Whether `path` is `directory`, which is canonical, or lies in it, whatever links lead there. It need not exist yet.
@@ -93,6 +117,7 @@ pub fn mcwcfs() -> ExitCode {
     }
     match command {
         Command::Pack(args) => finish(pack::run(&args)),
+        Command::Zoo(args) => finish(zoo::run(&args)),
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
@@ -137,8 +162,13 @@ fn usage(error: &clap::Error, command: Option<&OsStr>) -> ExitCode {
 
 /// The process `mcwc-pack`.
 pub fn mcwc_pack() -> ExitCode {
-    let arguments = McwcPack::parse();
     telemetry::start(LevelFilter::Warn);
+    // A checkpoint of this name is `./zoo`.
+    if std::env::args_os().nth(1).is_some_and(|first| first == "zoo") {
+        let arguments = McwcPackZoo::parse_from(std::env::args_os().skip(1));
+        return finish(zoo::run(&arguments.zoo));
+    }
+    let arguments = McwcPack::parse();
     finish(pack::run(&arguments.pack))
 }
 

@@ -59,6 +59,8 @@ pub struct ServeOptions {
     pub mount: MountOptions,
     /// Where whole decoded files are kept, if anywhere.
     pub decoded_cache: Option<DecodedCache>,
+    /// Where bases of variants are looked for beside the source.
+    pub base_paths: Vec<PathBuf>,
     /// How far decoding goes ahead of readers.
     pub decode_ahead: DecodeAhead,
     /// How far the kernel reads ahead, in KiB.

@@ -6,6 +6,7 @@
 
 pub mod bytes;
 pub mod codebook;
+pub mod difference;
 pub mod error;
 pub mod index;
 pub mod limits;

@@ -13,8 +13,10 @@
 //! No lock is held while decoding. Whoever may decode first takes a share of the working memory, large enough for all that
 //! it will decode, and then waits for nothing but values that holders of such shares are making; a processor is taken for
 //! the decoding itself and nothing else. A predicted tensor waits for its reference and never the other way round. So
-//! nobody waits in a circle, whatever the number of readers and however little memory there is.
+//! nobody waits in a circle, whatever the number of readers and however little memory there is. A variant waits for its
+//! base and never the other way round.
 
+mod based;
 mod pieces;
 mod prepared_records;
 mod record;
@@ -33,6 +35,7 @@ use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::metrics::METRICS;
+use based::identical_to;
 use pieces::{PIECE_BYTES, Pieces};
 use prepared_records::{PreparedRecord, PreparedRecords};
 
@@ -358,6 +361,29 @@ impl Materializer {
         Ok(())
     }
 
+    /// Fills `out`, which must lie inside file `file`, from `offset_bytes` on, on several threads.
+    pub fn read_in_parallel(
+        &self,
+        archive: &Archive,
+        file: usize,
+        offset_bytes: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let threads = self.processors.total() as usize;
+        let piece_bytes = out.len().div_ceil(threads).max(strips::TOGETHER_BYTES);
+        thread::scope(|scope| {
+            let readers: Vec<_> = out
+                .chunks_mut(piece_bytes)
+                .enumerate()
+                .map(|(piece, out)| {
+                    let first = offset_bytes + (piece * piece_bytes) as u64;
+                    scope.spawn(move || self.read(archive, file, first, out).map(drop))
+                })
+                .collect();
+            readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
+        })
+    }
+
     /// Fills `out` with the bytes of one tensor from `offset` on; they must lie inside it.
     fn read_tensor(
         &self,
@@ -372,6 +398,9 @@ impl Materializer {
         }
         let record = self.prepared.get(archive, address.record)?;
         let part = &record[address.part as usize];
+        if let Some((base, place)) = identical_to(archive, part) {
+            return self.read_tensor(keeper, base, place, offset, out); // nothing of it is kept twice
+        }
         if is_decoded_whole(archive, address, part) {
             self.read_whole(archive, address, part, offset, out)
         } else {
@@ -391,6 +420,9 @@ impl Materializer {
         }
         let record = self.prepared.get(archive, address.record)?;
         let part = &record[address.part as usize];
+        if let Some((base, place)) = identical_to(archive, part) {
+            return self.decode_tensor_ahead(base, place, offset, length);
+        }
         if is_decoded_whole(archive, address, part) {
             self.decode_whole_ahead(archive, address, part)
         } else {
@@ -417,6 +449,11 @@ impl Materializer {
     ) -> Result<(), MaterializeError> {
         let bytes: usize = outs.iter().map(|out| out.len()).sum();
         let last = first + outs.len() - 1;
+        let of_base = match part.based() {
+            Some(based) => Some(self.base_bytes(archive, based.reference, part.output_range(first..last + 1))?),
+            None => None,
+        };
+        let reference = of_base.as_deref().or(reference);
         let (start, end) = (part.strip_range(first).start, part.strip_range(last).end);
         let length = (end - start) as usize;
         let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
@@ -459,7 +496,7 @@ fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
 
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
     match part.kind() {
-        PartKind::Raw | PartKind::Split { .. } => false,
+        PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => false,
         PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
     }
 }

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::archives::{RECIPES, Recipe};
-use common::random_archives::write_random_archive;
+use common::archives::{RECIPES, Recipe, VARIANTS};
+use common::random_archives::{write_random_archive, write_random_variant};
 use common::{Bert, Mount, Random, Tensor, assert_same_directories, mcwcfs_ok};
 
 fn repository() -> &'static Path {
@@ -259,7 +259,14 @@ fn decode_by_specification(archive: &Path) -> String {
     let work = tempfile::tempdir().expect("a directory");
     let (decoded, unpacked) = (work.path().join("decoded"), work.path().join("unpacked"));
     std::fs::create_dir(&decoded).expect("a directory");
-    let said = python("spec_decoder.py", &[archive.as_os_str(), decoded.as_os_str()]);
+    // Beside an archive lie its bases, among others.
+    let beside = std::fs::read_dir(archive.parent().expect("a directory")).expect("a directory");
+    let others = beside.map(|entry| entry.expect("a directory entry").path());
+    let others: Vec<PathBuf> = others.filter(|path| path.extension().is_some_and(|end| end == "mcwc")).collect();
+    let is_variant = !mcwcfs::archive::Archive::open(archive).expect("an archive").index().bases.is_empty();
+    let mut arguments = vec![archive.as_os_str(), decoded.as_os_str()];
+    arguments.extend(others.iter().filter(|_| is_variant).map(|path| path.as_os_str()));
+    let said = python("spec_decoder.py", &arguments);
     println!("{}: {said}", archive.display());
     mcwcfs_ok(arguments!["unpack", archive, &unpacked]);
     assert_same_directories(&decoded, &unpacked);
@@ -271,6 +278,12 @@ fn a_decoder_written_from_the_specification_decodes_to_the_same_bytes() {
     let work = tempfile::tempdir().expect("a directory");
     for recipe in RECIPES {
         decode_by_specification(&recipe.pack(work.path()));
+    }
+    for recipe in VARIANTS {
+        let said = decode_by_specification(&recipe.pack(work.path()));
+        for what in ["difference: ", "no difference: ", "exceptions: ", "other rows: "] {
+            assert!(said.contains(what), "{}: met no {what}:\n{said}", recipe.variant.name);
+        }
     }
     for (recipe, must_meet) in SPECIFIED {
         let said = decode_by_specification(&recipe.pack(work.path()));
@@ -292,6 +305,7 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         let archive = work.path().join(format!("{seed}.mcwc"));
         write_random_archive(seed, &archive);
         said.push_str(&decode_by_specification(&archive));
+        said.push_str(&decode_by_specification(&write_random_variant(seed, work.path())));
     }
     for what in [
         "carrier 0",
@@ -314,6 +328,10 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         "tree digests",
         "vectors",
         "zero bits",
+        "difference",
+        "no difference",
+        "low rank",
+        "other rows",
     ] {
         assert!(said.contains(&format!("{what}: ")), "met no {what}:\n{said}");
     }

@@ -69,6 +69,9 @@ struct MountFlags {
     /// after a restart, read them at the speed of that disk, as root without coming here at all
     #[arg(long, value_name = "DIR[:SIZE]", value_parser = parse_decoded_cache)]
     decoded_cache: Option<DecodedCache>,
+    /// Where to look for the bases of variants, beside SRC: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH", value_parser = parse_absolute)]
+    base_path: Vec<PathBuf>,
     /// How far weights are decoded before they are asked for: off, file (the rest of a file that is being read), or model
     /// (on into the archive's next file) [default: model]
     #[arg(long, value_enum, hide_possible_values = true)]
@@ -176,6 +179,7 @@ fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> Ser
             threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
         },
+        base_paths: flags.base_path,
         decode_ahead: flags.decode_ahead.unwrap_or_default(),
         readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
         rescan_interval: (rescan > 0).then(|| Duration::from_secs(rescan)),
@@ -261,6 +265,7 @@ impl MountFlags {
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
             decoded_cache: self.decoded_cache.or(other.decoded_cache),
+            base_path: if self.base_path.is_empty() { other.base_path } else { self.base_path },
             decode_ahead: self.decode_ahead.or(other.decode_ahead),
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
@@ -290,6 +295,11 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let port = text.parse().map(|port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     port.or_else(|_| text.parse())
         .map_err(|_| format!("{text:?}: expected a port, or an IP address with one such as 127.0.0.1:9464"))
+}
+
+/// A path made absolute: a daemon has another current directory.
+fn parse_absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| format!("{text:?}: {error}"))
 }
 
 /// `DIR` or `DIR:SIZE`. The directory is made absolute: a daemon has another current directory.

@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
+use crate::pack::base::Base;
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
@@ -33,6 +34,11 @@ pub struct PackArgs {
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
     keep: Vec<KeepRule>,
+    /// A model that this one was made from: an archive, a directory with one, or a checkpoint. Tensors are coded as what
+    /// changed, where that is shorter. The result needs an archive of the base to be read: of exactly this base, for it is named
+    /// by its content.
+    #[arg(long, value_name = "BASE")]
+    base: Option<PathBuf>,
     /// How much time packing may take.
     #[arg(long, value_enum, default_value_t)]
     effort: Effort,
@@ -136,6 +142,9 @@ pub enum PackCommandError {
     /// A file name for the output, where it would become a directory.
     #[error("{0}: named like a file, expected a .mcwc file or a directory")]
     OddName(PathBuf),
+    /// A zoo without checkpoints.
+    #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
+    NoCheckpoints(PathBuf),
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -189,7 +198,8 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         destination.refuse_existing(&checkpoint.sidecars)?;
     }
     let progress = Bar::new()?;
-    let encoder = Encoder::new(&checkpoint, &options, &progress);
+    let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
+    let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
     if args.dry_run {
         let plan = encoder.dry_run()?;
         progress.bar.finish_and_clear();
@@ -223,14 +233,14 @@ fn warn_of_damage(report: &PackReport) {
 }
 
 /// Where the output goes.
-struct Destination {
-    archive: PathBuf,
+pub(super) struct Destination {
+    pub(super) archive: PathBuf,
     /// Receives sidecars; absent where a file was named.
     directory: Option<PathBuf>,
 }
 
 impl Destination {
-    fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
+    pub(super) fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
         let names_archive = output.extension().is_some_and(|extension| extension == "mcwc");
         if names_archive && !output.is_dir() {
             if !checkpoint.sidecars.is_empty() {
@@ -263,7 +273,12 @@ impl Destination {
     }
 
     /// Packs, copies the sidecars, and gives the archive its name last: what fails before leaves nothing behind.
-    fn fill(&self, encoder: &Encoder<'_>, sidecars: &[Sidecar], force: bool) -> Result<PackReport, PackCommandError> {
+    pub(super) fn fill(
+        &self,
+        encoder: &Encoder<'_>,
+        sidecars: &[Sidecar],
+        force: bool,
+    ) -> Result<PackReport, PackCommandError> {
         let Some(directory) = &self.directory else {
             return Ok(encoder.pack(&self.archive, force)?);
         };
@@ -280,7 +295,7 @@ impl Destination {
     }
 }
 
-fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
+pub(super) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
     let path = path.to_owned();
     move |source| PackCommandError::Io { path, source }
 }
@@ -304,14 +319,14 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
 }
 
 /// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
-struct Bar {
-    bar: ProgressBar,
+pub(super) struct Bar {
+    pub(super) bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Bar {
     /// From here on, the first signal stops the work in an orderly way, and a second one at once.
-    fn new() -> Result<Self, PackCommandError> {
+    pub(super) fn new() -> Result<Self, PackCommandError> {
         let target =
             if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -346,7 +361,7 @@ impl Progress for Bar {
 }
 
 /// Writes to standard output; a reader that went away is an error, not a panic.
-fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
+pub(super) fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
     let mut output = std::io::stdout().lock();
     write(&mut output).and_then(|()| output.flush()).map_err(PackCommandError::Print)
 }

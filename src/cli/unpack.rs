@@ -22,8 +22,8 @@ use tempfile::NamedTempFile;
 use super::decoded::{WindowDigests, decode_in_any_order, decode_in_order, sequential_materializer};
 use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
-use super::{lies_inside, parse_threads};
-use crate::archive::{Archive, ArchiveError};
+use super::{base_places, lies_inside, parse_threads};
+use crate::archive::{Archive, ArchiveError, Bases};
 use crate::materialize::{EngineChoice, MaterializeError};
 
 /// Write the files of archives as they were before packing.
@@ -35,6 +35,9 @@ pub struct UnpackArgs {
     /// Directory to write into; for an archive of one file, a path that ends in .safetensors is that file
     #[arg(value_name = "OUT")]
     pub output: PathBuf,
+    /// Where to look for the bases of variants, beside the same tree: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH")]
+    pub base_path: Vec<PathBuf>,
     /// Threads that decode [default: all cores]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
@@ -159,7 +162,7 @@ impl fmt::Display for FileDigest {
 pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
 
-    let outputs = plan(&args.source, &args.output)?;
+    let outputs = plan(args)?;
     let exists = outputs.iter().find(|output| fs::symlink_metadata(&output.path).is_ok());
     if let Some(Output { path, .. }) = exists.filter(|_| !args.force) {
         return Err(UnpackError::Exists { path: path.clone() });
@@ -186,16 +189,18 @@ pub(super) fn progress_bar(bytes: u64) -> ProgressBar {
 }
 
 /// Every file to be written, no path twice. Opens every archive, so that a damaged one is found before anything is written.
-fn plan(source: &Path, output: &Path) -> Result<Vec<Output>, UnpackError> {
+fn plan(args: &UnpackArgs) -> Result<Vec<Output>, UnpackError> {
+    let (source, output) = (&args.source, &args.output);
     let tree = PackedTree::read(source)?;
     let is_directory = source.is_dir();
+    let bases = Bases::new(base_places(&tree, is_directory, &args.base_path));
     if is_directory && lies_inside(output, &tree.root) {
         return Err(UnpackError::InsideSource { path: output.to_owned() });
     }
 
     let mut outputs = Vec::new();
     for relative in &tree.archives {
-        let archive = Arc::new(Archive::open(&tree.root.join(relative))?);
+        let archive = bases.open(&tree.root.join(relative))?;
         let directory = output.join(relative.parent().unwrap_or(Path::new("")));
         let names_the_file = output.extension().is_some_and(|extension| extension == "safetensors");
         let is_one_file = !is_directory && names_the_file && archive.files().len() == 1 && !output.is_dir();

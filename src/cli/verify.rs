@@ -19,9 +19,9 @@ use sha2::{Digest, Sha256};
 use super::decoded::{decode_in_order, sequential_materializer};
 use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
-use super::parse_threads;
 use super::unpack::progress_bar;
-use crate::archive::{Archive, ArchiveError};
+use super::{base_places, parse_threads};
+use crate::archive::{Archive, ArchiveError, Bases};
 use crate::format::part::Coding;
 use crate::materialize::{EngineChoice, MaterializeError};
 
@@ -39,6 +39,9 @@ pub struct VerifyArgs {
     /// Fail where an archive's squared error over squared weights, all quantized tensors together, is larger
     #[arg(long, value_name = "E", requires = "against")]
     pub max_rel_mse: Option<f64>,
+    /// Where to look for the bases of variants, beside the same tree: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH")]
+    pub base_path: Vec<PathBuf>,
     /// Threads that decode [default: all cores]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
@@ -113,9 +116,10 @@ pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
     let tree = PackedTree::read(&args.packed)?;
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
 
+    let bases = Bases::new(base_places(&tree, args.packed.is_dir(), &args.base_path));
     let mut verification = Verification { sound: true, archives: Vec::new(), problems: Vec::new() };
     for relative in &tree.archives {
-        verification.archives.push(verify_archive(&tree.root, relative, args, threads)?);
+        verification.archives.push(verify_archive(&bases, &tree.root, relative, args, threads)?);
     }
     if let Some(original) = &args.against
         && args.packed.is_dir()
@@ -131,6 +135,7 @@ pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
 }
 
 fn verify_archive(
+    bases: &Bases,
     root: &Path,
     relative: &Path,
     args: &VerifyArgs,
@@ -143,8 +148,8 @@ fn verify_archive(
         files: Vec::new(),
         relative_squared_error: None,
     };
-    let archive = match Archive::open(&path) {
-        Ok(archive) => Arc::new(archive),
+    let archive = match bases.open(&path) {
+        Ok(archive) => archive,
         Err(ArchiveError::Io { path, source }) => return Err(VerifyError::Io { path, source }),
         Err(error) => {
             verified.problem = Some(error.to_string());

@@ -13,7 +13,7 @@ use log::{debug, info, warn};
 use super::handover::Facts;
 use super::status::Status;
 use super::{DaemonError, DecodedCache, ServeOptions, memory, process};
-use crate::archive::{Archive, ArchiveError};
+use crate::archive::{ArchiveError, Bases, Place};
 use crate::decoded_files::DecodedFiles;
 use crate::fuse::{self, Device, Inherited, Kernel, MountOptions, Mounted, Registry, Succession};
 use crate::materialize::Materializer;
@@ -33,12 +33,14 @@ impl Prepared {
         memory::share_heaps(options.materialize.cache_bytes);
         let materializer = Arc::new(Materializer::new(options.materialize));
         let decoder = Arc::clone(&materializer);
+        let places = std::iter::once(&options.source).chain(&options.base_paths).map(|path| Place::tree(path));
+        let bases = Bases::new(places.collect());
         let mut vfs = Vfs::open(&options.source, move |path| {
             process::leave_descriptors_for_readers()
                 .map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
-            let archive = Archive::open(path)?;
+            let archive = bases.open(path)?;
             decoder.check_fits(&archive)?; // a map of its file would end its reader
-            Ok(DecodedArchive::new(Arc::new(archive), Arc::clone(&decoder)))
+            Ok(DecodedArchive::new(archive, Arc::clone(&decoder)))
         })?;
         vfs.decode_ahead(options.decode_ahead, options.materialize.threads, options.materialize.cache_bytes)
             .map_err(|source| DaemonError::System { what: "starting a thread", source })?;

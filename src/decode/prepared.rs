@@ -1,10 +1,12 @@
 //! A part checked and ready for any engine: everything its header says, against the tensor it must fill.
 
+mod based;
 mod quantized;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use self::based::prepare_based;
 use self::quantized::prepare_quantized;
 use super::DecodeError;
 use crate::codec::entropy::CodingTable;
@@ -18,6 +20,7 @@ use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStr
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
 use crate::tensor::{Dtype, TensorInfo};
 
+pub use self::based::{Based, Difference};
 pub use self::quantized::{Prediction, Quantizer};
 
 /// What parts of an archive refer to by number.
@@ -75,6 +78,8 @@ pub enum PartKind {
         /// Present in predicted parts.
         prediction: Option<Prediction>,
     },
+    /// Bit-exact, see `codec::difference`.
+    Based(Based),
 }
 
 /// Layout and tables of coded symbols.
@@ -178,7 +183,17 @@ impl PreparedPart {
             kind: PartKind::Raw,
             strips: Vec::new(),
         };
+        if let Coding::Based(info) = &header.coding {
+            part.kind = prepare_based(info, tensor, header.streams.as_ref(), pools.tables)?;
+        }
         let Some(streams) = &header.streams else {
+            if matches!(part.kind, PartKind::Based(_)) {
+                if !header.strip_crcs.is_empty() {
+                    return Err(inconsistent("strips", header.strip_crcs.len(), "none without differences"));
+                }
+                part.prepare_unstored_strips();
+                return Ok(part);
+            }
             part.prepare_raw_strips(&header.strip_crcs)?;
             return Ok(part);
         };
@@ -224,6 +239,7 @@ impl PreparedPart {
                 part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
                 2
             }
+            Coding::Based(_) => part.element_bytes,
             Coding::Raw => unreachable!("raw parts have no streams"),
         };
         part.prepare_symbol_strips(streams, &header.strip_crcs, elements, exception_value_bytes)?;
@@ -252,10 +268,10 @@ impl PreparedPart {
     ) -> Result<(), DecodeError> {
         let count = crcs.len() as u64;
         let strip_symbols = u64::from(streams.run_elements) * u64::from(streams.runs_per_strip);
-        let (symbols, vectors) = match &self.kind {
-            PartKind::Split { symbols, .. } => (symbols, None),
-            PartKind::Quantized { symbols, quantizer, .. } => (symbols, quantizer.vectors.as_ref()),
-            PartKind::Raw => unreachable!("raw parts have no symbols"),
+        let symbols = self.symbols().expect("only parts with symbols come here");
+        let vectors = match &self.kind {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.as_ref(),
+            _ => None,
         };
         let (words, exceptions) = match vectors {
             Some(_) => (Integers::Constant(0), Integers::Constant(0)),
@@ -342,11 +358,25 @@ impl PreparedPart {
         full.min(self.length_bytes - strip as u64 * full) as usize
     }
 
+    /// How the part starts from a base archive, where it does.
+    pub fn based(&self) -> Option<&Based> {
+        match &self.kind {
+            PartKind::Based(based) => Some(based),
+            _ => None,
+        }
+    }
+
+    /// Tensor bytes of consecutive strips.
+    pub fn output_range(&self, strips: Range<usize>) -> Range<u64> {
+        let full = self.full_strip_output_bytes();
+        strips.start as u64 * full..(strips.end as u64 * full).min(self.length_bytes)
+    }
+
     /// The prediction, where the part is predicted.
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
-            PartKind::Raw | PartKind::Split { .. } => None,
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => None,
         }
     }
 
@@ -360,6 +390,7 @@ impl PreparedPart {
         match &self.kind {
             PartKind::Raw => None,
             PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => Some(symbols),
+            PartKind::Based(based) => based.difference.as_ref().map(|difference| &difference.symbols),
         }
     }
 
@@ -368,6 +399,7 @@ impl PreparedPart {
         let symbols = self.symbols()?;
         let exception_value_bytes = match &self.kind {
             PartKind::Split { carrier_bits, .. } => *carrier_bits as usize / 8,
+            PartKind::Based(_) => self.element_bytes,
             PartKind::Raw | PartKind::Quantized { .. } => 2,
         };
         Some(StripLayout {
@@ -407,6 +439,15 @@ fn decode_integers(
     integers::decode(stored, count, low, high).map_err(|error| DecodeError::SideInformation { field, error })
 }
 
+/// The tables that a part names.
+fn tables_of(streams: &SymbolStreams, pool: &[Arc<CodingTable>]) -> Result<Vec<Arc<CodingTable>>, DecodeError> {
+    let table = |&number: &u16| {
+        let table = pool.get(usize::from(number));
+        table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
+    };
+    streams.tables.iter().map(table).collect()
+}
+
 fn prepare_symbols(
     streams: &SymbolStreams,
     raw_bits: u32,
@@ -414,14 +455,7 @@ fn prepare_symbols(
     runs: u64,
     tables_per_number: usize,
 ) -> Result<Symbols, DecodeError> {
-    let tables = streams
-        .tables
-        .iter()
-        .map(|&number| {
-            let table = pool.get(usize::from(number));
-            table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let tables = tables_of(streams, pool)?;
     if tables.len() % tables_per_number != 0 {
         return Err(inconsistent("part tables", tables.len(), "pairs of tables"));
     }

@@ -12,7 +12,7 @@ use super::bytes::{Reader, Writer, crc32c};
 use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::{FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, Preamble};
+use super::preamble::{FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -34,12 +34,12 @@ pub struct FileEntry {
     pub decoded_blake3: Option<[u8; 32]>,
 }
 
-/// An archive that predicted records refer to. Version 1 allows none; later ones announce it with a feature bit.
+/// An archive that parts start from, announced by a feature bit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseReference {
-    /// Content id of the base archive.
+    /// Content id of the base: SHA-256 over the SHA-256 of its decoded files.
     pub content_id: [u8; 32],
-    /// A name for people.
+    /// A name for people: where it was when it was used.
     pub name: String,
 }
 
@@ -64,7 +64,7 @@ pub struct Index {
     pub block_types: Vec<String>,
     /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
     pub records: Vec<RecordEntry>,
-    /// Archives that records are predicted from.
+    /// Archives that parts start from.
     pub bases: Vec<BaseReference>,
     /// How the archive came to be: tool, version, options.
     pub provenance: Vec<(String, String)>,
@@ -145,8 +145,15 @@ impl Index {
             records.push(record);
         }
         let offset = reader.position();
-        if reader.count("bases", limits::FILES)? != 0 {
-            return Err(reader.invalid("bases", offset, "a base archive", "none in version 1"));
+        let count = reader.count("bases", limits::BASES)?;
+        if (count > 0) != (features & FEATURE_BASES != 0) {
+            let expected = if count > 0 { "none without feature 1" } else { "one at least with feature 1" };
+            return Err(reader.invalid("bases", offset, count, expected));
+        }
+        let mut bases = Vec::with_capacity(count);
+        for _ in 0..count {
+            let content_id = reader.digest("base content id")?;
+            bases.push(BaseReference { content_id, name: reader.text("base name", limits::TEXT_BYTES)? });
         }
         let count = reader.count("provenance", limits::PROVENANCE)?;
         let mut provenance = Vec::with_capacity(count);
@@ -166,7 +173,7 @@ impl Index {
             codebooks,
             block_types,
             records,
-            bases: Vec::new(),
+            bases,
             provenance,
         })
     }
@@ -178,7 +185,9 @@ impl Index {
     /// The features that a reader must know.
     fn required_features(&self) -> u64 {
         let feature = |bit, is_used| if is_used { bit } else { 0 };
-        feature(FEATURE_TREE_DIGESTS, self.has_tree_digests()) | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
+        feature(FEATURE_TREE_DIGESTS, self.has_tree_digests())
+            | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
+            | feature(FEATURE_BASES, !self.bases.is_empty())
     }
 
     /// The index before deflation.
@@ -215,6 +224,10 @@ impl Index {
             record.write(&mut writer, ordinal);
         }
         writer.varint(self.bases.len() as u64);
+        for base in &self.bases {
+            writer.raw(&base.content_id);
+            writer.text(&base.name);
+        }
         writer.varint(self.provenance.len() as u64);
         for (key, value) in &self.provenance {
             writer.text(key);
@@ -337,6 +350,21 @@ mod tests {
     }
 
     #[test]
+    fn bases_are_announced_by_their_feature_bit() {
+        let mut index = sample();
+        index.bases = vec![BaseReference { content_id: [5; 32], name: "base.mcwc".into() }];
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_BASES);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+        let unannounced = Preamble { required_features: 0, ..preamble };
+        let error = Index::parse(&stored, &unannounced).expect_err("an older reader would not have refused it");
+        assert!(error.to_string().contains("bases"), "{error}");
+        let (preamble, stored) = sample().write(5000);
+        let announced = Preamble { required_features: FEATURE_BASES, ..preamble };
+        Index::parse(&stored, &announced).expect_err("there are none");
+    }
+
+    #[test]
     fn bytes_after_the_deflate_stream_are_an_error() {
         let (mut preamble, mut stored) = sample().write(5000);
         stored.push(0);
@@ -393,7 +421,7 @@ mod tests {
             let mut fields = sample().write_fields().into_bytes();
             let position = position.index(fields.len());
             fields[position] = value;
-            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields), 0);
+            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields), FEATURE_BASES);
         }
     }
 }

@@ -32,6 +32,14 @@ pub const RECORDS: u64 = 1 << 20;
 pub const PARTS: u64 = 1 << 20;
 /// Layers from a keyframe to the last record predicted from it.
 pub const CHAIN_RECORDS: u64 = 256;
+/// Base archives of one archive.
+pub const BASES: u64 = 16;
+/// Archives below one another, each the base of the one above.
+pub const BASE_CHAIN: usize = 4;
+/// Rank of a low-rank product: sums of so many products of two factors stay exact in 32 bits.
+pub const RANK: u64 = 256;
+/// Magnitude of a factor of a low-rank product.
+pub const FACTOR: i32 = 2047;
 /// Provenance entries.
 pub const PROVENANCE: u64 = 1 << 10;
 /// Bytes of one record's side information.

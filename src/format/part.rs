@@ -1,6 +1,7 @@
 //! The header of one part: how one tensor is coded, and everything its strips need (SPEC.md section 4.1; Eqs. 61-63).
 
 use super::bytes::{Reader, Writer};
+use super::difference::BasedInfo;
 use super::error::FormatError;
 use super::limits;
 
@@ -133,6 +134,19 @@ pub enum Coding {
     },
     /// Quantized codes, absolute (keyframe) or of a residual (predicted).
     Quantized(QuantizerInfo),
+    /// Bit-exact: what differs from a tensor of a base archive.
+    Based(BasedInfo),
+}
+
+impl Coding {
+    /// Whether strips hold coded symbols.
+    pub fn has_symbols(&self) -> bool {
+        match self {
+            Self::Raw => false,
+            Self::Split { .. } | Self::Quantized(_) => true,
+            Self::Based(info) => info.difference.is_some(),
+        }
+    }
 }
 
 impl Coding {
@@ -158,7 +172,7 @@ pub struct PartHeaderBytes {
 pub struct PartHeader {
     /// How the elements are coded.
     pub coding: Coding,
-    /// Layout of the symbols; `None` for raw parts.
+    /// Layout of the symbols; `None` where there are none.
     pub streams: Option<SymbolStreams>,
     /// CRC-32C of each strip.
     pub strip_crcs: Vec<u32>,
@@ -169,6 +183,7 @@ pub struct PartHeader {
 const CODING_RAW: u8 = 0;
 const CODING_SPLIT: u8 = 1;
 const CODING_QUANTIZED: u8 = 2;
+const CODING_BASED: u8 = 4;
 
 const HAS_ZERO_BITS: u8 = 1;
 
@@ -189,10 +204,11 @@ impl PartHeader {
             CODING_RAW => Coding::Raw,
             CODING_SPLIT => Self::parse_split(reader)?,
             CODING_QUANTIZED => Coding::Quantized(QuantizerInfo::parse(reader)?),
+            CODING_BASED => Coding::Based(BasedInfo::parse(reader)?),
             other => return Err(FormatError::UnknownFeature { feature: format!("part coding {other}") }),
         };
         let quantizer = match &coding {
-            Coding::Quantized(_) => reader.position() - start - 1,
+            Coding::Quantized(_) | Coding::Based(_) => reader.position() - start - 1,
             _ => 0,
         };
         let before_entropy = reader.position();
@@ -200,7 +216,7 @@ impl PartHeader {
         let mut streams = None;
         if coding.has_vectors() {
             streams = Some(SymbolStreams::parse_layout(reader)?);
-        } else if coding != Coding::Raw {
+        } else if coding.has_symbols() {
             let (parsed, entropy_end) = SymbolStreams::parse(reader)?;
             entropy_model = entropy_end - before_entropy;
             streams = Some(parsed);
@@ -248,6 +264,10 @@ impl PartHeader {
             }
             Coding::Quantized(info) => {
                 writer.u8(CODING_QUANTIZED);
+                info.write(writer);
+            }
+            Coding::Based(info) => {
+                writer.u8(CODING_BASED);
                 info.write(writer);
             }
         }
@@ -410,6 +430,7 @@ impl StoredPrediction {
 
 #[cfg(test)]
 mod tests {
+    use super::super::difference::{BaseTensor, StoredDifference, StoredLowRank};
     use super::*;
     use proptest::prelude::*;
 
@@ -434,6 +455,26 @@ mod tests {
         )
     }
 
+    fn based() -> impl Strategy<Value = Coding> {
+        let low_rank = (1..=256_u32, -1.0_f32..1.0, integers(), integers())
+            .prop_map(|(rank, scale, left, right)| StoredLowRank { rank, scale, left, right });
+        let difference = (0..32_u8, 0..32_u8, 1..=u32::MAX, integers(), integers()).prop_map(
+            |(zero_bits, class_shift, class_row, class_offsets, table_raw_bits)| StoredDifference {
+                zero_bits,
+                class_shift,
+                class_row,
+                class_offsets,
+                table_raw_bits,
+            },
+        );
+        let place = (0..16_u32, 0..65_536_u32, any::<u32>());
+        (place, prop::option::of(low_rank), prop::option::of(difference)).prop_map(
+            |((base, file, tensor), low_rank, difference)| {
+                Coding::Based(BasedInfo { reference: BaseTensor { base, file, tensor }, low_rank, difference })
+            },
+        )
+    }
+
     fn codings() -> impl Strategy<Value = Coding> {
         let tables = prop::sample::select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
         let trellis =
@@ -452,7 +493,7 @@ mod tests {
         let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
         let split = (carrier, 1..=56_u8, prop::option::of(integers()))
             .prop_map(|(carrier, raw_bits, zero_bits)| Coding::Split { carrier, raw_bits, zero_bits });
-        prop_oneof![Just(Coding::Raw), split, quantizer]
+        prop_oneof![Just(Coding::Raw), split, quantizer, based()]
     }
 
     proptest! {
@@ -469,12 +510,10 @@ mod tests {
             let table_of_run = if tables.len() > 1 { table_of_run } else { StoredIntegers::default() };
             let streams =
                 SymbolStreams { run_elements, runs_per_strip: 256, lanes: 1_u8 << lane_bits, tables, table_of_run, strip_words, strip_exceptions };
-            let streams = match coding {
-                Coding::Raw => None,
-                _ if coding.has_vectors() => {
-                    Some(SymbolStreams { run_elements, runs_per_strip: 256, ..SymbolStreams::default() })
-                }
-                _ => Some(streams),
+            let streams = if coding.has_vectors() {
+                Some(SymbolStreams { run_elements, runs_per_strip: 256, ..SymbolStreams::default() })
+            } else {
+                coding.has_symbols().then_some(streams)
             };
             let header = PartHeader { coding, streams, strip_crcs, cost: PartHeaderBytes::default() };
             let mut writer = Writer::new();

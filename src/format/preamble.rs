@@ -14,8 +14,10 @@ pub const VERSION: u16 = 1;
 pub const FEATURE_TREE_DIGESTS: u64 = 1 << 0;
 /// Feature: the index has codebooks, which parts of vectors refer to.
 pub const FEATURE_CODEBOOKS: u64 = 1 << 1;
+/// Feature: the index lists bases, archives that parts start from.
+pub const FEATURE_BASES: u64 = 1 << 2;
 /// Feature bits this crate knows (SPEC.md section 10).
-pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS;
+pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES;
 
 const SECTION: &str = "preamble";
 

@@ -86,7 +86,8 @@ impl Materializer {
                 .filter(|(_, in_place)| !**in_place)
                 .map(|(piece, _)| part.strip_output_bytes(piece.strip))
                 .sum();
-            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers));
+            let of_base = self.memory_for_base(archive, part, numbers.clone())?;
+            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers) + of_base);
             let mut pieces: Vec<(&mut Piece<'_>, bool)> = pieces.iter_mut().zip(in_place).collect();
             for alike in pieces.chunk_by_mut(|a, b| a.1 == b.1) {
                 let in_place = alike[0].1;
@@ -143,6 +144,23 @@ impl Materializer {
         }
     }
 
+    /// Fills `out` with the bytes of a part from `offset` on through the cache. The caller holds the memory for it.
+    pub(super) fn strips_into(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let strips = Strips { archive, address, part };
+        let mut pieces = strips.pieces(offset, out);
+        for pieces in pieces.chunks_mut(self.strips_together(part)) {
+            self.copy_from_cache(Keeper::Cache, strips, pieces.iter_mut().collect())?;
+        }
+        Ok(())
+    }
+
     /// Decoded strips, through the cache. The caller holds the memory for them.
     fn strips_through_cache(&self, strips: Strips<'_>, numbers: &[usize]) -> Result<Vec<Arc<[u8]>>, MaterializeError> {
         let keys: Vec<UnitKey> = numbers.iter().map(|&strip| strips.key(strip)).collect();
@@ -191,7 +209,8 @@ impl Materializer {
             let missing: Vec<usize> = missing.map(|(&strip, _)| strip).collect();
             let (Some(first), Some(last)) = (missing.first(), missing.last()) else { continue };
             let decoded_bytes: usize = missing.iter().map(|&strip| part.strip_output_bytes(strip)).sum();
-            let _memory = self.take_memory(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1));
+            let of_base = self.memory_for_base(archive, part, *first..last + 1)?;
+            let _memory = self.take_memory(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1) + of_base);
             self.strips_through_cache(strips, &missing)?;
             METRICS.decoded_ahead_bytes.add(decoded_bytes as u64);
         }

@@ -59,7 +59,7 @@ impl Materializer {
 
     /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
     /// chain are of one length, and never more than two of them are held.
-    fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
+    pub(super) fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
         self.memory_for(part.length_bytes(), part.prediction().is_some())
     }
 
@@ -116,7 +116,7 @@ impl Materializer {
 
     /// A whole decoded tensor, through the cache; its reference first (Algorithm 1's context buffer). The caller holds the
     /// memory for it.
-    fn whole(&self, archive: &Archive, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
+    pub(super) fn whole(&self, archive: &Archive, address: PartAddress) -> Result<Arc<[u8]>, MaterializeError> {
         self.cache.get_or_try_insert(key_of_whole(archive, address), || {
             let record = self.prepared.get(archive, address.record)?;
             let part = &record[address.part as usize];

@@ -29,6 +29,11 @@ pub enum StreamKind {
         /// Whether the elements are bfloat16: exponents of bfloat16 and binary16 do not mix.
         bf16: bool,
     },
+    /// Differences to a base above `raw_bits` raw bits.
+    Difference {
+        /// Raw bits per symbol.
+        raw_bits: u8,
+    },
     /// Scalar quantized codes above `raw_bits` raw ones.
     Quantized {
         /// Raw bits per symbol.
@@ -132,7 +137,9 @@ impl ClassHistograms {
                     histogram.fit_fixed_length(kind.has_points())
                 }
                 StreamKind::Trellis { .. } => histogram.fit_range(kind.has_points()),
-                StreamKind::Quantized { .. } | StreamKind::Split { .. } => histogram.fit(kind.has_points()),
+                StreamKind::Quantized { .. } | StreamKind::Split { .. } | StreamKind::Difference { .. } => {
+                    histogram.fit(kind.has_points())
+                }
             };
             if let Some(table) = table {
                 pool.by_class.insert((kind, class), pool.tables.len());
@@ -258,6 +265,14 @@ impl TablePool {
     /// The class that a table was fitted to.
     pub fn class_of(&self, number: usize) -> i32 {
         self.classes[number]
+    }
+
+    /// Raw bits and number of some table for differences: for a run of which no sample showed the like.
+    pub fn any_difference(&self) -> Option<(u8, usize)> {
+        self.by_class.iter().rev().find_map(|(&(kind, _), &number)| match kind {
+            StreamKind::Difference { raw_bits } => Some((raw_bits, number)),
+            _ => None,
+        })
     }
 
     /// Whether a table of this kind was fitted.

@@ -66,6 +66,13 @@ impl Split {
         worth.then_some(best.0)
     }
 
+    /// Bits of all symbols and raw bits, about, by a look at some runs.
+    pub fn estimated_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
+        let symbols = self.symbols(tensor, bytes);
+        let every = symbols.layout.runs().div_ceil(SAMPLED_RUNS);
+        (split_entropy(&symbols, every) + mean_raw_bits(&symbols)) * tensor.elements() as f64
+    }
+
     /// The tensor's elements under this split.
     pub fn symbols<'a>(&self, tensor: &TensorInfo, bytes: &'a [u8]) -> SplitSymbols<'a> {
         let element_bytes = tensor.dtype.bits().unwrap_or(8) as usize / 8;

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
+use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
 use super::options::{PackOptions, PredictorChoice};
@@ -20,6 +21,7 @@ use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
 use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
+use crate::format::difference::BasedInfo;
 use crate::format::part::{Coding, QuantizerInfo, StoredPlacement, StoredPrediction};
 use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
@@ -139,6 +141,19 @@ impl RecordEncoder<'_> {
     ) -> EncodedPart {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
+            Drafted::Based { choice, tensor, bytes, start } => {
+                let (reference, low_rank) = (choice.reference, start.low_rank.clone());
+                match choice.difference {
+                    Some(difference) => {
+                        let pair = Pair { tensor, bytes, predicted: &start.predicted };
+                        let encoded = DifferencePart::new(pair, difference).encode(self.pool, reference, low_rank);
+                        encoded.expect("differences were counted before tables were fitted")
+                    }
+                    None => {
+                        EncodedPart::without_strips(Coding::Based(BasedInfo { reference, low_rank, difference: None }))
+                    }
+                }
+            }
             Drafted::Split(split, tensor, bytes) => {
                 let symbols = split.symbols(tensor, bytes);
                 let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
@@ -373,7 +388,7 @@ fn align_record(
         let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
         parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
             Drafted::Quantized { .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
-            Drafted::Raw(_) | Drafted::Split(..) => None,
+            Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
         })
     };
     let current =

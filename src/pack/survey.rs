@@ -10,13 +10,14 @@ use rayon::prelude::*;
 
 pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
+use super::difference::{DifferencePart, Pair};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::options::{PackOptions, Quantization};
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
-use super::treatment::{Decision, Fineness, Treatment};
+use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment};
 use crate::tensor::TensorInfo;
 
 /// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
@@ -57,6 +58,13 @@ enum State {
         counted: ClassHistograms,
         /// Raw bits per symbol.
         raw_bits: f64,
+    },
+    Based {
+        choice: BasedChoice,
+        counted: ClassHistograms,
+        /// Raw bits of all symbols.
+        raw_bits: f64,
+        strips: usize,
     },
     Quantized {
         sample: Sample,
@@ -136,8 +144,16 @@ impl<'a> Survey<'a> {
         self.parts.push(Vec::new());
     }
 
-    /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled.
-    pub fn add(&mut self, treatment: Treatment, tensor: &'a TensorInfo, bytes: &'a [u8], share: f64) {
+    /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled, `start` what it
+    /// starts from where it starts from a base.
+    pub fn add(
+        &mut self,
+        treatment: Treatment,
+        tensor: &'a TensorInfo,
+        bytes: &'a [u8],
+        start: Option<&Start>,
+        share: f64,
+    ) {
         let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
         let state = match treatment {
             Treatment::Quantized(fineness) => State::Quantized {
@@ -148,6 +164,10 @@ impl<'a> Survey<'a> {
             },
             Treatment::Split(split) => State::split(split, tensor, bytes),
             Treatment::Raw => State::Raw,
+            Treatment::Based(choice) => {
+                let start = start.expect("chosen with what it starts from at hand");
+                State::based(choice, Pair { tensor, bytes, predicted: &start.predicted })
+            }
         };
         let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
         self.parts.last_mut().expect("a record was begun").push(SurveyedPart { tensor, bytes, layout, number, state });
@@ -240,7 +260,7 @@ impl<'a> Survey<'a> {
                 }
                 _ => (),
             }
-            if let State::Split { counted, .. } = &part.state {
+            if let State::Split { counted, .. } | State::Based { counted, .. } = &part.state {
                 classes.merge(counted);
             }
         }
@@ -284,6 +304,15 @@ impl State {
         let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
         let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
         Self::Split { split, raw_bits: mean_raw_bits(&symbols), counted }
+    }
+
+    fn based(choice: BasedChoice, pair: Pair<'_>) -> Self {
+        let Some(difference) = choice.difference else {
+            return Self::Based { choice, counted: ClassHistograms::default(), raw_bits: 0.0, strips: 0 };
+        };
+        let part = DifferencePart::new(pair, difference);
+        let (counted, raw_bits) = part.count_all(COUNTED_ELEMENTS);
+        Self::Based { choice, counted, raw_bits, strips: part.strips() }
     }
 
     /// Bit-exact, as short as it gets.
@@ -369,6 +398,10 @@ impl SurveyedPart<'_> {
             (State::Split { split, counted, raw_bits: of_symbol }, _) => {
                 let bits = counted.bits(pool) + *of_symbol * elements as f64 + overhead;
                 exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
+            }
+            (State::Based { choice, counted, raw_bits, strips }, _) => {
+                let bits = counted.bits(pool) + *raw_bits + PART_BITS + STRIP_BITS * *strips as f64;
+                exact(Decision::Based(*choice), bits)
             }
             _ => exact(Decision::Raw, raw_bits + PART_BITS),
         }

@@ -2,16 +2,24 @@
 
 use std::collections::BTreeSet;
 
+use super::difference::{DifferenceChoice, Pair};
 use super::keep::Keep;
 use super::lossless::Split;
+use super::low_rank::{FoundProduct, find_product};
 use super::options::PackOptions;
 use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
 use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
+use crate::format::difference::{BaseTensor, StoredLowRank};
 use crate::tensor::TensorInfo;
 
 /// A tensor with no more values than this has no weights in it: trained ones hardly repeat.
 const FEW_VALUES: usize = 32;
+
+/// Elements below which a tensor that differs from the base's stands alone: its header takes more than it could save.
+const LEAST_DIFFERENCES: u64 = 192;
+/// Bits per element of a difference below which no product is looked for.
+const LEAST_FACTORED_BITS: f64 = 0.3;
 
 /// How one part is coded, before a step is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,6 +30,17 @@ pub enum Treatment {
     Split(Split),
     /// Quantized, unless bit-exact turns out to be no longer.
     Quantized(Fineness),
+    /// Bit-exact, from a tensor of the base.
+    Based(BasedChoice),
+}
+
+/// How a part starts from a tensor of the base.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BasedChoice {
+    /// The tensor.
+    pub reference: BaseTensor,
+    /// How differences are coded, where there are any.
+    pub difference: Option<DifferenceChoice>,
 }
 
 /// How finely a part is quantized.
@@ -72,6 +91,15 @@ fn is_of_weights(tensor: &TensorInfo, bytes: &[u8]) -> bool {
     has_many && largest_magnitude(&values).is_finite()
 }
 
+/// What the elements of a part start from.
+#[derive(Clone, Debug, Default)]
+pub struct Start {
+    /// The bytes of the base's elements with the product added.
+    pub predicted: Vec<u8>,
+    /// The product.
+    pub low_rank: Option<StoredLowRank>,
+}
+
 /// How one part is coded, everything but tables known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
@@ -81,6 +109,8 @@ pub enum Decision {
     Split(Split),
     /// Quantized.
     Quantized(QuantizerChoice),
+    /// Bit-exact, from a tensor of the base.
+    Based(BasedChoice),
 }
 
 impl Decision {
@@ -90,6 +120,8 @@ impl Decision {
             Self::Raw => "raw",
             Self::Split(_) => "split",
             Self::Quantized(_) => "quantized",
+            Self::Based(BasedChoice { difference: None, .. }) => "the base's",
+            Self::Based(_) => "difference",
         }
     }
 
@@ -105,6 +137,17 @@ pub enum Drafted<'a> {
     Raw(&'a [u8]),
     /// Bit-exact by splitting.
     Split(Split, &'a TensorInfo, &'a [u8]),
+    /// Bit-exact, from a tensor of the base.
+    Based {
+        /// How.
+        choice: BasedChoice,
+        /// The tensor.
+        tensor: &'a TensorInfo,
+        /// Its bytes.
+        bytes: &'a [u8],
+        /// What its elements start from.
+        start: Start,
+    },
     /// Quantized.
     Quantized {
         /// The weights.
@@ -117,15 +160,21 @@ pub enum Drafted<'a> {
 }
 
 impl<'a> Drafted<'a> {
-    /// Drafts a tensor as decided, with the step multiplied by `step_factor`.
+    /// Drafts a tensor as decided, with the step multiplied by `step_factor`. `start` is what it starts from, where that was
+    /// decided.
     pub fn new(
         decision: Decision,
         tensor: &'a TensorInfo,
         bytes: &'a [u8],
+        start: Option<Start>,
         step_factor: f32,
         options: &PackOptions,
     ) -> Self {
         match decision {
+            Decision::Based(choice) => {
+                let start = start.expect("decided with what it starts from at hand");
+                Self::Based { choice, tensor, bytes, start }
+            }
             Decision::Raw => Self::Raw(bytes),
             Decision::Split(split) => Self::Split(split, tensor, bytes),
             Decision::Quantized(choice) => {
@@ -143,5 +192,37 @@ impl<'a> Drafted<'a> {
                 }
             }
         }
+    }
+}
+
+impl BasedChoice {
+    /// How a tensor starts from one of the base, and the product that is added, where that is shorter than `alone`, its treatment without a base. `decoded`
+    /// is the base's tensor, as many bytes; `is_whole` whether it has the same shape.
+    pub fn choose(
+        alone: Treatment,
+        reference: BaseTensor,
+        is_whole: bool,
+        tensor: &TensorInfo,
+        bytes: &[u8],
+        decoded: &[u8],
+    ) -> Option<(Self, Option<FoundProduct>)> {
+        if is_whole && bytes == decoded {
+            return Some((Self { reference, difference: None }, None));
+        }
+        let alone_bits = match alone {
+            Treatment::Raw => 8.0 * bytes.len() as f64,
+            Treatment::Split(split) => split.estimated_bits(tensor, bytes),
+            Treatment::Quantized(_) | Treatment::Based(_) => return None,
+        };
+        let (difference, bits) = DifferenceChoice::choose(Pair { tensor, bytes, predicted: decoded })?;
+        if is_whole
+            && bits > LEAST_FACTORED_BITS * tensor.elements() as f64
+            && let Some(found) = find_product(tensor, bytes, decoded)
+            && found.bits < bits.min(alone_bits)
+        {
+            return Some((Self { reference, difference: found.difference }, Some(found)));
+        }
+        let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && bits < alone_bits;
+        is_shorter.then_some((Self { reference, difference: Some(difference) }, None))
     }
 }

@@ -27,6 +27,11 @@ pub trait Checkpoint: Send + Sync + std::fmt::Debug {
     /// The safetensors files it holds.
     fn files(&self) -> &[ArchivedFile];
 
+    /// Whether all that it is decoded from beside its own file is still there.
+    fn is_complete(&self) -> bool {
+        true
+    }
+
     /// Fills `out` with the bytes of file `file` from `offset_bytes` on; returns how many that was. Blocks while decoding.
     ///
     /// # Errors
@@ -82,6 +87,10 @@ impl Checkpoint for DecodedArchive {
 
     fn files(&self) -> &[ArchivedFile] {
         self.archive.files()
+    }
+
+    fn is_complete(&self) -> bool {
+        self.archive.bases().iter().all(|base| base.is_still_there())
     }
 
     fn read(&self, file: usize, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<usize, BoxError> {

@@ -1,9 +1,10 @@
 //! Small archives that between them use every mode of the format, made by the program from seeded checkpoints.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mcwcfs::archive::{Archive, ArchiveError};
+use mcwcfs::archive::{Archive, ArchiveError, Bases, Place};
 use mcwcfs::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
 
 use crate::arguments;
@@ -102,6 +103,83 @@ pub const LARGE_RECIPES: &[Recipe] = &[
     },
 ];
 
+/// A variant and the base that it is packed with.
+pub struct VariantRecipe {
+    /// The variant. Its archive lies beside that of the base.
+    pub variant: Recipe,
+    pub base: Recipe,
+}
+
+/// Variants that between them use every way to start from a base.
+pub const VARIANTS: &[VariantRecipe] = &[VariantRecipe {
+    variant: Recipe {
+        name: "variant",
+        must_contain: &["\"the base's\"", "\"difference\"", "\"split\"", "\"raw\""],
+        options: &["--lossless"],
+        tensors: variant_tensors,
+    },
+    base: Recipe {
+        name: "base-of-variant",
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: base_tensors,
+    },
+}];
+
+fn base_tensors() -> Vec<Tensor> {
+    let mut random = Random::new(31);
+    let mut tensors = vec![
+        Tensor::floats("unchanged", "BF16", &[40, 32], &random.normals(1280, 0.02)),
+        Tensor::floats("vocabulary", "BF16", &[50, 24], &random.normals(1200, 0.02)),
+    ];
+    for (name, dtype) in [("tuned bf16", "BF16"), ("tuned f16", "F16"), ("tuned f32", "F32")] {
+        tensors.push(Tensor::floats(name, dtype, &[60, 30], &random.normals(1800, 0.02)));
+    }
+    tensors.push(Tensor::raw("tuned fp8", "F8_E4M3", &[30, 30], random.bytes(900)));
+    tensors.push(Tensor::floats("renamed", "BF16", &[36, 30], &random.normals(1080, 0.02)));
+    tensors
+}
+
+/// What became of them: little changes, rows more, another name, and tensors of its own.
+fn variant_tensors() -> Vec<Tensor> {
+    let mut random = Random::new(32);
+    let mut tensors = base_tensors();
+    for tensor in &mut tensors {
+        let bytes = tensor.data.len() / tensor.shape.iter().product::<usize>();
+        match tensor.name.as_str() {
+            "unchanged" => {}
+            "renamed" => tensor.name = "under.another name".into(),
+            "vocabulary" => {
+                tensor.shape[0] = 53;
+                tensor.data.extend(Tensor::floats("", "BF16", &[3, 24], &random.normals(72, 0.02)).data);
+            }
+            _ => {}
+        }
+        if tensor.name == "unchanged" {
+            continue;
+        }
+        for element in tensor.data.chunks_mut(bytes) {
+            if random.below(3) == 0 {
+                element[0] = element[0].wrapping_add(random.below(5) as u8).wrapping_sub(2);
+            }
+        }
+        if bytes == 2 {
+            tensor.data[..2].copy_from_slice(&[0x00, 0x80]); // far from its reference: an exception
+        }
+    }
+    tensors.push(Tensor::floats("its own", "F32", &[20, 20], &random.normals(400, 0.02)));
+    tensors.push(Tensor::floats("bias", "F32", &[7], &random.normals(7, 0.02)));
+    tensors
+}
+
+impl VariantRecipe {
+    /// Packs both in `directory` and gives the path of the variant.
+    pub fn pack(&self, directory: &Path) -> PathBuf {
+        let base = self.base.pack(directory);
+        self.variant.pack_with(directory, &arguments!["--base", &base])
+    }
+}
+
 /// Matrices of 192 columns and some rows, with rows of different scales.
 fn matrices(of: &[(&str, &'static str, usize)]) -> Vec<Tensor> {
     let mut random = Random::new(12);
@@ -148,11 +226,17 @@ impl Recipe {
 
     /// Packs it in `directory` and gives the archive's path.
     pub fn pack(&self, directory: &Path) -> PathBuf {
+        self.pack_with(directory, &[])
+    }
+
+    /// The same with more options.
+    pub fn pack_with(&self, directory: &Path, more: &[OsString]) -> PathBuf {
         let (checkpoint, archive) =
             (directory.join("model.safetensors"), directory.join(format!("{}.mcwc", self.name)));
         std::fs::write(&checkpoint, self.checkpoint()).expect("the checkpoint");
         let mut arguments = arguments!["pack", &checkpoint, &archive].to_vec();
         arguments.extend(self.options.iter().map(Into::into));
+        arguments.extend_from_slice(more);
         mcwcfs_ok(arguments);
         let report = mcwcfs_ok(arguments!["inspect", "--json", &archive]);
         for part in self.must_contain {
@@ -178,7 +262,7 @@ pub type Window = Result<Vec<u8>, ReadError>;
 
 /// The files of an archive in windows of `window` bytes, each decoded or an error: what a reader of a mount would get.
 pub fn read_in_windows(path: &Path, engine: EngineChoice, window: usize) -> Result<Vec<Vec<Window>>, ReadError> {
-    let archive = Arc::new(Archive::open(path).map_err(ReadError::Open)?);
+    let archive = open_with_bases(path).map_err(ReadError::Open)?;
     let materializer =
         Materializer::new(MaterializeOptions { cache_bytes: 1 << 22, engine, ..MaterializeOptions::default() });
     let read = |file: usize, offset: u64| {
@@ -193,6 +277,11 @@ pub fn read_in_windows(path: &Path, engine: EngineChoice, window: usize) -> Resu
         .enumerate()
         .map(|(number, file)| (0..file.length_bytes).step_by(window).map(|offset| read(number, offset)).collect());
     Ok(files.collect())
+}
+
+/// An archive, and what it starts from, which lies beside it.
+pub fn open_with_bases(path: &Path) -> Result<Arc<Archive>, ArchiveError> {
+    Bases::new(vec![Place { path: path.parent().expect("a directory").to_owned(), levels: 0 }]).open(path)
 }
 
 /// The decoded files of an archive that must be sound.

@@ -1,8 +1,7 @@
 //! Archives that no encoder would write: every field of the format drawn at random within what `SPEC.md` allows, the symbols
 //! too. What they decode to means nothing, but every decoder must give the same.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use mcwcfs::archive::{Archive, content_id};
 use mcwcfs::codec::integers;
@@ -10,7 +9,8 @@ use mcwcfs::codec::permutation::{self, GroupedPermutation, Permutation, Permutat
 use mcwcfs::codec::quantizer::join_code;
 use mcwcfs::codec::trellis::{Trellis, multiple, quantizer_of};
 use mcwcfs::format::codebook::StoredCodebook;
-use mcwcfs::format::index::{FileEntry, Index};
+use mcwcfs::format::difference::{BaseTensor, BasedInfo, StoredDifference, StoredLowRank};
+use mcwcfs::format::index::{BaseReference, FileEntry, Index};
 use mcwcfs::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
     StoredPredictor, StoredTrellis, StoredVectors, SymbolStreams, TrellisTables,
@@ -21,20 +21,50 @@ use mcwcfs::format::table::Table;
 use mcwcfs::materialize::{EngineChoice, MaterializeOptions, Materializer};
 use sha2::{Digest, Sha256};
 
+use super::archives::open_with_bases;
 use super::{Random, Tensor, safetensors_with};
 
 /// One archive; another seed, another archive.
 pub fn write_random_archive(seed: u64, path: &Path) {
     let mut writer = ArchiveWriter::new(seed);
     writer.draw();
-    // The digests of what it decodes to are known once it has been decoded.
+    finish(&mut writer, path);
+}
+
+/// A variant and its base, both drawn at random, in one directory; the path of the variant. It has the same tensors, but for
+/// the number of their rows and what they are.
+pub fn write_random_variant(seed: u64, directory: &Path) -> PathBuf {
+    let (base_path, path) =
+        (directory.join(format!("base-{seed}.mcwc")), directory.join(format!("variant-{seed}.mcwc")));
+    let mut base = ArchiveWriter::new(seed);
+    let mut variant = ArchiveWriter::new(seed + 1000);
+    let (mut parts, mut based) = (Vec::new(), Vec::new());
+    for (number, dtype) in ["F32", "BF16", "F16", "U8", "F8_E4M3", "F32", "BF16", "F64"].into_iter().enumerate() {
+        let shape = [4 + base.random.below(30), 1 + base.random.below(40)];
+        let tensor = base.tensor(dtype, &shape);
+        parts.push(base.raw(tensor));
+        let rows = if dtype != "F64" && variant.random.below(3) == 0 { 1 + variant.random.below(40) } else { shape[0] };
+        let own = variant.tensor(dtype, &[rows, shape[1]]);
+        based.push(variant.based(own, number, rows == shape[0], dtype));
+    }
+    base.record(None, 0, None, None, parts);
+    variant.record(None, 0, None, None, based);
+    finish(&mut base, &base_path);
+    let content_id = Archive::open(&base_path).expect("just written").content_id();
+    variant.bases = vec![BaseReference { content_id, name: "base".into() }];
+    finish(&mut variant, &path);
+    path
+}
+
+/// Writes an archive with the digest of what it decodes to, which is known once it has been decoded.
+fn finish(writer: &mut ArchiveWriter, path: &Path) {
     std::fs::write(path, writer.bytes(&[])).expect("an archive");
-    let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
+    let archive = open_with_bases(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
     let options =
         MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference, ..MaterializeOptions::default() };
     let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
-    read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    read.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     std::fs::write(path, writer.bytes(&decoded)).expect("an archive");
 }
 
@@ -47,6 +77,7 @@ struct ArchiveWriter {
     records: Vec<RecordEntry>,
     layers: u32,
     body: Vec<u8>,
+    bases: Vec<BaseReference>,
 }
 
 /// A part of a record being drawn.
@@ -66,7 +97,16 @@ impl ArchiveWriter {
                 codebooks.extend([(); 2].map(|()| random.codebook(elements)));
             }
         }
-        Self { random, tables, codebooks, tensors: Vec::new(), records: Vec::new(), layers: 0, body: Vec::new() }
+        Self {
+            random,
+            tables,
+            codebooks,
+            tensors: Vec::new(),
+            records: Vec::new(),
+            layers: 0,
+            body: Vec::new(),
+            bases: Vec::new(),
+        }
     }
 
     /// A chain of records, and one outside the layers.
@@ -172,6 +212,73 @@ impl ArchiveWriter {
         Part { tensor, header, body }
     }
 
+    /// A part that starts from the base's tensor of the same number; all of it where `is_whole`.
+    fn based(&mut self, tensor: usize, base_tensor: usize, is_whole: bool, dtype: &str) -> Part {
+        let elements = self.elements(tensor);
+        let (rows, columns) = (self.tensors[tensor].shape[0], self.tensors[tensor].shape[1]);
+        let bits = 8 * self.tensors[tensor].data.len() / elements;
+        let random = &mut self.random;
+        let has_difference = bits < 64 && (!is_whole || random.below(4) > 0);
+        let is_float = ["F32", "BF16", "F16"].contains(&dtype);
+        let low_rank = (is_float && random.chance()).then(|| {
+            let rank = 1 + random.below(rows.min(columns).min(5));
+            let factor = |random: &mut Random, count| random.integers(count, 2046);
+            StoredLowRank {
+                rank: rank as u32,
+                scale: random.normal() * 1e-8,
+                left: factor(random, rows * rank),
+                right: factor(random, rank * columns),
+            }
+        });
+        let reference = BaseTensor { base: 0, file: 0, tensor: base_tensor as u32 };
+        let mut info = BasedInfo { reference, low_rank, difference: None };
+        if !has_difference {
+            let cost = PartHeaderBytes::default();
+            let header = PartHeader { coding: Coding::Based(info), streams: None, strip_crcs: vec![], cost };
+            return Part { tensor, header, body: Vec::new() };
+        }
+        let table_raw_bits: Vec<usize> = (0..3).map(|_| random.below(bits + 1)).collect();
+        let most = table_raw_bits.iter().copied().max().expect("three");
+        let class_row = 1 + random.below(2 * columns);
+        let class_rows = elements.div_ceil(class_row);
+        let reach = 1 << random.below(9);
+        let class_offsets: Vec<i32> = (0..class_rows).map(|_| random.below(reach) as i32).collect();
+        info.difference = Some(StoredDifference {
+            zero_bits: if random.chance() { 0 } else { random.below(bits) as u8 },
+            class_shift: random.below(bits) as u8,
+            class_row: class_row as u32,
+            class_offsets: integers::encode(&class_offsets),
+            table_raw_bits: StoredIntegers::default(),
+        });
+        let mut used = Vec::new();
+        let (mut streams, strip_crcs, body) =
+            self.strips_of(elements, most, bits / 8, None, &mut |tables: &[i32], count| {
+                used = table_raw_bits[..count].to_vec();
+                tables.iter().map(|&table| most - table_raw_bits[table as usize]).collect()
+            });
+        let difference = info.difference.as_mut().expect("just made");
+        difference.table_raw_bits = integers::encode(&used.iter().map(|&bits| bits as i32).collect::<Vec<_>>());
+        // The most of the tables in use may be less than the most of the three.
+        let tables = streams.tables.len();
+        if tables > 1 {
+            let numbers = integers::decode(
+                &streams.table_of_run,
+                elements.div_ceil(streams.run_elements as usize) as u64,
+                0,
+                tables as i32 - 1,
+            );
+            let numbers = numbers.expect("just encoded");
+            let mut before = 0;
+            let steps: Vec<i32> = (0..elements.div_ceil(streams.run_elements as usize))
+                .map(|run| numbers.get(run) - std::mem::replace(&mut before, numbers.get(run)))
+                .collect();
+            streams.table_of_run = integers::encode(&steps);
+        }
+        let coding = Coding::Based(info);
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
     fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
         let has_vectors = !self.codebooks.is_empty() && self.random.below(3) == 0;
         let pair = 2 * self.random.below(2) as u16;
@@ -236,6 +343,19 @@ impl ArchiveWriter {
         exception_value_bytes: usize,
         trellis: Option<StoredTrellis>,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
+        let of_runs = &mut |tables: &[i32], _| (0..tables.len()).map(zero_bits).collect();
+        self.strips_of(elements, raw_bits, exception_value_bytes, trellis, of_runs)
+    }
+
+    /// The same, where the low bits that are not stored may depend on the table of each run; also told is how many there are.
+    fn strips_of(
+        &mut self,
+        elements: usize,
+        raw_bits: usize,
+        exception_value_bytes: usize,
+        trellis: Option<StoredTrellis>,
+        zero_bits_of_runs: &mut dyn FnMut(&[i32], usize) -> Vec<usize>,
+    ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let random = &mut self.random;
         let pairs = trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
         let trellis = trellis.map(|trellis| Trellis::new(trellis.state_bits).expect("in range"));
@@ -247,6 +367,7 @@ impl ArchiveWriter {
         let runs = elements.div_ceil(run_elements);
         let choices = numbers / if pairs { 2 } else { 1 };
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.below(choices) as i32).collect();
+        let zero_bits = zero_bits_of_runs(&table_of_run, choices);
         let (mut words, mut exceptions, mut crcs, mut body) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for strip in 0..runs.div_ceil(runs_per_strip) {
             let first = strip * runs_per_strip * run_elements;
@@ -269,7 +390,7 @@ impl ArchiveWriter {
             }
             let mut stored_raw = Vec::new();
             for (run, raw) in raw.chunks(run_elements).enumerate() {
-                write_raw(raw, raw_bits, zero_bits(strip * runs_per_strip + run), &mut stored_raw);
+                write_raw(raw, raw_bits, zero_bits[strip * runs_per_strip + run], &mut stored_raw);
             }
             let (mut bytes, strip_words) = encode_lanes(&coded, lanes);
             let positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
@@ -351,7 +472,7 @@ impl ArchiveWriter {
             codebooks: self.codebooks.clone(),
             block_types: vec!["global".into(), "ffn".into()],
             records: self.records.clone(),
-            bases: Vec::new(),
+            bases: self.bases.clone(),
             provenance: vec![("tool".into(), "dice".into())],
         };
         let (preamble, stored) = index.write(64 + self.body.len() as u64);

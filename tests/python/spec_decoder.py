@@ -1,11 +1,12 @@
 """Decodes a .mcwc archive into its safetensors files, by src/format/SPEC.md alone.
 
-    python spec_decoder.py ARCHIVE DIRECTORY
+    python spec_decoder.py ARCHIVE DIRECTORY [BASE_ARCHIVE...]
 
 Section numbers are those of SPEC.md. Written to be read beside it, and to share nothing with the program that it checks:
 slow, whole tensors at a time, with every check that the text asks for. Prints one line per file once its SHA-256 is
 checked, then what the archive was made of; any error ends it with exit status 1. spec_format.py has sections 1 to 3,
-4.2 and 5, spec_permutation.py has section 8, this file the rest.
+4.2 and 5, spec_permutation.py has section 8,
+spec_based.py has sections 4.3, 7.7 and 7.8, this file the rest.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from spec_based import based_elements, read_based, references
 from spec_blake3 import blake3
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
@@ -56,10 +58,15 @@ def side_of(archive, record):
     return record.side
 
 
+CODINGS = {0: "raw", 1: "split", 2: "quantized", 4: "based"}
+
+
 class Part:
     def __init__(self, archive, record, side, tensor, reader):
         self.archive, self.record, self.tensor = archive, record, tensor
-        self.coding = ("raw", "split", "quantized")[reader.u8("part coding", below=3)]
+        number = reader.u8("part coding")
+        require(number in CODINGS, f"part coding {number}")
+        self.coding = CODINGS[number]
         self.trellis = self.vectors = self.reference = self.stored_zero_bits = None
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
@@ -69,10 +76,14 @@ class Part:
             self.raw_bits = reader.u8("raw bits")
             require(1 <= self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
             self.stored_zero_bits = reader.blob("zero bits") if reader.u8("split flags", below=2) else None
+        if self.coding == "based":
+            read_based(self, reader)
+            self.bits = tensor.bits
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
+        has_symbols = self.coding in ("split", "quantized") or self.coding == "based" and self.has_difference
         if self.vectors:
             self.read_layout(reader)
-        elif self.coding != "raw":
+        elif has_symbols:
             self.read_streams(reader)
         count = reader.count("strips")
         self.checksums = [reader.u32("strip checksums") for _ in range(count)]
@@ -80,6 +91,8 @@ class Part:
             self.strips, self.length = -(-tensor.length // 131072), tensor.length
         elif self.vectors:
             self.lay_out_vectors()
+        elif not has_symbols:
+            self.strips = self.length = 0
         else:
             self.lay_out_strips()
         require(count == self.strips, f"strips: {count}, expected {self.strips}")
@@ -151,9 +164,17 @@ class Part:
         require(self.lanes in (1, 2, 4, 8, 16, 32), f"lanes: {self.lanes}")
         require(self.tables or not self.runs, "part tables: none")
         zeros = b"\0\0" if self.stored_zero_bits is None else self.stored_zero_bits
-        self.zero_bits = integers(zeros, self.runs, 0, max(self.raw_bits - 1, 0), "zero bits").tolist()
-        MET["zero bits"] += any(self.zero_bits)
-        self.table_of_run = integers(choices, self.runs, 0, max(len(self.tables), 1) - 1, "table of run")
+        most = max(len(self.tables), 1) - 1
+        if self.coding == "based":
+            self.table_raw_bits = integers(self.stored_table_raw_bits, len(numbers), 0, self.bits, "table raw bits")
+            self.raw_bits = max(self.table_raw_bits.tolist(), default=0)
+            self.table_of_run = np.cumsum(integers(choices, self.runs, -most, most, "table of run"))
+            require(all(0 <= number <= most for number in self.table_of_run), "table of run: after a step")
+            self.zero_bits = [self.raw_bits - int(self.table_raw_bits[number]) for number in self.table_of_run]
+        else:
+            self.zero_bits = integers(zeros, self.runs, 0, max(self.raw_bits - 1, 0), "zero bits").tolist()
+            MET["zero bits"] += any(self.zero_bits)
+            self.table_of_run = integers(choices, self.runs, 0, most, "table of run")
         self.words = integers(reader.blob("strip words"), self.strips, 0, 2**17, "strip words")
         self.exceptions = integers(reader.blob("strip exceptions"), self.strips, 0, 2**16, "strip exceptions")
 
@@ -382,6 +403,9 @@ def decoded(part):
             for number, checksum in enumerate(part.checksums):
                 strip = part.bytes[131072 * number : 131072 * (number + 1)]
                 require(crc32c(strip) == checksum, f"strip {number}: checksum")
+        elif part.coding == "based":
+            start = references(part, decoded, to_float, from_float)
+            part.bytes = based_elements(part, start, decode_symbols).tobytes()
         else:
             part.bytes = (split_elements if part.coding == "split" else quantized_elements)(part).tobytes()
         count(part)
@@ -393,6 +417,10 @@ def count(part):
     MET[part.coding] += 1
     if part.coding == "split":
         MET[f"carrier {part.carrier}"] += 1
+    if part.coding == "based":
+        MET["difference" if part.has_difference else "no difference"] += 1
+        MET["low rank"] += part.factors is not None
+        MET["other rows"] += part.base.files[part.base_place[0]][2][part.base_place[1]].shape != part.tensor.shape
     if part.coding == "quantized":
         MET["predicted"] += part.reference is not None
         MET["moved"] += part.reference is not None and part.axis is not None
@@ -407,12 +435,25 @@ def count(part):
         MET["points"] += not part.vectors and any(table.point.any() for table in np.ravel(part.tables))
 
 
-def main(path, directory):
+def opened(path, others, depth=0):
+    """An archive with its bases, found among `others`, and the part of every tensor."""
     archive = Archive(Path(path).read_bytes())
-    part_of = {}
+    require(depth <= 4, "bases: more than 4 below one another")
+    archive.bases = []
+    for content_id in archive.base_ids:
+        found = [other for other in others if Archive(Path(other).read_bytes()).content_id == content_id]
+        require(found, f"base {content_id.hex()}: not given")
+        archive.bases.append(opened(found[0], others, depth + 1))
+    archive.part_of = {}
     for record in archive.records:
         for (file, tensor, _), part in zip(record.parts, side_of(archive, record).parts):
-            part_of[file, tensor] = part
+            archive.part_of[file, tensor] = part
+    return archive
+
+
+def main(path, directory, *others):
+    archive = opened(path, others)
+    part_of = archive.part_of
     for file, (name, header, tensors, sha256, tree) in enumerate(archive.files):
         data = header + b"".join(decoded(part_of[file, tensor]) for tensor in range(len(tensors)))
         require(hashlib.sha256(data).digest() == sha256, f"{name}: decoded SHA-256")

@@ -245,7 +245,8 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features & ~3 == 0, f"required features: {features:#x}")
+        require(features & ~7 == 0, f"required features: {features:#x}")
+        self.features = features
         self.has_tree_digests = features & 1 != 0
         require(length == len(data), "file length")
         require(64 <= index_offset <= length, "index offset")
@@ -280,7 +281,10 @@ class Archive:
         self.records = []
         for _ in range(reader.count("records", 2**20)):
             self.records.append(Record(reader, self.records, layers, len(block_types)))
-        require(reader.count("bases", 2**16) == 0, "bases: none in version 1")
+        self.content_id, self.base_ids = content_id, []
+        for _ in range(reader.count("bases", 16)):
+            self.base_ids.append(reader.digest("base content id")), reader.text("base name")
+        require(bool(self.base_ids) == bool(self.features & 4), "bases: announced by feature 2")
         for _ in range(reader.count("provenance", 2**10)):
             reader.text("provenance key"), reader.text("provenance value")
         reader.end()

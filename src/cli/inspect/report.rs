@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::streams::StreamBytes;
 use crate::archive::{Archive, ArchiveError, PartAddress};
+use crate::format::difference::BasedInfo;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredPredictor};
 use crate::format::preamble::VERSION;
 use crate::tensor::total_elements;
@@ -112,6 +113,12 @@ pub fn mode(header: &PartHeader) -> &'static str {
         Coding::Split { carrier: Carrier::Own, .. } => "split",
         Coding::Split { carrier: Carrier::Bf16, .. } => "split as BF16",
         Coding::Split { carrier: Carrier::F16, .. } => "split as F16",
+        Coding::Based(BasedInfo { low_rank, difference, .. }) => match (low_rank, difference) {
+            (None, None) => "the base's",
+            (None, Some(_)) => "difference",
+            (Some(_), None) => "low rank",
+            (Some(_), Some(_)) => "low rank and difference",
+        },
         Coding::Quantized(info) => {
             if info.vectors.is_some() {
                 return if info.prediction.is_some() { "predicted, vectors" } else { "keyframe, vectors" };
@@ -188,7 +195,7 @@ impl Report {
             if with_parts {
                 let step = match &header.coding {
                     Coding::Quantized(info) => Some(info.step),
-                    Coding::Raw | Coding::Split { .. } => None,
+                    Coding::Raw | Coding::Split { .. } | Coding::Based(_) => None,
                 };
                 self.parts.push(PartReport {
                     record,

@@ -142,19 +142,7 @@ impl WordTables {
 /// The CPU has AVX2, BMI and POPCNT.
 #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
 pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
-    for job in jobs {
-        let whole = job.out.len() / LANES * LANES;
-        if whole > 0 {
-            whole_vectors::<TABLE_USE, O>(job, whole);
-        }
-        if whole < job.out.len() {
-            let RunJob { words, tables, values, trellis, raw, .. } = *job;
-            let rest =
-                RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, raw, out: &mut job.out[whole..] };
-            // SAFETY: it is for any CPU.
-            unsafe { portable::run::<TABLE_USE, O>(&mut [rest]) };
-        }
-    }
+    portable::with_rest::<TABLE_USE, O>(jobs, |job, symbols| whole_vectors::<TABLE_USE, O>(job, symbols));
 }
 
 /// Decodes the first `symbols` symbols of a job, a multiple of 32.

@@ -16,6 +16,26 @@ pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>])
     }
 }
 
+/// Has `whole_vectors` decode as many whole vectors of 32 symbols as each job starts with, and decodes what is left of it.
+#[inline(always)]
+pub fn with_rest<const TABLE_USE: usize, O: Output>(
+    jobs: &mut [RunJob<'_, O>],
+    whole_vectors: impl Fn(&mut RunJob<'_, O>, usize),
+) {
+    for job in jobs {
+        let whole = job.out.len() / LANES * LANES;
+        if whole > 0 {
+            whole_vectors(job, whole);
+        }
+        if whole < job.out.len() {
+            let RunJob { words, tables, values, trellis, raw, .. } = *job;
+            let out = &mut job.out[whole..];
+            let mut rest = RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, raw, out };
+            run_of_one_strip::<TABLE_USE, O>(&mut rest, LANES);
+        }
+    }
+}
+
 #[inline(always)]
 fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, lanes: usize) {
     let slots = job.tables.map(|table| &table.slots().0);

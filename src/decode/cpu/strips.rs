@@ -44,6 +44,8 @@ enum Path<'a> {
     SplitAny { width: u32 },
     /// Values are elements already.
     Final,
+    /// Values are symbols of differences to a base, in coded order.
+    Difference { zero_bits: u32 },
     /// Values are binary32 residuals.
     Residual { prediction: &'a Prediction },
     /// Values are codes, or positions under a trellis, with raw bits below them.
@@ -61,6 +63,8 @@ pub struct PartDecoder<'a> {
     /// Of quantized parts.
     quantizer: Option<&'a Quantizer>,
     reference: Option<&'a [u8]>,
+    /// The strip that the reference begins with, where the part starts from a base.
+    first_strip: usize,
     path: Path<'a>,
     table_use: TableUse,
     /// Of parts without one, any.
@@ -96,12 +100,13 @@ struct Strip<'a> {
 }
 
 impl<'a> PartDecoder<'a> {
-    /// Prepares to decode strips of `part`, which is not raw. `reference` is there if the part is predicted.
+    /// Prepares to decode strips of `part`, which has symbols. `reference` is there if the part is predicted, or starts from
+    /// a base; then with the number of the strip that it begins with.
     /// `clock` adds up the time of stages, where somebody wants to know.
     pub fn new(
         kernels: &'static Kernels,
         part: &'a PreparedPart,
-        reference: Option<&'a [u8]>,
+        (reference, first_strip): (Option<&'a [u8]>, usize),
         clock: Option<&'a StageClock>,
     ) -> Self {
         let dtype = part.dtype();
@@ -112,6 +117,11 @@ impl<'a> PartDecoder<'a> {
                     kernels.joined.as_ref().filter(|_| *carrier == Carrier::Own && can_be_joined(part, symbols));
                 let (path, meaning) = split_path(*carrier, *carrier_bits, symbols.raw_bits, joined);
                 (symbols, None, path, TableUse::One, meaning)
+            }
+            PartKind::Based(based) => {
+                let difference = based.difference.as_ref().expect("the part has symbols");
+                let path = Path::Difference { zero_bits: difference.zero_bits };
+                (&difference.symbols, None, path, TableUse::One, Meaning::Code)
             }
             PartKind::Quantized { symbols, quantizer, prediction } => {
                 let prediction = prediction.as_ref();
@@ -141,6 +151,7 @@ impl<'a> PartDecoder<'a> {
             symbols,
             quantizer,
             reference,
+            first_strip,
             path,
             table_use,
             trellis: quantizer
@@ -245,14 +256,18 @@ impl<'a> PartDecoder<'a> {
             Path::Joined { .. } | Path::Split16 { carrier: Carrier::Own } => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
             }
-            Path::Final if self.element_bytes == 2 => {
+            Path::Final | Path::Difference { .. } if self.element_bytes == 2 => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
             }
             Path::Final => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Output),
             Path::Residual { .. } => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Scratch),
             // The trellis and its two tables go hand in hand.
             Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
-            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
+            Path::Split16 { .. }
+            | Path::Split32
+            | Path::SplitAny { .. }
+            | Path::Difference { .. }
+            | Path::Raw { .. } => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Scratch);
             }
         }

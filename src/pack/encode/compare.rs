@@ -11,7 +11,7 @@ use super::super::quantize::values_of;
 use super::super::survey::ProbedPart;
 use super::{Encoder, PackError, quantized_tensors};
 use crate::archive::Archive;
-use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
+use crate::materialize::{MaterializeOptions, Materializer};
 
 /// Bytes decoded at once when the finished archive is compared with its source.
 const COMPARE_WINDOW: usize = 8 << 20;
@@ -38,7 +38,9 @@ impl Encoder<'_> {
     ) -> Result<Compared, PackError> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
-        let archive = Arc::new(Archive::open(&path)?);
+        let mut archive = Archive::open(&path)?;
+        archive.attach_bases(self.base.iter().map(|base| Arc::clone(base.archive())).collect())?;
+        let archive = Arc::new(archive);
         let materializer = Materializer::new(MaterializeOptions {
             cache_bytes: self.compare_cache(),
             ..MaterializeOptions::default()
@@ -62,7 +64,7 @@ impl Encoder<'_> {
                     window.resize(chunk.len(), 0);
                     let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
                     self.check_interrupted(out)?;
-                    read_in_parallel(&materializer, &archive, file, first, &mut window)?;
+                    materializer.read_in_parallel(&archive, file, first, &mut window)?;
                     decoded_hash.update(&window);
                     decoded_tree.update(&window);
                     source_hash.update(chunk);
@@ -96,7 +98,8 @@ impl Encoder<'_> {
     fn compare_cache(&self) -> u64 {
         let in_layers = self.plan.records.iter().filter(|record| self.may_be_a_reference(record));
         let lengths = in_layers.flat_map(|record| &record.parts).map(|part| self.tensor(part.file, part.tensor).0);
-        COMPARE_CACHE + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
+        let of_base = if self.base.is_some() { COMPARE_WINDOW as u64 } else { 0 };
+        COMPARE_CACHE + of_base + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
     }
 }
 
@@ -106,26 +109,4 @@ impl Compared {
         let errors = tensors.iter().map(|&(file, tensor)| self.errors[file][tensor]);
         errors.fold((0.0, 0.0), |sum, error| (sum.0 + error.0, sum.1 + error.1))
     }
-}
-
-/// Fills `out` from `offset` on, on as many threads as there are.
-fn read_in_parallel(
-    materializer: &Materializer,
-    archive: &Arc<Archive>,
-    file: usize,
-    offset: u64,
-    out: &mut [u8],
-) -> Result<(), MaterializeError> {
-    let piece_bytes = out.len().div_ceil(rayon::current_num_threads()).max(1 << 20);
-    std::thread::scope(|scope| {
-        let readers: Vec<_> = out
-            .chunks_mut(piece_bytes)
-            .enumerate()
-            .map(|(piece, out)| {
-                let first = offset + (piece * piece_bytes) as u64;
-                scope.spawn(move || materializer.read(archive, file, first, out).map(drop))
-            })
-            .collect();
-        readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
-    })
 }

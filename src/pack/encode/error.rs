@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::super::base::BaseError;
 use super::super::part::SelfCheckError;
 use super::super::source::SourceError;
 use crate::archive::ArchiveError;
@@ -13,6 +14,9 @@ pub enum PackError {
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The base cannot be read.
+    #[error(transparent)]
+    Base(#[from] BaseError),
     /// The output cannot be written.
     #[error("{path}: {source}")]
     Output {

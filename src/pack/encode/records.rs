@@ -19,6 +19,7 @@ use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// An archive's records, written.
@@ -37,12 +38,19 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
+    Base(MaterializeError),
     Interrupted,
 }
 
 impl From<std::io::Error> for WriteError {
     fn from(error: std::io::Error) -> Self {
         Self::Io(error)
+    }
+}
+
+impl From<MaterializeError> for WriteError {
+    fn from(error: MaterializeError) -> Self {
+        Self::Base(error)
     }
 }
 
@@ -87,11 +95,13 @@ impl Encoder<'_> {
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
             let step_factor = steering.step_factor();
             let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
-                .map(|(&(tensor, bytes), part)| {
-                    let step_factor = if part.follows_step { step_factor } else { 1.0 };
-                    Drafted::new(part.decision, tensor, bytes, step_factor, self.options)
+                .zip(&record.parts)
+                .map(|((&(tensor, bytes), planned), part)| {
+                    let step_factor = if planned.follows_step { step_factor } else { 1.0 };
+                    let start = self.start(part.file, part.tensor)?;
+                    Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
                 })
-                .collect();
+                .collect::<Result<_, MaterializeError>>()?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
             let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
@@ -162,7 +172,7 @@ impl Encoder<'_> {
             codebooks: Vec::new(),
             block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
-            bases: Vec::new(),
+            bases: self.base.iter().map(|base| base.reference()).collect(),
             provenance: self.options.provenance(),
         }
     }
@@ -247,6 +257,7 @@ fn written_parts(
             decision: match draft {
                 Drafted::Quantized { quantizer, .. } => Decision::Quantized(quantizer.choice),
                 Drafted::Split(split, ..) => Decision::Split(*split),
+                Drafted::Based { choice, .. } => Decision::Based(*choice),
                 Drafted::Raw(_) => Decision::Raw,
             },
             bits: 8.0 * encoded.body.len() as f64 + side_bits,
