@@ -30,7 +30,7 @@ use std::time::Instant;
 
 use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::budget::{Budget, Share};
-use crate::cache::{Cache, CacheStats};
+use crate::cache::{Cache, CacheStats, Loan};
 use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
@@ -430,10 +430,12 @@ impl Materializer {
         }
     }
 
-    fn take_memory(&self, bytes: u64) -> Share<'_> {
+    /// Takes working memory; where all of it does not suffice, the cache lends the rest.
+    fn take_memory(&self, bytes: u64) -> (Share<'_>, Option<Loan<'_, UnitKey>>) {
         let share = self.memory.take(bytes);
         METRICS.memory_waits.add(share.has_waited().into());
-        share
+        let missing = bytes.saturating_sub(self.memory.total()); // whoever misses some has all, and borrows alone
+        (share, (missing > 0).then(|| self.cache.lend(missing)))
     }
 
     /// Decodes whole strips of a part that lie side by side, from number `first` on, each into one of `outs`. The caller
