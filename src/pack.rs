@@ -8,6 +8,7 @@
 //! [`mode_decision`], [`align`]), strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
 
 pub mod align;
+pub mod calibration;
 pub mod counting;
 pub mod encode;
 pub mod entropy_model;

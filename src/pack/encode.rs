@@ -18,6 +18,7 @@ use std::sync::Arc;
 use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
+use super::calibration::Calibration;
 use super::keep::{Keep, kept};
 use super::options::{PackOptions, PredictorChoice};
 use super::report::{PackReport, TensorReport};
@@ -60,6 +61,7 @@ pub struct Encoder<'a> {
     treatments: Vec<Vec<Treatment>>,
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
+    calibration: Option<Calibration<'a>>,
 }
 
 impl<'a> Encoder<'a> {
@@ -72,6 +74,7 @@ impl<'a> Encoder<'a> {
             plan: checkpoint.plan(),
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
+            calibration: None,
         };
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
@@ -85,6 +88,12 @@ impl<'a> Encoder<'a> {
             encoder.treatments.push(treatments);
         }
         encoder
+    }
+
+    /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
+    #[must_use]
+    pub fn with_calibration(self, calibration: Calibration<'a>) -> Self {
+        Self { calibration: Some(calibration), ..self }
     }
 
     fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {

@@ -113,6 +113,7 @@ impl PartCandidate<'_> {
             step_of_run: self.step_of_run,
             raw_bits: self.raw_bits,
             rounding: self.rounding,
+            feedback: None,
         };
         measure(&symbols, pool, self.every()).unwrap_or(f64::INFINITY)
     }
@@ -146,6 +147,7 @@ impl PartCandidate<'_> {
                 step_of_run: self.step_of_run,
                 raw_bits: self.raw_bits,
                 rounding: self.rounding,
+                feedback: None,
             };
             let bits = measure(&symbols, pool, self.every()).unwrap_or(f64::INFINITY) + predictor.bits();
             MeasuredPrediction { predictor, bits }
@@ -269,6 +271,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding: NEAREST,
+            feedback: None,
         };
         // Tables for small scales too, as other parts of a checkpoint would bring them.
         let quiet: Vec<f32> = values.iter().map(|value| value / 8.0).collect();
@@ -279,6 +282,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding: NEAREST,
+            feedback: None,
         };
         let mut classes = count(&symbols, 1);
         classes.merge(&count(&quiet, 1));

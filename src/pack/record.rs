@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
+use super::calibration::feedback::ColumnFeedback;
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
 use super::options::{PackOptions, PredictorChoice};
@@ -85,13 +86,15 @@ pub struct RecordEncoder<'a> {
 }
 
 impl RecordEncoder<'_> {
-    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `context` is the
-    /// record below, where this one may be predicted from it.
+    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `feedback` what is
+    /// known of the inputs that each is multiplied with; `context` is the record below, where this one may be predicted from
+    /// it.
     pub fn encode(
         &self,
         plan: &RecordPlan,
         source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
+        feedback: &[Option<Arc<ColumnFeedback>>],
         context: Option<&Context>,
     ) -> EncodedRecord {
         let (permutation, predictions, stages) = match context {
@@ -101,7 +104,8 @@ impl RecordEncoder<'_> {
         let predicted = predictions.iter().any(Option::is_some);
         let parts = (drafts.iter().zip(&plan.parts).zip(&predictions).enumerate())
             .map(|(ordinal, ((draft, part), prediction))| {
-                self.encode_part(draft, part, ordinal as u32, prediction.as_ref())
+                let feedback = feedback.get(ordinal).and_then(Option::as_deref);
+                self.encode_part(draft, part, ordinal as u32, prediction.as_ref(), feedback)
             })
             .collect();
         let stored = permutation.as_ref().map(|permutation| StoredPermutation {
@@ -122,6 +126,7 @@ impl RecordEncoder<'_> {
         plan: &PartPlan,
         ordinal: u32,
         prediction: Option<&PartPrediction>,
+        feedback: Option<&ColumnFeedback>,
     ) -> EncodedPart {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
@@ -152,6 +157,7 @@ impl RecordEncoder<'_> {
                     step_of_run: &step_of_run,
                     raw_bits: quantizer.choice.raw_bits,
                     rounding: quantizer.choice.rounding,
+                    feedback,
                 };
                 EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
                     .expect("quantized symbols were counted before tables were fitted")

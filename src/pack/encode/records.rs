@@ -4,17 +4,20 @@ use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
 use std::sync::Arc;
 
+use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
+use super::super::symbols::RunLayout;
 use super::super::treatment::{Decision, Drafted};
 use super::Encoder;
 use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::codec::entropy::CodingTable;
+use crate::forward::ForwardError;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
@@ -36,12 +39,19 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
+    Forward(ForwardError),
     Interrupted,
 }
 
 impl From<std::io::Error> for WriteError {
     fn from(error: std::io::Error) -> Self {
         Self::Io(error)
+    }
+}
+
+impl From<ForwardError> for WriteError {
+    fn from(error: ForwardError) -> Self {
+        Self::Forward(error)
     }
 }
 
@@ -76,6 +86,7 @@ impl Encoder<'_> {
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let encoder = RecordEncoder { pool, options: self.options };
+        let mut statistics = self.calibration.as_ref().map(Calibration::statistics);
         for (ordinal, (record, planned)) in self.plan.records.iter().zip(&plan.parts).enumerate() {
             if self.progress.is_interrupted() {
                 return Err(WriteError::Interrupted);
@@ -91,7 +102,11 @@ impl Encoder<'_> {
                 .collect();
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
-            let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
+            let feedback = match &mut statistics {
+                Some(statistics) => statistics.of_record(record, &quantized_layouts(&source, &drafts))?,
+                None => Vec::new(),
+            };
+            let encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
             written.stages.add(&encoded.stages);
             written.predicted_records += u64::from(encoded.predicted);
             written.keyframe_records += u64::from(!encoded.predicted);
@@ -158,7 +173,11 @@ impl Encoder<'_> {
             block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
             records: Vec::new(),
             bases: Vec::new(),
-            provenance: self.options.provenance(),
+            provenance: {
+                let calibration = self.calibration.as_ref().map(Calibration::description);
+                let calibration = calibration.map(|text| ("calibration".to_owned(), text.to_owned()));
+                self.options.provenance().into_iter().chain(calibration).collect()
+            },
         }
     }
 
@@ -174,6 +193,18 @@ impl Encoder<'_> {
         let (_, stored) = index.write(0);
         8.0 * (PREAMBLE_BYTES as f64 + stored.len() as f64 + 64.0 * index.files.len() as f64) // hashes do not deflate
     }
+}
+
+/// The tensors of a record, each with the layout of its runs where it is quantized.
+fn quantized_layouts<'a>(
+    source: &[(&'a TensorInfo, &[u8])],
+    drafts: &[Drafted<'_>],
+) -> Vec<(&'a TensorInfo, Option<RunLayout>)> {
+    let layout = |draft: &Drafted<'_>| match draft {
+        Drafted::Quantized { layout, .. } => Some(*layout),
+        Drafted::Raw(_) | Drafted::Split(..) => None,
+    };
+    source.iter().zip(drafts).map(|(&(tensor, _), draft)| (tensor, layout(draft))).collect()
 }
 
 /// Writes one record, adds it to the index, and returns its length in bytes.
