@@ -418,6 +418,9 @@ fn print_report(
     if let Some(sidecars) = sidecars {
         writeln!(output, "  {sidecars} other files copied")?;
     }
+    if let Some(calibration) = &report.calibration {
+        writeln!(output, "  calibrated with {calibration}")?;
+    }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;
     }

@@ -124,9 +124,9 @@ impl<'a> Calibration<'a> {
     ///
     /// # Errors
     /// When a tensor is missing or has a wrong shape.
-    pub fn outputs(&self, weights: &dyn Weights) -> Result<Array2<f32>, ForwardError> {
+    pub fn outputs(&self) -> Result<Array2<f32>, ForwardError> {
         let watch = &mut |_: &[String], _: ndarray::ArrayView2<'_, f32>| ();
-        let mut pass = Pass::new(&self.model, weights, &self.inputs, watch)?;
+        let mut pass = Pass::new(&self.model, &self.weights, &self.inputs, watch)?;
         while pass.next_layer() < self.model.layers {
             pass.layer(watch)?;
         }

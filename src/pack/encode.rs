@@ -243,6 +243,7 @@ impl<'a> Encoder<'a> {
             bits_per_parameter: 8.0 * archive_bytes as f64 / parameters.max(1) as f64,
             lossless: compared.decoded == compared.sources,
             relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
+            calibration: self.calibration.as_ref().map(|calibration| calibration.description().to_owned()),
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,

@@ -136,6 +136,10 @@ impl RecordEncoder<'_> {
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {
+                let mut quantizer = quantizer.clone();
+                if let (Some(trellis), Some(_)) = (&mut quantizer.choice.rounding.trellis, feedback) {
+                    trellis.state_bits = self.options.closed_loop_states().state_bits();
+                }
                 let mut info = quantizer.info();
                 info.prediction = prediction.map(|prediction| StoredPrediction {
                     reference_part: ordinal,

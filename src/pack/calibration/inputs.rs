@@ -104,7 +104,7 @@ fn from_text(text: &str, model: &Transformer, tokenizer: &Path) -> Result<Inputs
 
 /// `input_ids` of one or two dimensions, with `attention_mask` where sequences are padded; or `pixel_values` of four.
 fn from_safetensors(bytes: &[u8]) -> Result<Inputs, String> {
-    let header = Header::parse(bytes).map_err(|error| error.to_string())?;
+    let header = Header::read_from(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
     let find = |name: &str| header.tensors.iter().find(|tensor| tensor.name == name);
     let data = |tensor: &TensorInfo| {
         let start = header.bytes.len() + tensor.offset_bytes as usize;

@@ -7,6 +7,7 @@
 use super::kernels::Level;
 use super::{PRICED, Prices, PriceList, Search};
 use crate::codec::trellis::Trellis;
+use crate::numerics::nearest_integer;
 use crate::pack::entropy_model::FittedTable;
 
 /// A multiple further than this from its target, in steps, is coded as an exception: its table does not reach the target.
@@ -134,7 +135,7 @@ struct Found {
     is_odd: u16,
 }
 
-/// The cheapest path to every state. States of one quantizer lie side by side where they are left.
+/// The cheapest path to every state.
 struct Survivors {
     trellis: Trellis,
     columns: usize,
@@ -143,17 +144,21 @@ struct Survivors {
     /// Per state, how far the errors of its path have moved each column of the row.
     shifts: Vec<f32>,
     next_shifts: Vec<f32>,
-    /// Per parity of the code, per quantizer: by half the state, the cost of the path that goes on with the code.
-    branch_costs: [[Vec<f32>; 2]; 2],
-    /// The multiple that the code stands for, and the error that it leaves.
-    branch_multiples: [[Vec<i32>; 2]; 2],
-    branch_errors: [[Vec<f32>; 2]; 2],
+    /// Per parity of the code and state, what goes on with the code costs, what it stands for, and the error that it leaves.
+    branches: [Vec<Branch>; 2],
+}
+
+/// A code that a path may go on with.
+#[derive(Clone, Copy, Debug, Default)]
+struct Branch {
+    cost: f32,
+    error: f32,
+    multiple: i32,
 }
 
 impl Survivors {
     fn new(trellis: Trellis, columns: usize) -> Self {
         let states = trellis.states();
-        let half = |_| vec![0.0; states / 2];
         let mut costs = vec![f32::INFINITY; states];
         costs[0] = 0.0;
         Self {
@@ -163,43 +168,42 @@ impl Survivors {
             next_costs: vec![0.0; states],
             shifts: vec![0.0; states * columns],
             next_shifts: vec![0.0; states * columns],
-            branch_costs: [0, 1].map(|_| [0, 1].map(half)),
-            branch_multiples: [0, 1].map(|_| [0, 1].map(|_| vec![0; states / 2])),
-            branch_errors: [0, 1].map(|_| [0, 1].map(half)),
+            branches: [0, 1].map(|_| vec![Branch::default(); states]),
         }
     }
 
     /// Prices both codes of every state for one column.
     #[inline(always)]
     fn price(&mut self, target: f32, value: f32, weight: f32, column: usize, prices: &Prices) {
-        for quantizer in 0..2 {
+        let [by_even, by_odd] = &mut self.branches;
+        let states = self.costs.iter().zip(self.shifts.chunks(self.columns)).zip(by_even.iter_mut().zip(by_odd));
+        for (state, ((&cost, shifts), (by_even, by_odd))) in states.enumerate() {
+            let quantizer = state & 1;
+            let target = target + shifts[column];
             let (least, greatest) = prices.bounds[quantizer];
-            let of_code = &prices.of_code[quantizer];
-            for parity in 0..2 {
-                let residue = (2 * parity + quantizer) as i32;
-                let costs = &mut self.branch_costs[parity][quantizer];
-                let multiples = &mut self.branch_multiples[parity][quantizer];
-                let errors = &mut self.branch_errors[parity][quantizer];
-                for half in 0..costs.len() {
-                    let state = 2 * half + quantizer;
-                    let target = target + self.shifts[state * self.columns + column];
-                    let cost_of = |multiple: i32| {
-                        let error = target - multiple as f32;
-                        weight * error * error + of_code[prices.index(multiple, quantizer)]
-                    };
-                    let inside = target.max(least).min(greatest);
-                    let nearest = residue + 4 * ((inside - residue as f32) * 0.25).round_ties_even() as i32;
-                    let shorter = nearest - 4 * nearest.signum();
-                    let (of_nearest, of_shorter) = (cost_of(nearest), cost_of(shorter));
-                    let is_better = shorter.abs() < nearest.abs() && of_shorter < of_nearest;
-                    let multiple = if is_better { shorter } else { nearest };
-                    costs[half] = self.costs[state] + if is_better { of_shorter } else { of_nearest };
-                    multiples[half] = multiple;
-                    let decoded = multiple as f32 + prices.points[quantizer][prices.index(multiple, quantizer)];
-                    // Too far away it will be an exception, which is exact but for rounding.
-                    let is_near = (target - multiple as f32).abs() <= BEYOND_REACH;
-                    errors[half] = value - if is_near { decoded } else { target };
+            let inside = target.max(least).min(greatest);
+            for (parity, branch) in [by_even, by_odd].into_iter().enumerate() {
+                let residue = (2 * parity + quantizer) as f32;
+                let steps = nearest_integer((inside - residue) * 0.25);
+                let nearest = (2 * parity + quantizer) as i32 + 4 * steps;
+                let shorter = nearest - 4 * nearest.signum();
+                let price = |multiple: i32| {
+                    let (error, index) = (target - multiple as f32, prices.index(multiple, quantizer));
+                    (weight * error * error + prices.of_code[quantizer][index], index)
+                };
+                let (mut multiple, (mut least, mut index)) = (nearest, price(nearest));
+                if shorter.abs() < nearest.abs() {
+                    let (of_shorter, index_of_shorter) = price(shorter);
+                    if of_shorter < least {
+                        (multiple, least, index) = (shorter, of_shorter, index_of_shorter);
+                    }
                 }
+                let multiple_steps = multiple as f32;
+                let decoded = multiple_steps + prices.points[quantizer][index];
+                // Too far away it will be an exception, which is exact but for rounding.
+                let is_near = (target - multiple_steps).abs() <= BEYOND_REACH;
+                let error = value - if is_near { decoded } else { target };
+                *branch = Branch { cost: cost + least, error, multiple };
             }
         }
     }
@@ -207,26 +211,21 @@ impl Survivors {
     /// Keeps the cheaper of the two ways to every state, and lets its error move what comes.
     #[inline(always)]
     fn select(&mut self, feedback: &[f32], column: usize, found: &mut [Found]) {
+        let range = column + 1..self.columns;
+        let feedback = &feedback[range.clone()];
         let mut least = f32::INFINITY;
-        for (state, found) in (0_u16..).zip(found) {
-            let [even, odd] = [0, 1].map(|parity| self.trellis.previous_state(state, parity));
-            let quantizer = usize::from(even & 1);
-            let [by_even, by_odd] =
-                [(0, even), (1, odd)].map(|(parity, from)| self.branch_costs[parity][quantizer][usize::from(from >> 1)]);
-            let is_odd = by_odd < by_even;
-            let (parity, from) = (usize::from(is_odd), usize::from(if is_odd { odd } else { even }));
-            let cost = if is_odd { by_odd } else { by_even };
-            least = cost.min(least);
-            let state = usize::from(state);
-            self.next_costs[state] = cost;
-            *found =
-                Found { multiple: self.branch_multiples[parity][quantizer][from >> 1], is_odd: u16::from(is_odd) };
-            let error = self.branch_errors[parity][quantizer][from >> 1];
-            let range = column + 1..self.columns;
+        for (state, found) in found.iter_mut().enumerate() {
+            let [even, odd] = [0, 1].map(|parity| usize::from(self.trellis.previous_state(state as u16, parity)));
+            let (by_even, by_odd) = (self.branches[0][even], self.branches[1][odd]);
+            let is_odd = by_odd.cost < by_even.cost;
+            let (from, branch) = if is_odd { (odd, by_odd) } else { (even, by_even) };
+            least = branch.cost.min(least);
+            self.next_costs[state] = branch.cost;
+            *found = Found { multiple: branch.multiple, is_odd: u16::from(is_odd) };
             let before = &self.shifts[from * self.columns..][range.clone()];
             let after = &mut self.next_shifts[state * self.columns..][range.clone()];
-            for ((after, before), feedback) in after.iter_mut().zip(before).zip(&feedback[range]) {
-                *after = before + error * feedback;
+            for ((after, before), feedback) in after.iter_mut().zip(before).zip(feedback) {
+                *after = before + branch.error * feedback;
             }
         }
         for cost in &mut self.next_costs {
