@@ -156,7 +156,7 @@ impl Encoder<'_> {
     ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
-                let Drafted::Quantized { .. } = draft else { return Ok(None) };
+                let Drafted::Quantized { base: None, .. } = draft else { return Ok(None) };
                 let tensor = source[ordinal].0;
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
