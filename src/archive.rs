@@ -18,6 +18,7 @@ use crate::codec::vector_quantizer::Codebook;
 use crate::format::FormatError;
 use crate::format::difference::BaseTensor;
 use crate::format::index::Index;
+use crate::format::part::Coding;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
 use crate::format::record::{RecordEntry, SideInformation};
 use crate::safetensors::{Header, SafetensorsError};
@@ -412,7 +413,19 @@ impl Archive {
         // The records' lengths add up to the file's, so this allocation is earned.
         let mut bytes = vec![0; entry.side_bytes as usize];
         self.read_at(&mut bytes, self.record_offsets[record as usize])?;
-        SideInformation::parse(&bytes, entry).map_err(|error| ArchiveError::Format { path: self.path.clone(), error })
+        let failed = |error| ArchiveError::Format { path: self.path.clone(), error };
+        let side = SideInformation::parse(&bytes, entry).map_err(failed)?;
+        let has_units = side.parts.iter().any(|part| matches!(part.coding, Coding::Units(_)));
+        if has_units && !self.index.has_units {
+            return Err(failed(FormatError::Invalid {
+                section: "side information",
+                field: "part coding",
+                offset: 0,
+                found: "a part of units".into(),
+                expected: "none without feature 3".into(),
+            }));
+        }
+        Ok(side)
     }
 
     /// Fills `out` with stored strip bytes of a part, from `offset` on, counted from its first strip.

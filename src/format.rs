@@ -16,5 +16,6 @@ pub mod record;
 pub mod streams;
 pub mod strip;
 pub mod table;
+pub mod units;
 
 pub use error::FormatError;

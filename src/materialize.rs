@@ -498,7 +498,7 @@ fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
 
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
     match part.kind() {
-        PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => false,
+        PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => false,
         PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
     }
 }

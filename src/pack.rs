@@ -32,5 +32,6 @@ pub mod survey;
 pub mod symbols;
 pub mod treatment;
 pub mod trellis_search;
+pub mod unit_symbols;
 pub mod vectors;
 pub mod zoo;

@@ -143,6 +143,7 @@ for_each_recipe! {
     lossy_trellis_shared: 4,
     lossy_fine_steps: 5,
     lossy_vectors: 6,
+    lossless_units: 7,
 }
 
 mod variant {

@@ -70,6 +70,7 @@ impl Archive {
             block_types: vec!["plain".into()],
             records,
             bases: Vec::new(),
+            has_units: false,
             provenance: Vec::new(),
         };
         let storage = Storage::Plain(PlainFiles { files: opened, sides });

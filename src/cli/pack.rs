@@ -70,6 +70,10 @@ pub struct PackArgs {
     /// Embeddings and output heads get a step this many times finer.
     #[arg(long, value_name = "TIMES", default_value_t = 1.2, value_parser = refinement)]
     embedding_refinement: f32,
+    /// Pack a checkpoint that was quantized before (GPTQ, AWQ, FP8 and others) with losses: what is quantized in it stays
+    /// bit-exact, its other matrices lose.
+    #[arg(long)]
+    force_requantize: bool,
     /// Threads; all cores by default. The archive is the same for any number.
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<usize>,
@@ -185,6 +189,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         trellis_states: args.trellis_states,
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
+        force_requantize: args.force_requantize,
         stats: args.stats,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;

@@ -11,6 +11,7 @@ mod portable;
 mod raw_bits;
 mod stages;
 mod strips;
+mod units;
 mod values;
 
 #[cfg(target_arch = "x86_64")]
@@ -82,8 +83,12 @@ impl CpuEngine {
             }
             return Ok(());
         }
-        if part.has_vectors() {
-            // An ablation of the paper's: the reference decoder is fast enough for it.
+        let is_rare = match part.kind() {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.is_some(), // an ablation of the paper's
+            PartKind::Units { units, .. } => units.has_differences(),             // token numbers and the like: small
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => false,
+        };
+        if is_rare {
             for job in jobs {
                 ReferenceEngine.decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out)?;
             }

@@ -13,6 +13,7 @@ use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
+use crate::codec::units::UnitCoding;
 use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
 use crate::format::bytes::crc32c;
 use crate::format::limits;
@@ -36,7 +37,8 @@ pub struct Pools<'a> {
 #[derive(Debug)]
 pub struct PreparedPart {
     dtype: Dtype,
-    element_bytes: usize,
+    /// Bits of the tensor that a symbol stands for.
+    symbol_bits: usize,
     length_bytes: u64,
     kind: PartKind,
     strips: Vec<PreparedStrip>,
@@ -66,6 +68,13 @@ pub enum PartKind {
         carrier: Carrier,
         /// Bits of a carrier element.
         carrier_bits: u32,
+        /// The symbols.
+        symbols: Symbols,
+    },
+    /// Integers in the tensor's bytes, see `codec::units`.
+    Units {
+        /// What symbols stand for.
+        units: UnitCoding,
         /// The symbols.
         symbols: Symbols,
     },
@@ -178,7 +187,7 @@ impl PreparedPart {
         let element_bits = tensor.dtype.bits().unwrap_or(8);
         let mut part = Self {
             dtype: tensor.dtype.clone(),
-            element_bytes: element_bits.div_ceil(8) as usize,
+            symbol_bits: 8 * element_bits.div_ceil(8) as usize,
             length_bytes: tensor.length_bytes,
             kind: PartKind::Raw,
             strips: Vec::new(),
@@ -197,11 +206,26 @@ impl PreparedPart {
             part.prepare_raw_strips(&header.strip_crcs)?;
             return Ok(part);
         };
-        let whole = matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64));
-        if !whole {
-            return Err(inconsistent("part coding", "coded symbols", format!("raw bytes for {}", tensor.dtype)));
+        let mut elements = tensor.elements();
+        if let Coding::Units(info) = &header.coding {
+            let bits = u64::from(info.unit_bits);
+            // Below 2^63 bytes, so that twice as many units can be counted.
+            let is_whole = tensor.length_bytes.is_multiple_of(bits.div_ceil(8))
+                && (u64::from(streams.run_elements) * bits).is_multiple_of(8);
+            if !is_whole {
+                let found = format!("{bits}, runs of {}", streams.run_elements);
+                let expected = format!("runs of whole bytes in a tensor of {}", tensor.length_bytes);
+                return Err(inconsistent("unit bits", found, expected));
+            }
+            part.symbol_bits = bits as usize;
+            elements = if bits == 4 { 2 * tensor.length_bytes } else { tensor.length_bytes / (bits / 8) };
+        } else if !matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64)) {
+            return Err(inconsistent(
+                "part coding",
+                "coded elements",
+                format!("raw bytes or units for {}", tensor.dtype),
+            ));
         }
-        let elements = tensor.elements();
         let run_elements = u64::from(streams.run_elements);
         let runs = elements.div_ceil(run_elements);
         let expected_strips = runs.div_ceil(streams.runs_per_strip.into());
@@ -239,7 +263,12 @@ impl PreparedPart {
                 part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
                 2
             }
-            Coding::Based(_) => part.element_bytes,
+            Coding::Units(info) => {
+                let symbols = prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, 1)?;
+                part.kind = PartKind::Units { units: UnitCoding::new(info), symbols };
+                info.number_bytes()
+            }
+            Coding::Based(_) => part.symbol_bits / 8,
             Coding::Raw => unreachable!("raw parts have no streams"),
         };
         part.prepare_symbol_strips(streams, &header.strip_crcs, elements, exception_value_bytes)?;
@@ -347,7 +376,7 @@ impl PreparedPart {
     /// Tensor bytes of a full strip; the last may have fewer.
     pub fn full_strip_output_bytes(&self) -> u64 {
         match self.symbols() {
-            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.element_bytes) as u64,
+            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.symbol_bits / 8) as u64,
             None => limits::RAW_STRIP_BYTES,
         }
     }
@@ -376,20 +405,17 @@ impl PreparedPart {
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
-            PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => None,
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => None,
         }
-    }
-
-    /// Whether there are indices of codewords in place of codes.
-    pub fn has_vectors(&self) -> bool {
-        matches!(&self.kind, PartKind::Quantized { quantizer, .. } if quantizer.vectors.is_some())
     }
 
     /// Layout and tables, where symbols are coded.
     pub fn symbols(&self) -> Option<&Symbols> {
         match &self.kind {
             PartKind::Raw => None,
-            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => Some(symbols),
+            PartKind::Split { symbols, .. } | PartKind::Units { symbols, .. } | PartKind::Quantized { symbols, .. } => {
+                Some(symbols)
+            }
             PartKind::Based(based) => based.difference.as_ref().map(|difference| &difference.symbols),
         }
     }
@@ -399,11 +425,12 @@ impl PreparedPart {
         let symbols = self.symbols()?;
         let exception_value_bytes = match &self.kind {
             PartKind::Split { carrier_bits, .. } => *carrier_bits as usize / 8,
-            PartKind::Based(_) => self.element_bytes,
+            PartKind::Units { units, .. } => units.number_bytes(),
+            PartKind::Based(_) => self.symbol_bits / 8,
             PartKind::Raw | PartKind::Quantized { .. } => 2,
         };
         Some(StripLayout {
-            symbols: self.strip_output_bytes(strip) / self.element_bytes,
+            symbols: 8 * self.strip_output_bytes(strip) / self.symbol_bits,
             run_elements: symbols.run_elements,
             lanes: symbols.lanes,
             words: self.strips[strip].words,

@@ -8,6 +8,7 @@ use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
+use crate::codec::units::{UnitCoding, write_units};
 use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
@@ -66,6 +67,7 @@ fn decode_strip(
             }
         }
         PartKind::Split { carrier, carrier_bits, symbols } => strip.decode_split(symbols, *carrier, *carrier_bits, out),
+        PartKind::Units { units, symbols } => strip.decode_units(symbols, units, out),
         PartKind::Quantized { symbols, quantizer, prediction } => {
             let prediction = prediction.as_ref().map(|prediction| {
                 (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
@@ -174,6 +176,22 @@ impl StripView<'_> {
         for (out, element) in out.chunks_mut(element_bytes).zip(elements) {
             out.copy_from_slice(&widen(carrier, element).to_le_bytes()[..element_bytes]);
         }
+        Ok(())
+    }
+
+    fn decode_units(&self, symbols: &Symbols, units: &UnitCoding, out: &mut [u8]) -> Result<(), DecodeError> {
+        let positions = self.positions(symbols)?;
+        let raw = self.raw(symbols);
+        let mut numbers: Vec<u64> = Vec::with_capacity(self.layout.symbols);
+        for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
+            let run = self.first_run(symbols) + index / self.layout.run_elements;
+            numbers.push(units.number(symbols.table_of_run(run).code(position), raw));
+        }
+        for (position, value) in self.exceptions()? {
+            numbers[position] = units.exception(value);
+        }
+        units.integrate(&mut numbers);
+        write_units(&numbers, units.unit_bits(), out);
         Ok(())
     }
 

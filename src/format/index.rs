@@ -12,7 +12,7 @@ use super::bytes::{Reader, Writer, crc32c};
 use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::{FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, Preamble};
+use super::preamble::{FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, FEATURE_UNITS, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -66,6 +66,8 @@ pub struct Index {
     pub records: Vec<RecordEntry>,
     /// Archives that parts start from.
     pub bases: Vec<BaseReference>,
+    /// Whether parts may be of units: only said in the preamble.
+    pub has_units: bool,
     /// How the archive came to be: tool, version, options.
     pub provenance: Vec<(String, String)>,
 }
@@ -174,6 +176,7 @@ impl Index {
             block_types,
             records,
             bases,
+            has_units: features & FEATURE_UNITS != 0,
             provenance,
         })
     }
@@ -188,6 +191,7 @@ impl Index {
         feature(FEATURE_TREE_DIGESTS, self.has_tree_digests())
             | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
             | feature(FEATURE_BASES, !self.bases.is_empty())
+            | feature(FEATURE_UNITS, self.has_units)
     }
 
     /// The index before deflation.
@@ -317,6 +321,7 @@ mod tests {
             block_types: vec!["global".into(), "ffn".into()],
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
+            has_units: false,
             provenance: vec![("tool".into(), "mcwcfs".into())],
         }
     }
@@ -341,11 +346,11 @@ mod tests {
     }
 
     #[test]
-    fn an_index_with_codebooks_comes_back_and_needs_their_feature() {
+    fn an_index_with_codebooks_and_units_comes_back_and_needs_their_features() {
         let codebook = StoredCodebook { elements: 2, index_bits: 1, values: vec![0x3c00, 0, 0, 0x3c00] };
-        let index = Index { codebooks: vec![codebook], ..sample() };
+        let index = Index { codebooks: vec![codebook], has_units: true, ..sample() };
         let (preamble, stored) = index.write(5000);
-        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS);
+        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS | FEATURE_UNITS);
         assert_eq!(Index::parse(&stored, &preamble), Ok(index));
     }
 

@@ -4,6 +4,7 @@ use super::bytes::{Reader, Writer};
 use super::difference::BasedInfo;
 use super::error::FormatError;
 use super::limits;
+use super::units::UnitsInfo;
 
 pub use super::streams::SymbolStreams;
 
@@ -134,6 +135,8 @@ pub enum Coding {
     },
     /// Quantized codes, absolute (keyframe) or of a residual (predicted).
     Quantized(QuantizerInfo),
+    /// Bit-exact: integers of some bits that lie in the tensor's bytes, whatever its type.
+    Units(UnitsInfo),
     /// Bit-exact: what differs from a tensor of a base archive.
     Based(BasedInfo),
 }
@@ -143,7 +146,7 @@ impl Coding {
     pub fn has_symbols(&self) -> bool {
         match self {
             Self::Raw => false,
-            Self::Split { .. } | Self::Quantized(_) => true,
+            Self::Split { .. } | Self::Quantized(_) | Self::Units(_) => true,
             Self::Based(info) => info.difference.is_some(),
         }
     }
@@ -183,6 +186,7 @@ pub struct PartHeader {
 const CODING_RAW: u8 = 0;
 const CODING_SPLIT: u8 = 1;
 const CODING_QUANTIZED: u8 = 2;
+const CODING_UNITS: u8 = 3;
 const CODING_BASED: u8 = 4;
 
 const HAS_ZERO_BITS: u8 = 1;
@@ -204,6 +208,7 @@ impl PartHeader {
             CODING_RAW => Coding::Raw,
             CODING_SPLIT => Self::parse_split(reader)?,
             CODING_QUANTIZED => Coding::Quantized(QuantizerInfo::parse(reader)?),
+            CODING_UNITS => Coding::Units(UnitsInfo::parse(reader)?),
             CODING_BASED => Coding::Based(BasedInfo::parse(reader)?),
             other => return Err(FormatError::UnknownFeature { feature: format!("part coding {other}") }),
         };
@@ -264,6 +269,10 @@ impl PartHeader {
             }
             Coding::Quantized(info) => {
                 writer.u8(CODING_QUANTIZED);
+                info.write(writer);
+            }
+            Coding::Units(info) => {
+                writer.u8(CODING_UNITS);
                 info.write(writer);
             }
             Coding::Based(info) => {
@@ -493,7 +502,13 @@ mod tests {
         let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
         let split = (carrier, 1..=56_u8, prop::option::of(integers()))
             .prop_map(|(carrier, raw_bits, zero_bits)| Coding::Split { carrier, raw_bits, zero_bits });
-        prop_oneof![Just(Coding::Raw), split, quantizer, based()]
+        let values = prop::collection::vec(0..16_u64, 0..=61);
+        let units = (prop::sample::select(vec![4_u8, 8, 16, 32, 64]), any::<bool>(), values);
+        let units = units.prop_map(|(unit_bits, has_differences, values)| {
+            let raw_bits = if values.is_empty() { unit_bits / 4 } else { 0 };
+            Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
+        });
+        prop_oneof![Just(Coding::Raw), split, quantizer, units, based()]
     }
 
     proptest! {

@@ -16,8 +16,10 @@ pub const FEATURE_TREE_DIGESTS: u64 = 1 << 0;
 pub const FEATURE_CODEBOOKS: u64 = 1 << 1;
 /// Feature: the index lists bases, archives that parts start from.
 pub const FEATURE_BASES: u64 = 1 << 2;
+/// Feature: there are parts of units.
+pub const FEATURE_UNITS: u64 = 1 << 3;
 /// Feature bits this crate knows (SPEC.md section 10).
-pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES;
+pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES | FEATURE_UNITS;
 
 const SECTION: &str = "preamble";
 

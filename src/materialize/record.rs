@@ -194,6 +194,7 @@ mod tests {
             block_types: vec!["ffn".into()],
             records: entries,
             bases: vec![],
+            has_units: false,
             provenance: vec![],
         };
         let (preamble, stored) = index.write(PREAMBLE_BYTES + bodies.len() as u64);

@@ -27,7 +27,7 @@ use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{BasedChoice, Decision, Start, Treatment};
+use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
@@ -155,6 +155,18 @@ impl<'a> Encoder<'a> {
         self.checkpoint.files.iter().map(|file| file.header.file_bytes()).sum()
     }
 
+    /// An error where a checkpoint that was quantized before is to lose anything.
+    fn check_not_quantized(&self) -> Result<(), PackError> {
+        if !self.has_quantized() || self.options.force_requantize {
+            return Ok(());
+        }
+        let tensors = self.checkpoint.files.iter().flat_map(|file| &file.header.tensors);
+        match tensors.into_iter().find(|tensor| is_already_quantized(tensor)) {
+            Some(tensor) => Err(PackError::AlreadyQuantized { tensor: tensor.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// Samples every tensor.
     fn survey(&self) -> Result<Survey<'a>, BaseError> {
         self.progress.phase("measuring", self.source_bytes());
@@ -199,6 +211,7 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// [`PackError::Rate`] where the target cannot be met.
     pub fn dry_run(&self) -> Result<Vec<TensorReport>, PackError> {
+        self.check_not_quantized()?;
         let plan = self.find_step(&mut self.survey()?)?;
         let mut reports = Vec::new();
         for (record, parts) in self.plan.records.iter().zip(&plan.probe.parts) {
@@ -247,6 +260,7 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// See [`PackError`]; the hidden file is gone then.
     pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
+        self.check_not_quantized()?;
         // Before the work, in case it cannot be made.
         let mut unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };

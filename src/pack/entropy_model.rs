@@ -29,6 +29,15 @@ pub enum StreamKind {
         /// Whether the elements are bfloat16: exponents of bfloat16 and binary16 do not mix.
         bf16: bool,
     },
+    /// Upper bits of integers of so many bits, above `raw_bits` raw ones.
+    Units {
+        /// Bits of an integer.
+        bits: u8,
+        /// Raw bits per symbol.
+        raw_bits: u8,
+    },
+    /// Places of integers in a list, the most frequent first.
+    Listed,
     /// Differences to a base above `raw_bits` raw bits.
     Difference {
         /// Raw bits per symbol.
@@ -137,9 +146,11 @@ impl ClassHistograms {
                     histogram.fit_fixed_length(kind.has_points())
                 }
                 StreamKind::Trellis { .. } => histogram.fit_range(kind.has_points()),
-                StreamKind::Quantized { .. } | StreamKind::Split { .. } | StreamKind::Difference { .. } => {
-                    histogram.fit(kind.has_points())
-                }
+                StreamKind::Quantized { .. }
+                | StreamKind::Split { .. }
+                | StreamKind::Units { .. }
+                | StreamKind::Listed
+                | StreamKind::Difference { .. } => histogram.fit(kind.has_points()),
             };
             if let Some(table) = table {
                 pool.by_class.insert((kind, class), pool.tables.len());

@@ -243,6 +243,8 @@ pub struct PackOptions {
     /// Embeddings and output heads get a step this many times finer. Finer helps GPT-NeoX and costs BERT and Llama, see
     /// `benches/task_metric.py`.
     pub embedding_refinement: f32,
+    /// Whether to lose anything of checkpoints that were quantized before.
+    pub force_requantize: bool,
     /// Whether to measure what every stage is worth; the archive is the same.
     pub stats: bool,
 }
@@ -262,6 +264,7 @@ impl Default for PackOptions {
             trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.2,
+            force_requantize: false,
             stats: false,
         }
     }

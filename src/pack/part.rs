@@ -139,6 +139,11 @@ impl EncodedPart {
         }
     }
 
+    /// Whether the part is of units, which an archive announces.
+    pub fn is_of_units(&self) -> bool {
+        matches!(self.coding, Coding::Units(_))
+    }
+
     /// Pool numbers of the tables used, in the part's order.
     pub fn tables(&self) -> &[usize] {
         &self.tables

@@ -156,7 +156,7 @@ impl RecordEncoder<'_> {
             }
             Drafted::Split(split, tensor, bytes) => {
                 let symbols = split.symbols(tensor, bytes);
-                let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
+                let encoded = EncodedPart::symbols(symbols.coding(), &*symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {

@@ -56,7 +56,7 @@ enum State {
     Split {
         split: Split,
         counted: ClassHistograms,
-        /// Raw bits per symbol.
+        /// Raw bits of all symbols.
         raw_bits: f64,
     },
     Based {
@@ -301,9 +301,10 @@ fn first_tables(parts: &[&mut SurveyedPart<'_>], quantizers: &[Option<PartQuanti
 impl State {
     fn split(split: Split, tensor: &TensorInfo, bytes: &[u8]) -> Self {
         let symbols = split.symbols(tensor, bytes);
-        let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
-        let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
-        Self::Split { split, raw_bits: mean_raw_bits(&symbols), counted }
+        let every = (symbols.layout().elements / COUNTED_ELEMENTS).max(1);
+        let counted =
+            if every == 1 { count(&*symbols, 1) } else { count_weighted(&*symbols, every, &|_| every as u64) };
+        Self::Split { split, raw_bits: mean_raw_bits(&*symbols) * symbols.layout().elements as f64, counted }
     }
 
     fn based(choice: BasedChoice, pair: Pair<'_>) -> Self {
@@ -324,9 +325,9 @@ impl State {
     }
 
     /// Bits of a bit-exact part with tables of its own.
-    fn body_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
+    fn body_bits(&self, bytes: &[u8]) -> f64 {
         match self {
-            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits * tensor.elements() as f64,
+            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits,
             _ => 8.0 * bytes.len() as f64,
         }
     }
@@ -368,7 +369,7 @@ impl SurveyedPart<'_> {
         if bits > DOUBTFUL_BITS && settling == Settling::Settle {
             let elements = self.layout.elements as f64;
             let (tensor, bytes) = (self.tensor, self.bytes);
-            let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(tensor, bytes));
+            let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(bytes));
             if *exact <= bits * elements {
                 return None;
             }
@@ -395,8 +396,8 @@ impl SurveyedPart<'_> {
                 let follows_step = matches!(fineness, Fineness::Times(_));
                 ProbedPart { decision, follows_step, elements, bits, squared_error }
             }
-            (State::Split { split, counted, raw_bits: of_symbol }, _) => {
-                let bits = counted.bits(pool) + *of_symbol * elements as f64 + overhead;
+            (State::Split { split, counted, raw_bits: of_symbols }, _) => {
+                let bits = counted.bits(pool) + *of_symbols + overhead;
                 exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
             }
             (State::Based { choice, counted, raw_bits, strips }, _) => {

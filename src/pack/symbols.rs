@@ -57,6 +57,12 @@ impl RunLayout {
         Self { elements, ..*self }
     }
 
+    /// The layout of pairs as one of their halves: the same runs, so that none begins in the middle of a pair.
+    pub fn of_pairs(&self) -> Self {
+        let (elements, run_elements) = (2 * self.elements, 2 * self.run_elements);
+        Self::of_runs(elements, run_elements)
+    }
+
     /// Number of runs.
     pub fn runs(&self) -> usize {
         self.elements.div_ceil(self.run_elements)

@@ -11,7 +11,7 @@ use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_
 use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
 use crate::format::difference::{BaseTensor, StoredLowRank};
-use crate::tensor::TensorInfo;
+use crate::tensor::{Dtype, TensorInfo};
 
 /// A tensor with no more values than this has no weights in it: trained ones hardly repeat.
 const FEW_VALUES: usize = 32;
@@ -67,7 +67,11 @@ impl Treatment {
             None => options.target.is_lossy().then(|| Fineness::Times(refinement(block_type, options))),
         };
         match fineness {
-            Some(fineness) if may_be_quantized(tensor) && is_of_weights(tensor, bytes) => Self::Quantized(fineness),
+            Some(fineness)
+                if may_be_quantized(tensor) && !is_already_quantized(tensor) && is_of_weights(tensor, bytes) =>
+            {
+                Self::Quantized(fineness)
+            }
             _ => Self::exact(tensor, bytes),
         }
     }
@@ -76,6 +80,41 @@ impl Treatment {
     pub fn exact(tensor: &TensorInfo, bytes: &[u8]) -> Self {
         Split::choose(tensor, bytes).map_or(Self::Raw, Self::Split)
     }
+}
+
+/// Endings of the names that quantized checkpoints give to a tensor's integers and to what dequantizes them: GPTQ and AWQ,
+/// compressed-tensors, bitsandbytes, MXFP4 and NVFP4, block-wise FP8.
+const QUANTIZED_ENDINGS: [&str; 16] = [
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    ".weight_packed",
+    ".weight_shape",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".weight_g_idx",
+    ".input_scale",
+    ".absmax",
+    ".quant_map",
+    ".quant_state",
+    ".SCB",
+];
+
+/// Whether a tensor is of a checkpoint that was quantized before, by its type or its name: losing more of it loses more than
+/// an encoder that takes its scales for weights can know.
+pub fn is_already_quantized(tensor: &TensorInfo) -> bool {
+    let matrix = tensor.shape.iter().filter(|&&dimension| dimension > 1).count() >= 2;
+    let by_type = matches!(
+        tensor.dtype,
+        Dtype::I8 | Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E8M0 | Dtype::F4 | Dtype::F6_E2M3 | Dtype::F6_E3M2
+    );
+    let by_mxfp4_name = tensor.name.ends_with("_blocks") || tensor.name.ends_with("_scales");
+    (by_type && matrix)
+        || (tensor.dtype == Dtype::U8 && by_mxfp4_name)
+        || QUANTIZED_ENDINGS.iter().any(|ending| tensor.name.ends_with(ending))
 }
 
 /// Whether the values look like weights: finite, and not a few values over and over. Those are masks, constants and one-hot
@@ -118,7 +157,7 @@ impl Decision {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Raw => "raw",
-            Self::Split(_) => "split",
+            Self::Split(split) => split.name(),
             Self::Quantized(_) => "quantized",
             Self::Based(BasedChoice { difference: None, .. }) => "the base's",
             Self::Based(_) => "difference",

@@ -69,13 +69,43 @@ pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "lossy-vectors",
         must_contain: &["keyframe, vectors", "predicted, vectors"],
-        options: &["--bpp", "5.5", "--quantization", "residual-vector"],
+        options: &["--bpp", "3.5", "--quantization", "residual-vector"],
         tensors: || {
             Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 14, ..Bert::default() }
                 .tensors()
         },
     },
+    Recipe {
+        name: "lossless-units",
+        must_contain: &["\"few values\"", "\"units of 4 bits\"", "\"integers\""],
+        options: &["--lossless"],
+        tensors: units,
+    },
 ];
+
+/// What quantized checkpoints and tokenizers' tables are made of.
+fn units() -> Vec<Tensor> {
+    let mut random = Random::new(15);
+    let integers = |random: &mut Random, count: usize, deviation: f32| -> Vec<i32> {
+        random.normals(count, deviation).into_iter().map(|value| value.round() as i32).collect()
+    };
+    let nibbles = integers(&mut random, 4096, 2.2).into_iter().map(|value| value.clamp(-8, 7) as u8 & 15);
+    let nibbles: Vec<u8> = nibbles.collect();
+    let packed = nibbles.chunks(2).map(|pair| pair[0] | pair[1] << 4).collect();
+    let bytes = integers(&mut random, 3000, 30.0).into_iter().map(|value| value.clamp(-127, 127) as u8).collect();
+    let mask = (0..32 * 32).flat_map(|at: u32| if at % 32 > at / 32 { f32::MIN } else { 0.0 }.to_le_bytes()).collect();
+    let places = (0..300_u64).flat_map(u64::to_le_bytes).collect();
+    let groups = (0..512_u32).flat_map(|at| (at / 64).to_le_bytes()).collect();
+    vec![
+        Tensor::raw("mlp.qweight", "I32", &[16, 32], packed),
+        Tensor::raw("mlp.weight", "I8", &[30, 100], bytes),
+        Tensor::raw("mask", "F32", &[1, 1, 32, 32], mask),
+        Tensor::raw("position_ids", "I64", &[1, 300], places),
+        Tensor::raw("mlp.g_idx", "I32", &[512], groups),
+        Tensor::raw("zeros", "U8", &[700], vec![0x77; 700]),
+        Tensor::raw("unknown", "NF7", &[60], vec![3; 240]),
+    ]
+}
 
 /// Archives whose strips have all 32 lanes, which only tensors of some size have: too large to try every byte of.
 pub const LARGE_RECIPES: &[Recipe] = &[
@@ -100,6 +130,20 @@ pub const LARGE_RECIPES: &[Recipe] = &[
         must_contain: &["\"keyframe"],
         options: &["--bpp", "3", "--quantization", "scalar", "--effort", "fast"],
         tensors: || matrices(&[("bf16", "BF16", 300)]),
+    },
+    Recipe {
+        name: "large-units",
+        must_contain: &["\"units of 4 bits\"", "\"integers\""],
+        options: &["--lossless"],
+        tensors: || {
+            let mut random = Random::new(16);
+            let values = random.normals(2 * 98_304, 1.0);
+            let (nibbles, bytes) = values.split_at(98_304);
+            let nibble = |value: f32| (8.0 + 2.2 * value).round().clamp(0.0, 15.0) as u8;
+            let packed = nibbles.chunks(2).map(|pair| nibble(pair[0]) | nibble(pair[1]) << 4).collect();
+            let bytes = bytes.iter().map(|value| (30.0 * value).round().clamp(-127.0, 127.0) as i8 as u8).collect();
+            vec![Tensor::raw("packed", "U8", &[256, 192], packed), Tensor::raw("bytes", "I8", &[512, 192], bytes)]
+        },
     },
 ];
 

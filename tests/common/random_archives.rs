@@ -18,6 +18,7 @@ use mcwcfs::format::part::{
 use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
 use mcwcfs::format::strip::{LANES, StripLayout};
 use mcwcfs::format::table::Table;
+use mcwcfs::format::units::UnitsInfo;
 use mcwcfs::materialize::{EngineChoice, MaterializeOptions, Materializer};
 use sha2::{Digest, Sha256};
 
@@ -76,6 +77,7 @@ struct ArchiveWriter {
     tensors: Vec<Tensor>,
     records: Vec<RecordEntry>,
     layers: u32,
+    has_units: bool,
     body: Vec<u8>,
     bases: Vec<BaseReference>,
 }
@@ -104,6 +106,7 @@ impl ArchiveWriter {
             tensors: Vec::new(),
             records: Vec::new(),
             layers: 0,
+            has_units: false,
             body: Vec::new(),
             bases: Vec::new(),
         }
@@ -137,7 +140,11 @@ impl ArchiveWriter {
         for dtype in ["F64", "U8", "F32", "BF16", "I64", "NF7"] {
             let rows = if dtype == "I64" { 0 } else { 1 + self.random.below(8) };
             let tensor = self.tensor(dtype, &[rows, 37]);
-            parts.push(if dtype == "NF7" || self.random.below(3) == 0 { self.raw(tensor) } else { self.split(tensor) });
+            parts.push(match self.random.below(3) {
+                0 => self.raw(tensor),
+                1 if dtype != "NF7" => self.split(tensor),
+                _ => self.units(tensor),
+            });
         }
         self.record(None, 0, None, None, parts);
     }
@@ -203,11 +210,30 @@ impl ArchiveWriter {
         let zeros = self.random.chance();
         let zero_bits = |run: usize| if zeros { run * 7 % usize::from(raw_bits) } else { 0 };
         let (streams, strip_crcs, body) =
-            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None);
+            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None, 1);
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let of_runs: Vec<i32> = (0..runs).map(|run| zero_bits(run) as i32).collect();
         let zero_bits = zeros.then(|| integers::encode(&of_runs));
         let coding = Coding::Split { carrier, raw_bits, zero_bits };
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
+    fn units(&mut self, tensor: usize) -> Part {
+        let bytes = self.tensors[tensor].data.len();
+        let random = &mut self.random;
+        let unit_bits = *random.pick(&[4, 8, 16, 32, 64]);
+        let unit_bits = if (8 * bytes).is_multiple_of(unit_bits) { unit_bits } else { 4 };
+        let values = if random.chance() { 0 } else { 1 + random.below(61) };
+        let raw_bits = if values > 0 || random.chance() { 0 } else { random.below(unit_bits.min(56) + 1) as u8 };
+        let values = (0..values).map(|_| random.next_u64() >> (64 - unit_bits)).collect();
+        let units = UnitsInfo { unit_bits: unit_bits as u8, raw_bits, has_differences: random.chance(), values };
+        self.has_units = true;
+        let pairs = if unit_bits == 4 { 2 } else { 1 };
+        let count = 8 * bytes / unit_bits;
+        let (streams, strip_crcs, body) =
+            self.strips(count, raw_bits.into(), &|_| 0, unit_bits.div_ceil(8), None, pairs);
+        let coding = Coding::Units(units);
         let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
         Part { tensor, header, body }
     }
@@ -252,7 +278,7 @@ impl ArchiveWriter {
         });
         let mut used = Vec::new();
         let (mut streams, strip_crcs, body) =
-            self.strips_of(elements, most, bits / 8, None, &mut |tables: &[i32], count| {
+            self.strips_of(elements, most, bits / 8, None, 1, &mut |tables: &[i32], count| {
                 used = table_raw_bits[..count].to_vec();
                 tables.iter().map(|&table| most - table_raw_bits[table as usize]).collect()
             });
@@ -289,7 +315,7 @@ impl ArchiveWriter {
         let raw_bits = if has_vectors || self.random.chance() { 0 } else { self.random.below(9) as u8 };
         let (streams, strip_crcs, body) = match vectors {
             Some(vectors) => self.vector_strips(self.elements(tensor), vectors),
-            None => self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis),
+            None => self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis, 1),
         };
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let random = &mut self.random;
@@ -342,9 +368,10 @@ impl ArchiveWriter {
         zero_bits: &dyn Fn(usize) -> usize,
         exception_value_bytes: usize,
         trellis: Option<StoredTrellis>,
+        run_multiple: usize,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let of_runs = &mut |tables: &[i32], _| (0..tables.len()).map(zero_bits).collect();
-        self.strips_of(elements, raw_bits, exception_value_bytes, trellis, of_runs)
+        self.strips_of(elements, raw_bits, exception_value_bytes, trellis, run_multiple, of_runs)
     }
 
     /// The same, where the low bits that are not stored may depend on the table of each run; also told is how many there are.
@@ -354,6 +381,7 @@ impl ArchiveWriter {
         raw_bits: usize,
         exception_value_bytes: usize,
         trellis: Option<StoredTrellis>,
+        run_multiple: usize,
         zero_bits_of_runs: &mut dyn FnMut(&[i32], usize) -> Vec<usize>,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let random = &mut self.random;
@@ -361,7 +389,7 @@ impl ArchiveWriter {
         let trellis = trellis.map(|trellis| Trellis::new(trellis.state_bits).expect("in range"));
         let numbers = (1 + random.below(3)) * if pairs { 2 } else { 1 };
         let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
-        let run_elements = 1 + random.below(150);
+        let run_elements = run_multiple * (1 + random.below(150));
         let runs_per_strip = 1 + random.below(9);
         let lanes = 1 << random.below(6);
         let runs = elements.div_ceil(run_elements);
@@ -473,6 +501,7 @@ impl ArchiveWriter {
             block_types: vec!["global".into(), "ffn".into()],
             records: self.records.clone(),
             bases: self.bases.clone(),
+            has_units: self.has_units,
             provenance: vec![("tool".into(), "dice".into())],
         };
         let (preamble, stored) = index.write(64 + self.body.len() as u64);

@@ -58,7 +58,7 @@ def side_of(archive, record):
     return record.side
 
 
-CODINGS = {0: "raw", 1: "split", 2: "quantized", 4: "based"}
+CODINGS = {0: "raw", 1: "split", 2: "quantized", 3: "units", 4: "based"}
 
 
 class Part:
@@ -76,6 +76,8 @@ class Part:
             self.raw_bits = reader.u8("raw bits")
             require(1 <= self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
             self.stored_zero_bits = reader.blob("zero bits") if reader.u8("split flags", below=2) else None
+        if self.coding == "units":
+            self.read_units(reader)
         if self.coding == "based":
             read_based(self, reader)
             self.bits = tensor.bits
@@ -98,6 +100,26 @@ class Part:
         require(count == self.strips, f"strips: {count}, expected {self.strips}")
         if self.coding == "quantized":
             self.set_coefficients(per_run)
+
+    def read_units(self, reader):
+        require(self.archive.has_units, "part coding: units without feature 3")
+        self.bits, self.raw_bits = reader.u8("unit bits"), reader.u8("raw bits")
+        require(self.bits in (4, 8, 16, 32, 64), f"unit bits: {self.bits}")
+        require(8 * self.tensor.length % self.bits == 0, f"unit bits: {self.bits} in {self.tensor.length} bytes")
+        require(self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
+        flags = reader.u8("units flags", below=4)
+        self.differences, self.values = flags & 2 != 0, None
+        if flags & 1:
+            require(self.raw_bits == 0, "units flags: values beside raw bits")
+            count = reader.count("values", 61)
+            require(count >= 1, "values: none")
+            size = -(-self.bits // 8)
+            self.values = [int.from_bytes(reader.take("value", size), "little") for _ in range(count)]
+            require(max(self.values) < 2**self.bits, "value")
+
+    def symbols(self):
+        """Symbols of the part: its elements, or its units."""
+        return 8 * self.tensor.length // self.bits if self.coding == "units" else self.tensor.elements
 
     def read_quantizer(self, reader, side):
         """The quantizer fields; arrays of one integer per run are given back, for the number of runs is read later."""
@@ -182,7 +204,8 @@ class Part:
         self.run_elements = reader.varint("run elements", 2**16)
         self.runs_per_strip = reader.varint("runs per strip", 2**16)
         require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
-        self.runs = -(-self.tensor.elements // self.run_elements)
+        require(self.coding != "units" or self.run_elements * self.bits % 8 == 0, "run elements: no whole bytes")
+        self.runs = -(-self.symbols() // self.run_elements)
         self.strips = -(-self.runs // self.runs_per_strip)
 
     def lay_out_vectors(self):
@@ -198,10 +221,10 @@ class Part:
 
     def lay_out_strips(self):
         """Section 6: where the pieces of each strip lie, and how long the body is."""
-        self.exception_bytes = 2 if self.coding == "quantized" else self.bits // 8
+        self.exception_bytes = 2 if self.coding == "quantized" else -(-self.bits // 8)
         full, self.layout, self.length = self.run_elements * self.runs_per_strip, [], 0
         for strip in range(self.strips):
-            symbols = min(full, self.tensor.elements - strip * full)
+            symbols = min(full, self.symbols() - strip * full)
             lengths = [min(self.run_elements, symbols - at) for at in range(0, symbols, self.run_elements)]
             words, exceptions = int(self.words[strip]), int(self.exceptions[strip])
             require(exceptions <= symbols, f"strip exceptions: {exceptions}")
@@ -336,6 +359,30 @@ def split_elements(part):
     return bits if part.carrier == 0 else to_float(bits, "BF16" if part.carrier == 1 else "F16").view("<u4")
 
 
+def units(part):
+    """Section 7.2: the bytes of a part of units."""
+
+    def take(table, position, raw, _):
+        code = table.code[position]
+        if part.values is not None:
+            return part.values[code] if 0 <= code < len(part.values) else 0, 0
+        return (code * 2**part.raw_bits + raw) % 2**part.bits, 0
+
+    data = b""
+    for number in range(part.strips):
+        numbers, exceptions = decode_symbols(part, number, take)
+        for position, value in exceptions.items():
+            numbers[position] = int.from_bytes(value.tobytes(), "little") % 2**part.bits
+        if part.differences:
+            before = 0
+            for i in range(len(numbers)):
+                before = numbers[i] = (before + numbers[i]) % 2**part.bits
+        if part.bits == 4:
+            numbers = [low | high << 4 for low, high in zip(numbers[::2], numbers[1::2])]
+        data += b"".join(n.to_bytes(-(-part.bits // 8), "little") for n in numbers)
+    return data
+
+
 def vector_points(part):
     """Section 7.3: what the vectors' codewords add up to, in steps."""
     first, second = part.vectors
@@ -403,6 +450,8 @@ def decoded(part):
             for number, checksum in enumerate(part.checksums):
                 strip = part.bytes[131072 * number : 131072 * (number + 1)]
                 require(crc32c(strip) == checksum, f"strip {number}: checksum")
+        elif part.coding == "units":
+            part.bytes = units(part)
         elif part.coding == "based":
             start = references(part, decoded, to_float, from_float)
             part.bytes = based_elements(part, start, decode_symbols).tobytes()
@@ -417,6 +466,10 @@ def count(part):
     MET[part.coding] += 1
     if part.coding == "split":
         MET[f"carrier {part.carrier}"] += 1
+    if part.coding == "units":
+        MET[f"units of {part.bits} bits"] += 1
+        MET["unit values"] += part.values is not None
+        MET["unit differences"] += part.differences
     if part.coding == "based":
         MET["difference" if part.has_difference else "no difference"] += 1
         MET["low rank"] += part.factors is not None

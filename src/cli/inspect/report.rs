@@ -113,6 +113,9 @@ pub fn mode(header: &PartHeader) -> &'static str {
         Coding::Split { carrier: Carrier::Own, .. } => "split",
         Coding::Split { carrier: Carrier::Bf16, .. } => "split as BF16",
         Coding::Split { carrier: Carrier::F16, .. } => "split as F16",
+        Coding::Units(info) if !info.values.is_empty() => "few values",
+        Coding::Units(info) if info.unit_bits == 4 => "units of 4 bits",
+        Coding::Units(_) => "integers",
         Coding::Based(BasedInfo { low_rank, difference, .. }) => match (low_rank, difference) {
             (None, None) => "the base's",
             (None, Some(_)) => "difference",
@@ -195,7 +198,7 @@ impl Report {
             if with_parts {
                 let step = match &header.coding {
                     Coding::Quantized(info) => Some(info.step),
-                    Coding::Raw | Coding::Split { .. } | Coding::Based(_) => None,
+                    Coding::Raw | Coding::Split { .. } | Coding::Units(_) | Coding::Based(_) => None,
                 };
                 self.parts.push(PartReport {
                     record,

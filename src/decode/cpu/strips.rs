@@ -13,6 +13,7 @@ use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
 use crate::codec::trellis::Trellis;
+use crate::codec::units::UnitCoding;
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
 use crate::format::part::{Carrier, TrellisTables};
@@ -42,6 +43,8 @@ enum Path<'a> {
     Split32,
     /// Split elements of any other width.
     SplitAny { width: u32 },
+    /// Values are codes of units.
+    Units { units: &'a UnitCoding },
     /// Values are elements already.
     Final,
     /// Values are symbols of differences to a base, in coded order.
@@ -118,6 +121,7 @@ impl<'a> PartDecoder<'a> {
                 let (path, meaning) = split_path(*carrier, *carrier_bits, symbols.raw_bits, joined);
                 (symbols, None, path, TableUse::One, meaning)
             }
+            PartKind::Units { units, symbols } => (symbols, None, Path::Units { units }, TableUse::One, Meaning::Code),
             PartKind::Based(based) => {
                 let difference = based.difference.as_ref().expect("the part has symbols");
                 let path = Path::Difference { zero_bits: difference.zero_bits };
@@ -266,6 +270,7 @@ impl<'a> PartDecoder<'a> {
             Path::Split16 { .. }
             | Path::Split32
             | Path::SplitAny { .. }
+            | Path::Units { .. }
             | Path::Difference { .. }
             | Path::Raw { .. } => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Scratch);

@@ -20,6 +20,7 @@ use crate::format::part::{
 };
 use crate::format::strip::LANES;
 use crate::format::table::{Table, first_overfull_bucket};
+use crate::format::units::UnitsInfo;
 use crate::tensor::{Dtype, TensorInfo};
 
 /// A random part: what its header says, and its strips.
@@ -127,6 +128,12 @@ struct Recipe {
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Split(Carrier, u8),
+    Units {
+        unit_bits: u8,
+        raw_bits: u8,
+        values: usize,
+        has_differences: bool,
+    },
     Quantized {
         raw_bits: u8,
         trellis: Option<StoredTrellis>,
@@ -157,7 +164,12 @@ fn recipes() -> impl Strategy<Value = Recipe> {
         .prop_map(|(dtype, raw_bits, trellis, (prediction, motion_axis), sides)| {
             (dtype, Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides })
         });
-    let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized];
+    let units = (select(vec![4_u8, 4, 8, 8, 16, 32, 64]), 0_u8..=56, select(vec![0_usize, 0, 1, 7, 61]), 0..4)
+        .prop_map(|(unit_bits, raw_bits, values, differences)| {
+            let raw_bits = if values > 0 { 0 } else { raw_bits % unit_bits.min(57) };
+            (Dtype::U8, Kind::Units { unit_bits, raw_bits, values, has_differences: differences == 0 })
+        });
+    let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized, 3 => units];
     let columns = prop_oneof![1_usize..300, select(vec![32_usize, 64, 256, 2000])];
     let run_elements = prop_oneof![3 => Just(None), 1 => (1_usize..700).prop_map(Some)];
     (kinds, 1_usize..40, columns, run_elements, (1_usize..12, 0..12), any::<bool>(), any::<u64>()).prop_map(
@@ -172,12 +184,15 @@ fn recipes() -> impl Strategy<Value = Recipe> {
 impl Recipe {
     fn make(&self) -> RandomPart {
         let random = &mut fastrand::Rng::with_seed(self.seed);
-        let elements = self.rows * self.columns;
+        // Runs of units have whole bytes.
+        let pairs = if matches!(self.coding, Kind::Units { unit_bits: 4, .. }) { 2 } else { 1 };
+        let elements = self.rows * self.columns * pairs;
         let element_bytes = self.dtype.bits().expect("a known type") as usize / 8;
-        let run_elements = self.run_elements.unwrap_or(self.columns);
+        let run_elements = self.run_elements.unwrap_or(self.columns) * pairs;
         let runs = elements.div_ceil(run_elements);
         let (raw_bits, value_bytes, trellis) = match self.coding {
             Kind::Split(carrier, raw_bits) => (raw_bits, if carrier == Carrier::Own { element_bytes } else { 2 }, None),
+            Kind::Units { unit_bits, raw_bits, .. } => (raw_bits, usize::from(unit_bits.div_ceil(8)), None),
             Kind::Quantized { raw_bits, trellis, .. } => (raw_bits, 2, trellis),
         };
         let per_number = if trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs) { 2 } else { 1 };
@@ -229,6 +244,10 @@ impl Recipe {
                 let zero_bits = has_zero_bits.then(|| integers::encode(&zero_bits));
                 Coding::Split { carrier, raw_bits, zero_bits }
             }
+            Kind::Units { unit_bits, raw_bits, values, has_differences } => {
+                let values = (0..values).map(|_| random.u64(..) >> (64 - unit_bits)).collect();
+                Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
+            }
             Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides } => {
                 let mut each =
                     |low, high| integers::encode(&(0..runs).map(|_| random.i32(low..high)).collect::<Vec<_>>());
@@ -266,14 +285,21 @@ impl Recipe {
             }
         };
         let is_predicted = matches!(self.coding, Kind::Quantized { prediction: Some(_), .. });
+        let (shape, length_bytes) = match self.coding {
+            Kind::Units { unit_bits, .. } => {
+                let bytes = (elements * usize::from(unit_bits) / 8) as u64;
+                (vec![bytes], bytes)
+            }
+            _ => (vec![self.rows as u64, self.columns as u64], (elements * element_bytes) as u64),
+        };
         let reference = is_predicted.then(|| (0..elements * element_bytes).map(|_| random.u8(..)).collect());
         RandomPart {
             tensor: TensorInfo {
                 name: "weight".into(),
                 dtype: self.dtype.clone(),
-                shape: vec![self.rows as u64, self.columns as u64],
+                shape,
                 offset_bytes: 0,
-                length_bytes: (elements * element_bytes) as u64,
+                length_bytes,
             },
             header: PartHeader {
                 coding,

@@ -177,7 +177,7 @@ impl PreparedPart {
         let length = self.strip_output_bytes(strip);
         let reference = &reference[..length];
         let PartKind::Based(Based { low_rank: Some(low_rank), .. }) = &self.kind else { return reference.into() };
-        let first = self.output_range(strip..strip + 1).start as usize / self.element_bytes;
+        let first = self.output_range(strip..strip + 1).start as usize / (self.symbol_bits / 8);
         let mut predicted = reference.to_vec();
         low_rank.add(&self.dtype, first, &mut predicted);
         predicted.into()

@@ -39,6 +39,15 @@ pub enum PackError {
         /// What is in the way.
         reason: String,
     },
+    /// The checkpoint was quantized before.
+    #[error(
+        "{tensor} is quantized already: expected --lossless; --force-requantize packs the other tensors with losses and this \
+         one bit-exact"
+    )]
+    AlreadyQuantized {
+        /// A tensor that shows it.
+        tensor: String,
+    },
     /// Residual vector quantization cannot do what is asked.
     #[error("--quantization residual-vector: {reason}")]
     Vectors {

@@ -173,6 +173,7 @@ impl Encoder<'_> {
             block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
+            has_units: false,
             provenance: self.options.provenance(),
         }
     }
@@ -214,6 +215,7 @@ fn write_record(
         })
     };
     let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
+    index.has_units |= encoded.parts.iter().any(EncodedPart::is_of_units);
     let side = SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
     let side = side.write();
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));

@@ -12,6 +12,7 @@ use crate::decode::cpu::differences;
 use crate::decode::cpu::finish::{RunPrediction, join_any};
 use crate::decode::cpu::raw_bits::RawBits;
 use crate::decode::cpu::stages::Stage;
+use crate::decode::cpu::units::{join_units, replace_unit};
 use crate::decode::cpu::values::Meaning;
 use crate::decode::prepared::{Based, Difference, PartKind, Prediction};
 use crate::format::part::{Carrier, TrellisTables};
@@ -44,7 +45,10 @@ impl<'a> PartDecoder<'a> {
     fn finish_run(&self, strip: &mut Strip<'_>, elements: Range<usize>, values: &mut [u8]) {
         let finish = &self.kernels.finish;
         let run_of_part = self.run_of_part(strip, elements.start / self.symbols.run_elements);
-        let bytes = elements.start * self.element_bytes..elements.end * self.element_bytes;
+        let bytes = match self.path {
+            Path::Units { units } => units.bytes_of(elements.start)..units.bytes_of(elements.end),
+            _ => elements.start * self.element_bytes..elements.end * self.element_bytes,
+        };
         let mut bit_planes = std::mem::take(&mut strip.bit_planes);
         let stored_bits = self.symbols.stored_raw_bits(run_of_part);
         let (raw, later) = strip.raw.split_at(raw_bytes_of_run(elements.len(), stored_bits.0 as usize));
@@ -85,6 +89,7 @@ impl<'a> PartDecoder<'a> {
             Path::SplitAny { width } => {
                 join_any(values.as_chunks().0, &raw, width, &mut strip.out[bytes]);
             }
+            Path::Units { units } => join_units(values.as_chunks().0, &raw, units, &mut strip.out[bytes]),
             Path::Residual { prediction } => {
                 let first = self.first_element(strip) + elements.start;
                 let elements = first..first + elements.len();
@@ -221,6 +226,10 @@ impl<'a> PartDecoder<'a> {
                 return Err(DecodeError::ExceptionPosition { strip: number, position, symbols: layout.symbols });
             }
             least = index + 1;
+            if let Path::Units { units } = self.path {
+                replace_unit(units, index, value, out);
+                continue;
+            }
             self.patch(number, index, value, &mut out[index * self.element_bytes..][..self.element_bytes]);
         }
         if let PartKind::Based(Based { difference: Some(difference), .. }) = self.part.kind() {
