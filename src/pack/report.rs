@@ -48,6 +48,8 @@ pub struct PackReport {
     pub lossless: bool,
     /// Squared error over squared weights, over all quantized tensors; 0 if there are none.
     pub relative_squared_error: f64,
+    /// What the model was run on, where it was calibrated.
+    pub calibration: Option<String>,
     /// Why the target was not met, where it was not.
     pub target_missed: Option<String>,
     /// Records coded without prediction.
