@@ -6,7 +6,7 @@
 //!
 //! Decoded bytes are kept in the cache where somebody else may need them. A reader that keeps what it is given (the kernel
 //! does, in its page cache) gets its strips decoded in place, and the cache keeps what it left over of them until it has
-//! taken that too. What is decoded ahead of such a reader lies ready in [`pieces`], to be handed on without a copy.
+//! taken that too. What is decoded ahead of such a reader lies ready in `pieces`, to be handed on without a copy.
 //!
 //! # Waiting
 //!
