@@ -73,7 +73,8 @@ impl Transformer {
             Arrangement::Parallel if !is_parallel => Arrangement::NormBefore,
             arrangement => arrangement,
         };
-        let window = config.optional_count("sliding_window").filter(|_| config.flag("use_sliding_window") != Some(false));
+        let window =
+            config.optional_count("sliding_window").filter(|_| config.flag("use_sliding_window") != Some(false));
         let positions = match family.embedding {
             Embedding::Tokens { positions: Some((name, first)), .. } => {
                 let shape = weights.shape(&format!("{prefix}{name}.weight"));

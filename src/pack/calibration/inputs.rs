@@ -46,7 +46,8 @@ pub(super) fn load(
         "safetensors" => from_safetensors(&bytes).map_err(format)?,
         "npy" => from_npy(&bytes).map_err(format)?,
         _ if model.takes_images() => {
-            let problem = "text for a model of images; --calibration expects pixel_values in a .safetensors file, or .npy";
+            let problem =
+                "text for a model of images; --calibration expects pixel_values in a .safetensors file, or .npy";
             return Err(format(problem.into()));
         }
         _ => {
@@ -69,7 +70,13 @@ fn shortened(inputs: Inputs, model: &Transformer) -> Inputs {
             let pieces: Vec<Vec<u32>> = match model.is_causal() {
                 true => sequences.iter().flat_map(|sequence| sequence.chunks(longest)).map(<[u32]>::to_vec).collect(),
                 // The rest of a sentence means nothing without its beginning.
-                false => sequences.into_iter().map(|mut sequence| { sequence.truncate(longest); sequence }).collect(),
+                false => sequences
+                    .into_iter()
+                    .map(|mut sequence| {
+                        sequence.truncate(longest);
+                        sequence
+                    })
+                    .collect(),
             };
             let pieces: Vec<Vec<u32>> = pieces.into_iter().filter(|piece| !piece.is_empty()).collect();
             let tokens: usize = pieces.iter().map(Vec::len).sum();

@@ -17,10 +17,10 @@ use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::codec::entropy::CodingTable;
-use crate::forward::ForwardError;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::forward::ForwardError;
 use crate::tensor::TensorInfo;
 
 /// An archive's records, written.

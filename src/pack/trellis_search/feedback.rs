@@ -5,7 +5,7 @@
 //! have caused (per-survivor processing). Columns of other lanes have been decided before, and have moved the targets already.
 
 use super::kernels::Level;
-use super::{PRICED, Prices, PriceList, Search};
+use super::{PRICED, PriceList, Prices, Search};
 use crate::codec::trellis::Trellis;
 use crate::numerics::nearest_integer;
 use crate::pack::entropy_model::FittedTable;
