@@ -257,8 +257,14 @@ fn kind_of(part: &PreparedPart) -> String {
     match part.kind() {
         PartKind::Raw => "raw".into(),
         PartKind::Split { .. } => "split".into(),
+        PartKind::Units { units, .. } => format!("units of {} bits", units.unit_bits()),
+        PartKind::Based(_) => "based".into(),
         PartKind::Quantized { symbols, quantizer, prediction } => {
-            let trellis = if quantizer.trellis.is_some() { "trellis" } else { "scalar" };
+            let trellis = match (&quantizer.vectors, quantizer.trellis) {
+                (Some(_), _) => "vectors",
+                (None, Some(_)) => "trellis",
+                (None, None) => "scalar",
+            };
             let raw = if symbols.raw_bits > 0 { ", raw bits" } else { "" };
             let predicted = match prediction {
                 None => "",

@@ -7,8 +7,9 @@
 Needs benches/setup's environment and an evaluation folder: models/, and eval.py, which reads a checkpoint directory by
 plain open, seek and read, and prints its task metric and the distance to the original as JSON. Beside each rate stand
 NNCodec and GGUF's format at the rate nearest to it: their decoded matrices in a copy of the checkpoint, everything
-else as it was and counted as it was. Prints one Markdown table. The first row of a model is the lossless archive: its
-metric is the original's.
+else as it was and counted as it was. Prints one Markdown table, a line for each model and rate; a cell has the bits per
+parameter of the whole file, the metric and the distance. The lossless archive's metric is the original's. Every point is
+told on standard error as soon as it is known, with its squared error.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from measure import checkpoint, gguf, rewritten
@@ -24,6 +26,7 @@ from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
 from measure.store import Store
 
 RATES = (8.0, 5.0, 4.2, 3.3, 2.8, 2.1)
+CODECS = ("mcwcfs", "NNCodec", "GGUF")
 
 
 @contextmanager
@@ -50,18 +53,28 @@ def distance(result):
     task = result[result["primary"]["task"]]
     if "mean_cos_to_ref" in task:
         return f"1 - cosine {1 - task['mean_cos_to_ref']:.5f}"
-    return f"KL {task['kl_to_ref']:.5f} nats, top-1 agreement {task['top1_agree']:.2%}"
+    return f"KL {task['kl_to_ref']:.4f}"
 
 
-def row(model, asked, codec, bits, error, result):
-    """A row of the table; also told as soon as it is known."""
-    primary = result["primary"]
-    text = (
-        f"| {model.name} | {asked} | {codec} | {bits:.3f} | {error:.2e} "
-        f"| {primary['task']} {primary['metric']} | {primary['value']:.4f} | {distance(result)} |"
-    )
-    print(text, file=sys.stderr, flush=True)
-    return text
+@dataclass
+class Point:
+    """One codec at one rate."""
+
+    codec: str
+    detail: str
+    bits: float
+    result: dict
+
+    def cell(self):
+        """The table's cell."""
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.bits:.2f}, {self.result['primary']['value']:.4g}, {distance(self.result)}{detail}"
+
+
+def told(model, asked, point, error):
+    """The point, once it is told."""
+    print(f"{model.name}, {asked}: {point.codec} {point.cell()}, squared error {error:.2e}", file=sys.stderr, flush=True)
+    return point
 
 
 class Peers:
@@ -78,34 +91,35 @@ class Peers:
         self.other_bits = rewritten.other_bits(model, self.weights)
         self.formats = {}
 
-    def rows(self, rate):
-        """A row for each codec at the rate nearest to `rate` bits per parameter."""
+    def at(self, rate):
+        """The point of each codec at the rate nearest to `rate` bits per parameter."""
         matrix_bits = (rate * self.parameters - self.other_bits) / checkpoint.weight_count(self.weights)
         key = f"{self.fingerprint}-nncodec-{self.nncodec.VERSION}-{matrix_bits:.3f}"
         points = self.store.points(key, lambda: self.nncodec.around(self.weights, matrix_bits))
         nearest = min(points, key=lambda point: abs(point.bits - matrix_bits))
         bitstream = self.nncodec.encode(self.weights, self.nncodec.quantization_parameter_of(nearest))
-        yield self.row(rate, "NNCodec", 8 * len(bitstream), self.nncodec.decode(bitstream))
+        yield self.point(rate, "NNCodec", "", 8 * len(bitstream), self.nncodec.decode(bitstream))
         if self.ggml is not None:
             if not self.formats:
                 self.formats = {name: gguf.round_trip(self.ggml, self.weights, name) for name in gguf.TYPES}
             aim = matrix_bits * checkpoint.weight_count(self.weights)
             name = min(self.formats, key=lambda name: abs(8 * self.formats[name][0] - aim))
             taken, decoded = self.formats[name]
-            yield self.row(rate, f"GGUF {name}", 8 * taken, decoded)
+            yield self.point(rate, "GGUF", name, 8 * taken, decoded)
 
-    def row(self, rate, codec, bits, decoded):
-        """The row of a codec that takes `bits` for the matrices."""
+    def point(self, rate, codec, detail, bits, decoded):
+        """The point of a codec that takes `bits` for the matrices."""
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
             directory = Path(work) / self.model.name
             rewritten.write(self.model, directory, decoded)
             result = evaluate(self.script, directory, self.model.directory)
         error = checkpoint.relative_squared_error(self.weights, decoded)
-        return row(self.model, f"{rate:g}", codec, (bits + self.other_bits) / self.parameters, error, result)
+        point = Point(codec, detail, (bits + self.other_bits) / self.parameters, result)
+        return told(self.model, f"{rate:g}", point, error)
 
 
 def measure(mcwcfs, script, model, rates, work, peers):
-    """Rows of the table for one model."""
+    """The lines of the table for one model."""
     packed, mount_point = work / "packed", work / "mnt"
     packed.mkdir()
     mount_point.mkdir()
@@ -115,16 +129,20 @@ def measure(mcwcfs, script, model, rates, work, peers):
         reports[name] = mcwcfs.pack(model.directory, packed / name, *options)
         if reports[name]["target_missed"]:
             print(f"{model.name}, {name}: {reports[name]['target_missed']}", file=sys.stderr)
-    rows = {}
+    points = {}
     with mounted(mcwcfs, packed, mount_point):
         for name, _ in choices:
             result = evaluate(script, mount_point / name, model.directory)
             report = reports[name]
-            bits, error = report["bits_per_parameter"], report["relative_squared_error"]
-            rows[name] = [row(model, name, "mcwcfs", bits, error, result)]
+            point = Point("mcwcfs", "", report["bits_per_parameter"], result)
+            points[name] = [told(model, name, point, report["relative_squared_error"])]
     for rate in rates if peers else ():
-        rows[f"{rate:g}"] += peers.rows(rate)
-    return [row for of_rate in rows.values() for row in of_rate]
+        points[f"{rate:g}"] += peers.at(rate)
+    primary = points["lossless"][0].result["primary"]
+    title = f"{model.name}, {primary['task']} {primary['metric']} {primary['value']:.4g}"
+    for name, of_rate in points.items():
+        cells = {point.codec: point.cell() for point in of_rate}
+        yield f"| {title} | {name} | " + " | ".join(cells.get(codec, "") for codec in CODECS) + " |"
 
 
 def main():
@@ -156,11 +174,8 @@ def main():
             script = folder / "eval.py"
             peers = None if arguments.no_peers else Peers(ggml, store, script, model)
             rows += measure(mcwcfs, script, model, arguments.rates, Path(work), peers)
-    print(
-        "| model | asked | codec | bits per parameter | relative squared error "
-        "| metric | value | distance to the original |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("| model, metric of the original | asked | " + " | ".join(CODECS) + " |")
+    print("|---" * (2 + len(CODECS)) + "|")
     print("\n".join(rows))
 
 

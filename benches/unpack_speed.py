@@ -43,7 +43,7 @@ def main():
             _, seconds = run(arguments.binary, "pack", source, archive, "--threads", "1", *options)
             print(f"pack, {name}: {seconds:.2f} s of processor time, {source.stat().st_size / seconds / 1e6:.0f} MB/s")
             unpack = [arguments.binary, "unpack", "--force", archive, work / "unpacked"]
-            lines += [(f"unpack, {name}", unpack), (f"unpack --skip-sha256, {name}", [*unpack, "--skip-sha256"])]
+            lines += [(f"unpack, {name}", unpack), (f"unpack --skip-digests, {name}", [*unpack, "--skip-digests"])]
         seconds = {name: [] for name, _ in lines}
         for _ in range(arguments.rounds):
             for name, command in lines:

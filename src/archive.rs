@@ -2,6 +2,9 @@
 //!
 //! Reads with `pread`: an I/O error must be an error of one read, not a SIGBUS of the daemon. Nothing is decoded here.
 
+mod bases;
+mod plain;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,12 +14,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use crate::codec::entropy::CodingTable;
+use crate::codec::vector_quantizer::Codebook;
 use crate::format::FormatError;
+use crate::format::difference::BaseTensor;
 use crate::format::index::Index;
+use crate::format::part::Coding;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
 use crate::format::record::{RecordEntry, SideInformation};
 use crate::safetensors::{Header, SafetensorsError};
 use crate::tensor::{TensorInfo, total_elements};
+use plain::PlainFiles;
+
+pub use bases::{Bases, Place};
 
 /// What names begin with while their files are being written, and after a run that was killed: no part of any tree.
 pub const UNFINISHED_PREFIX: &str = ".mcwc-pack-";
@@ -49,6 +58,21 @@ pub enum ArchiveError {
         file: String,
         /// What is wrong.
         error: SafetensorsError,
+    },
+    /// A base that the archive starts from was not found.
+    #[error(
+        "{path}: needs the base {name} (content id {content_id}), which is not in {}: --base-path names another place",
+        display_all(places)
+    )]
+    BaseMissing {
+        /// The archive.
+        path: PathBuf,
+        /// Where the base was when the archive was packed.
+        name: String,
+        /// What names its content.
+        content_id: String,
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
     },
     /// Two structures contradict each other.
     #[error("{path}: {field}: found {found}, expected {expected}")]
@@ -94,19 +118,39 @@ pub struct PartAddress {
 #[derive(Debug)]
 pub struct Archive {
     path: PathBuf,
-    file: File,
+    storage: Storage,
     instance: u64,
     stored_bytes: u64,
     index_stored_bytes: u64,
     index: Index,
     files: Vec<ArchivedFile>,
     tables: Vec<Arc<CodingTable>>,
+    codebooks: Vec<Arc<Codebook>>,
     /// First byte of each record.
     record_offsets: Vec<u64>,
     /// Whether a later record is predicted from it.
     referenced: Vec<bool>,
     /// Per file, per tensor.
     addresses: Vec<Vec<PartAddress>>,
+    /// What parts start from: as many as the index lists, or none before they are attached.
+    bases: Vec<Arc<Archive>>,
+}
+
+/// Where the bytes of records lie.
+#[derive(Debug)]
+enum Storage {
+    /// In a `.mcwc` file.
+    Packed(File),
+    /// In safetensors files, as they are.
+    Plain(PlainFiles),
+}
+
+/// What an archive is made of.
+struct Contents {
+    storage: Storage,
+    index: Index,
+    records_start: u64,
+    index_stored_bytes: u64,
 }
 
 impl Archive {
@@ -115,7 +159,12 @@ impl Archive {
         let io = |source| ArchiveError::Io { path: path.to_owned(), source };
         let format = |error| ArchiveError::Format { path: path.to_owned(), error };
         let file = File::open(path).map_err(io)?;
-        let stored_bytes = file.metadata().map_err(io)?.len();
+        let metadata = file.metadata().map_err(io)?;
+        if metadata.is_dir() {
+            let reason = "is a directory, expected an archive: name the .mcwc file in it";
+            return Err(io(std::io::Error::new(std::io::ErrorKind::IsADirectory, reason)));
+        }
+        let stored_bytes = metadata.len();
         let mut preamble = vec![0; PREAMBLE_BYTES.min(stored_bytes) as usize];
         file.read_exact_at(&mut preamble, 0).map_err(io)?;
         let preamble = Preamble::parse(&preamble, stored_bytes).map_err(format)?;
@@ -123,10 +172,28 @@ impl Archive {
         let mut stored_index = vec![0; index_stored_bytes as usize]; // as long as the file says it is
         file.read_exact_at(&mut stored_index, preamble.index_offset).map_err(io)?;
         let index = Index::parse(&stored_index, &preamble).map_err(format)?;
-        Self::from_index(path, file, &preamble, index)
+        let storage = Storage::Packed(file);
+        let archive =
+            Self::from_contents(path, Contents { storage, index, records_start: PREAMBLE_BYTES, index_stored_bytes })?;
+        let end = archive.stored_bytes - index_stored_bytes;
+        if end != preamble.index_offset {
+            return Err(ArchiveError::Inconsistent {
+                path: path.to_owned(),
+                field: "record lengths",
+                found: format!("an end at byte {end}"),
+                expected: format!("{}, where the index starts", preamble.index_offset),
+            });
+        }
+        Ok(archive)
     }
 
-    fn from_index(path: &Path, file: File, preamble: &Preamble, index: Index) -> Result<Self, ArchiveError> {
+    /// BLAKE3 of a decoded file; `None` for archives made before they had it.
+    pub fn decoded_blake3(&self, file: usize) -> Option<[u8; 32]> {
+        self.index.files[file].decoded_blake3
+    }
+
+    fn from_contents(path: &Path, contents: Contents) -> Result<Self, ArchiveError> {
+        let Contents { storage, index, records_start, index_stored_bytes } = contents;
         let inconsistent = |field, found: String, expected: String| ArchiveError::Inconsistent {
             path: path.to_owned(),
             field,
@@ -163,7 +230,7 @@ impl Archive {
             files.iter().map(|file| vec![None; file.tensors.len()]).collect();
         let mut record_offsets = Vec::with_capacity(index.records.len());
         let mut referenced = vec![false; index.records.len()];
-        let mut offset = PREAMBLE_BYTES;
+        let mut offset = records_start;
         for (ordinal, record) in index.records.iter().enumerate() {
             record_offsets.push(offset);
             offset = offset.saturating_add(record.bytes());
@@ -186,10 +253,6 @@ impl Archive {
                 }
             }
         }
-        if offset != preamble.index_offset {
-            let expected = format!("{}, where the index starts", preamble.index_offset);
-            return Err(inconsistent("record lengths", format!("an end at byte {offset}"), expected));
-        }
         let addresses = addresses
             .into_iter()
             .zip(&files)
@@ -206,17 +269,58 @@ impl Archive {
         static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
             path: path.to_owned(),
-            file,
+            storage,
             instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
-            stored_bytes: preamble.file_bytes,
-            index_stored_bytes: preamble.file_bytes - preamble.index_offset,
+            stored_bytes: offset.saturating_add(index_stored_bytes),
+            index_stored_bytes,
+            codebooks: index.codebooks.iter().map(|stored| Arc::new(Codebook::of_stored(stored))).collect(),
             tables: index.tables.iter().map(|table| Arc::new(CodingTable::new(table.clone()))).collect(),
             index,
             files,
             record_offsets,
             referenced,
             addresses,
+            bases: Vec::new(),
         })
+    }
+
+    /// Gives the archive what its parts start from, in the order of its index.
+    ///
+    /// # Errors
+    /// When these are others than the index names.
+    pub fn attach_bases(&mut self, bases: Vec<Arc<Self>>) -> Result<(), ArchiveError> {
+        let named: Vec<[u8; 32]> = self.index.bases.iter().map(|base| base.content_id).collect();
+        let given: Vec<[u8; 32]> = bases.iter().map(|base| base.content_id()).collect();
+        if named != given {
+            return Err(ArchiveError::Inconsistent {
+                path: self.path.clone(),
+                field: "base content id",
+                found: given.iter().map(|id| bases::hex(id)).collect::<Vec<_>>().join(", "),
+                expected: named.iter().map(|id| bases::hex(id)).collect::<Vec<_>>().join(", "),
+            });
+        }
+        self.bases = bases;
+        Ok(())
+    }
+
+    /// What parts start from; empty where nothing was attached.
+    pub fn bases(&self) -> &[Arc<Self>] {
+        &self.bases
+    }
+
+    /// The base with this number and the place of one of its tensors, if they are there.
+    pub fn base_tensor(&self, reference: BaseTensor) -> Option<(&Arc<Self>, PartAddress)> {
+        let base = self.bases.get(reference.base as usize)?;
+        let address = base.addresses.get(reference.file as usize)?.get(reference.tensor as usize)?;
+        Some((base, *address))
+    }
+
+    /// The `.mcwc` file; `None` for a checkpoint that was taken as it is.
+    fn opened_file(&self) -> Option<&File> {
+        match &self.storage {
+            Storage::Packed(file) => Some(file),
+            Storage::Plain(_) => None,
+        }
     }
 
     /// Where the archive lies.
@@ -242,6 +346,11 @@ impl Archive {
     /// Length of the stored, deflated index in bytes.
     pub fn index_stored_bytes(&self) -> u64 {
         self.index_stored_bytes
+    }
+
+    /// The codebooks of vectors, ready for look-ups.
+    pub fn codebooks(&self) -> &[Arc<Codebook>] {
+        &self.codebooks
     }
 
     /// The entropy tables, ready for coding.
@@ -298,10 +407,25 @@ impl Archive {
     /// Reads and checks the side information of a record.
     pub fn side_information(&self, record: u32) -> Result<SideInformation, ArchiveError> {
         let entry = self.record(record);
+        if let Storage::Plain(plain) = &self.storage {
+            return Ok(plain.sides[record as usize].clone());
+        }
         // The records' lengths add up to the file's, so this allocation is earned.
         let mut bytes = vec![0; entry.side_bytes as usize];
         self.read_at(&mut bytes, self.record_offsets[record as usize])?;
-        SideInformation::parse(&bytes, entry).map_err(|error| ArchiveError::Format { path: self.path.clone(), error })
+        let failed = |error| ArchiveError::Format { path: self.path.clone(), error };
+        let side = SideInformation::parse(&bytes, entry).map_err(failed)?;
+        let has_units = side.parts.iter().any(|part| matches!(part.coding, Coding::Units(_)));
+        if has_units && !self.index.has_units {
+            return Err(failed(FormatError::Invalid {
+                section: "side information",
+                field: "part coding",
+                offset: 0,
+                found: "a part of units".into(),
+                expected: "none without feature 3".into(),
+            }));
+        }
+        Ok(side)
     }
 
     /// Fills `out` with stored strip bytes of a part, from `offset` on, counted from its first strip.
@@ -309,14 +433,25 @@ impl Archive {
     /// The range must lie in the part's body, whose length the index states.
     pub fn read_body(&self, address: PartAddress, offset: u64, out: &mut [u8]) -> Result<(), ArchiveError> {
         let entry = self.record(address.record);
+        if let Storage::Plain(plain) = &self.storage {
+            let tensor = self.tensor(address);
+            let (file, header_bytes) = &plain.files[address.record as usize];
+            let io = |source| ArchiveError::Io { path: self.path.clone(), source };
+            return file.read_exact_at(out, header_bytes + tensor.offset_bytes + offset).map_err(io);
+        }
         let before: u64 = entry.parts[..address.part as usize].iter().map(|part| part.body_bytes).sum();
         self.read_at(out, self.record_offsets[address.record as usize] + entry.side_bytes + before + offset)
     }
 
     fn read_at(&self, out: &mut [u8], offset: u64) -> Result<(), ArchiveError> {
         let io = |source| ArchiveError::Io { path: self.path.clone(), source };
-        self.file.read_exact_at(out, offset).map_err(io)
+        let Storage::Packed(file) = &self.storage else { unreachable!("plain files are read tensor by tensor") };
+        file.read_exact_at(out, offset).map_err(io)
     }
+}
+
+fn display_all(places: &[PathBuf]) -> String {
+    places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// The identity of decoded content: SHA-256 over the SHA-256 of every file, in order.

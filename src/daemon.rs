@@ -38,7 +38,7 @@ use handover::Facts;
 use service::{Prepared, Service};
 use supervisor::{News, Recipe};
 
-pub use memory::{MemoryPlan, default_limit_bytes};
+pub use memory::{LEAST_LIMIT_BYTES, MemoryPlan, default_limit_bytes};
 pub use process::{status, umount, upgrade};
 pub use status::{ArchiveReport, Report};
 pub use worker::run as run_worker;
@@ -59,6 +59,8 @@ pub struct ServeOptions {
     pub mount: MountOptions,
     /// Where whole decoded files are kept, if anywhere.
     pub decoded_cache: Option<DecodedCache>,
+    /// Where bases of variants are looked for beside the source.
+    pub base_paths: Vec<PathBuf>,
     /// How far decoding goes ahead of readers.
     pub decode_ahead: DecodeAhead,
     /// How far the kernel reads ahead, in KiB.

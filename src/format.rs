@@ -5,13 +5,17 @@
 //! from a disk is `archive`.
 
 pub mod bytes;
+pub mod codebook;
+pub mod difference;
 pub mod error;
 pub mod index;
 pub mod limits;
 pub mod part;
 pub mod preamble;
 pub mod record;
+pub mod streams;
 pub mod strip;
 pub mod table;
+pub mod units;
 
 pub use error::FormatError;

@@ -5,43 +5,51 @@
 //! which is what vector engines are best at.
 //!
 //! Decoded bytes are kept in the cache where somebody else may need them. A reader that keeps what it is given (the kernel
-//! does, in its page cache) gets its strips decoded in place, and the cache keeps the pieces that it left over.
+//! does, in its page cache) gets its strips decoded in place, and the cache keeps what it left over of them until it has
+//! taken that too. What is decoded ahead of such a reader lies ready in [`pieces`], to be handed on without a copy.
 //!
 //! # Waiting
 //!
 //! No lock is held while decoding. Whoever may decode first takes a share of the working memory, large enough for all that
 //! it will decode, and then waits for nothing but values that holders of such shares are making; a processor is taken for
 //! the decoding itself and nothing else. A predicted tensor waits for its reference and never the other way round. So
-//! nobody waits in a circle, whatever the number of readers and however little memory there is.
+//! nobody waits in a circle, whatever the number of readers and however little memory there is. A variant waits for its
+//! base and never the other way round.
 
+mod based;
+mod pieces;
 mod prepared_records;
 mod record;
 mod strips;
 mod whole;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
 use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::budget::{Budget, Share};
-use crate::cache::{Cache, CacheStats};
+use crate::cache::{Cache, CacheStats, Loan};
 use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::metrics::METRICS;
-use prepared_records::PreparedRecords;
+use based::identical_to;
+use pieces::{PIECE_BYTES, Pieces};
+use prepared_records::{PreparedRecord, PreparedRecords};
 
 pub use crate::decode::EngineChoice;
+pub use pieces::Decoded;
 pub use record::prepare_record;
 
 /// How a [`Materializer`] works.
 #[derive(Clone, Copy, Debug)]
 pub struct MaterializeOptions {
-    /// Budget of the cache of decoded bytes.
+    /// Budget of decoded bytes that are kept: the cache, and what was decoded ahead.
     pub cache_bytes: u64,
     /// What decoding may take beside the cache: what is being decoded, and what it is decoded from. A single tensor that
-    /// needs more is decoded alone.
+    /// needs more is decoded alone, and the cache makes room for it.
     pub working_bytes: u64,
     /// How many threads may decode at a time.
     pub threads: usize,
@@ -63,6 +71,20 @@ pub enum MaterializeError {
     /// The archive could not be read, or its bytes are not what they should be.
     #[error("{0}")]
     Archive(Arc<ArchiveError>),
+    /// A tensor that is decoded whole takes more memory than there may be.
+    #[error(
+        "{archive}: {tensor}: takes {needed_bytes} bytes to decode, expected at most {available_bytes}: the memory limit is too low"
+    )]
+    TooLarge {
+        /// File name of the archive.
+        archive: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// Memory for it, for what it is predicted from, and for what both are decoded from.
+        needed_bytes: u64,
+        /// Working memory and cache together.
+        available_bytes: u64,
+    },
     /// A tensor does not decode.
     #[error("{archive}: {tensor} (layer {layer}, {block_type}, record {record}): {error}")]
     Decode {
@@ -111,6 +133,9 @@ pub enum Keeper {
 pub struct Materializer {
     engine: Arc<dyn Engine>,
     cache: Cache<UnitKey>,
+    /// How much readers that keep their bytes have taken of strips in the cache.
+    taken_bytes: Mutex<HashMap<UnitKey, usize>>,
+    pieces: Arc<Pieces>,
     prepared: PreparedRecords,
     /// Bytes being decoded and what they are decoded from: see "Waiting" above.
     memory: Budget,
@@ -122,9 +147,12 @@ pub struct Materializer {
 impl Materializer {
     /// Starts with an empty cache.
     pub fn new(options: MaterializeOptions) -> Self {
+        let piece_bytes = options.cache_bytes / 4;
         Self {
             engine: options.engine.engine(),
-            cache: Cache::new(options.cache_bytes),
+            cache: Cache::new(options.cache_bytes - piece_bytes),
+            taken_bytes: Mutex::default(),
+            pieces: Arc::new(Pieces::new(piece_bytes)),
             prepared: PreparedRecords::new(options.working_bytes / 8),
             memory: Budget::new(options.working_bytes - options.working_bytes / 8),
             processors: Budget::new(options.threads.max(1) as u64),
@@ -132,9 +160,17 @@ impl Materializer {
         }
     }
 
-    /// What the cache holds and has done.
+    /// What is kept and what that has done: the cache, and the pieces decoded ahead.
     pub fn cache_stats(&self) -> CacheStats {
-        self.cache.stats()
+        let (bytes, entries, hits) = self.pieces.stats();
+        let cache = self.cache.stats();
+        CacheStats {
+            hits: cache.hits + hits,
+            bytes: cache.bytes + bytes,
+            entries: cache.entries + entries,
+            budget_bytes: cache.budget_bytes + self.pieces.most_bytes(),
+            ..cache
+        }
     }
 
     /// [`Self::read_for`] a reader that has no memory of its own.
@@ -159,26 +195,107 @@ impl Materializer {
         self.read_for(Keeper::Reader, archive, file, offset_bytes, out)
     }
 
-    /// Decodes the bytes `offset_bytes..offset_bytes + length_bytes` of a file into the cache when processors have nothing
-    /// else to do, and returns when that is done. What does not decode is passed over: whoever needs it will be told.
-    pub fn decode_ahead(&self, archive: &Archive, file: usize, offset_bytes: u64, length_bytes: u64) {
+    /// Decodes the bytes `offset_bytes..offset_bytes + length_bytes` of a file when processors have nothing else to do, for a
+    /// reader that keeps them or not, and returns when that is done. What does not decode is passed over: whoever needs it
+    /// will be told.
+    pub fn decode_ahead(&self, keeper: Keeper, archive: &Archive, file: usize, offset_bytes: u64, length_bytes: u64) {
+        let end = offset_bytes.saturating_add(length_bytes).min(archive.files()[file].length_bytes);
+        let mut offset = offset_bytes;
+        while offset < end {
+            let length = PIECE_BYTES.min((end - offset) as usize);
+            let decoded = match keeper {
+                Keeper::Reader => self.decode_piece_ahead(archive, file, offset, length),
+                Keeper::Cache => self.decode_tensors_ahead(archive, file, offset, length),
+            };
+            if let Err(error) = decoded {
+                log::debug!("decoding ahead: {error}");
+            }
+            offset += length as u64;
+        }
+    }
+
+    /// Decodes what has no piece yet into one. Tensors that are decoded whole lie side by side anyway.
+    fn decode_piece_ahead(
+        &self,
+        archive: &Archive,
+        file: usize,
+        offset: u64,
+        length: usize,
+    ) -> Result<(), MaterializeError> {
+        if let Some((address, part, _)) = self.whole_tensor_around(archive, file, offset, length)? {
+            return self.decode_whole_ahead(archive, address, &part[address.part as usize]);
+        }
+        self.processors.wait_until_idle();
+        let fill = |out: &mut [u8]| self.read_range(Keeper::Reader, archive, file, offset, out);
+        if self.pieces.make((archive.instance(), file, offset), length, fill)? {
+            METRICS.decoded_ahead_bytes.add(length as u64);
+        }
+        Ok(())
+    }
+
+    /// Decodes the tensors of a range into the cache.
+    fn decode_tensors_ahead(
+        &self,
+        archive: &Archive,
+        file: usize,
+        offset: u64,
+        length: usize,
+    ) -> Result<(), MaterializeError> {
         let entry = &archive.files()[file];
         let header_bytes = entry.header.len() as u64;
-        let end = offset_bytes.saturating_add(length_bytes).min(entry.length_bytes).saturating_sub(header_bytes);
-        let mut offset = offset_bytes.saturating_sub(header_bytes);
+        let end = (offset + length as u64).saturating_sub(header_bytes);
+        let mut offset = offset.saturating_sub(header_bytes);
         for tensor in first_tensor_at(archive, file, offset)..entry.tensors.len() {
             let info = &entry.tensors[tensor];
             if info.offset_bytes >= end {
-                return;
+                break;
             }
             let within = offset - info.offset_bytes;
             let wanted = info.length_bytes.min(end - info.offset_bytes) - within;
-            let address = archive.address(file, tensor);
-            if let Err(error) = self.decode_tensor_ahead(archive, address, within, wanted) {
-                log::debug!("decoding ahead: {error}");
-            }
+            self.decode_tensor_ahead(archive, archive.address(file, tensor), within, wanted)?;
             offset += wanted;
         }
+        Ok(())
+    }
+
+    /// The bytes `offset_bytes..offset_bytes + length` of a file, which must lie inside it, where they have been decoded and
+    /// lie side by side; waits where they are being decoded so. `None` means that they must be read.
+    pub fn decoded(&self, archive: &Archive, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
+        if let Some(found) = self.pieces.find((archive.instance(), file, offset_bytes), length, length) {
+            return Some(found);
+        }
+        let (address, _, within) = self.whole_tensor_around(archive, file, offset_bytes, length).ok()??;
+        let from = usize::try_from(within).ok()?;
+        Some(Decoded::part_of(self.whole_if_known(archive, address)?, from..from + length))
+    }
+
+    /// [`Self::decoded`] where that takes no time at all.
+    pub fn decoded_already(&self, archive: &Archive, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
+        self.pieces.find_made((archive.instance(), file, offset_bytes), length)
+    }
+
+    /// The tensor that all of a range belongs to, its record, and where in it the range begins; `None` if there is none, or it
+    /// is not decoded whole.
+    #[allow(clippy::type_complexity)] // named where it is taken apart
+    fn whole_tensor_around(
+        &self,
+        archive: &Archive,
+        file: usize,
+        offset: u64,
+        length: usize,
+    ) -> Result<Option<(PartAddress, Arc<PreparedRecord>, u64)>, MaterializeError> {
+        let entry = &archive.files()[file];
+        let Some(offset) = offset.checked_sub(entry.header.len() as u64) else { return Ok(None) };
+        let tensor = first_tensor_at(archive, file, offset);
+        let Some(info) = entry.tensors.get(tensor) else { return Ok(None) };
+        let within = offset - info.offset_bytes;
+        if within + length as u64 > info.length_bytes {
+            return Ok(None);
+        }
+        let address = archive.address(file, tensor);
+        let record = self.prepared.get(archive, address.record)?;
+        let is_whole = is_decoded_whole(archive, address, &record[address.part as usize]);
+        Ok(is_whole.then_some((address, record, within)))
     }
 
     /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
@@ -191,10 +308,37 @@ impl Materializer {
         offset_bytes: u64,
         out: &mut [u8],
     ) -> Result<usize, MaterializeError> {
-        let entry = &archive.files()[file];
-        let available = entry.length_bytes.saturating_sub(offset_bytes);
+        let available = archive.files()[file].length_bytes.saturating_sub(offset_bytes);
         let length = available.min(out.len() as u64) as usize;
         let mut out = &mut out[..length];
+        let mut offset = offset_bytes;
+        while !out.is_empty() {
+            let place = (archive.instance(), file, offset);
+            let taken = if let Some(found) = self.pieces.find(place, 1, out.len()) {
+                out[..found.len()].copy_from_slice(&found);
+                found.len()
+            } else {
+                let to_next = self.pieces.next_start(place).map_or(u64::MAX, |start| start.max(offset + 1) - offset);
+                let taken = to_next.min(out.len() as u64) as usize;
+                self.read_range(keeper, archive, file, offset, &mut out[..taken])?;
+                taken
+            };
+            out = &mut out[taken..];
+            offset += taken as u64;
+        }
+        Ok(length)
+    }
+
+    /// Fills `out` with the bytes of a file from `offset_bytes` on, which must lie inside it, from no piece.
+    fn read_range(
+        &self,
+        keeper: Keeper,
+        archive: &Archive,
+        file: usize,
+        offset_bytes: u64,
+        mut out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let entry = &archive.files()[file];
         let header_bytes = entry.header.len() as u64;
         if offset_bytes < header_bytes && !out.is_empty() {
             let header = &entry.header[offset_bytes as usize..];
@@ -214,7 +358,30 @@ impl Materializer {
             data_offset += wanted as u64;
             tensor += 1;
         }
-        Ok(length)
+        Ok(())
+    }
+
+    /// Fills `out`, which must lie inside file `file`, from `offset_bytes` on, on several threads.
+    pub fn read_in_parallel(
+        &self,
+        archive: &Archive,
+        file: usize,
+        offset_bytes: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let threads = self.processors.total() as usize;
+        let piece_bytes = out.len().div_ceil(threads).max(strips::TOGETHER_BYTES);
+        thread::scope(|scope| {
+            let readers: Vec<_> = out
+                .chunks_mut(piece_bytes)
+                .enumerate()
+                .map(|(piece, out)| {
+                    let first = offset_bytes + (piece * piece_bytes) as u64;
+                    scope.spawn(move || self.read(archive, file, first, out).map(drop))
+                })
+                .collect();
+            readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
+        })
     }
 
     /// Fills `out` with the bytes of one tensor from `offset` on; they must lie inside it.
@@ -231,6 +398,9 @@ impl Materializer {
         }
         let record = self.prepared.get(archive, address.record)?;
         let part = &record[address.part as usize];
+        if let Some((base, place)) = identical_to(archive, part) {
+            return self.read_tensor(keeper, base, place, offset, out); // nothing of it is kept twice
+        }
         if is_decoded_whole(archive, address, part) {
             self.read_whole(archive, address, part, offset, out)
         } else {
@@ -250,6 +420,9 @@ impl Materializer {
         }
         let record = self.prepared.get(archive, address.record)?;
         let part = &record[address.part as usize];
+        if let Some((base, place)) = identical_to(archive, part) {
+            return self.decode_tensor_ahead(base, place, offset, length);
+        }
         if is_decoded_whole(archive, address, part) {
             self.decode_whole_ahead(archive, address, part)
         } else {
@@ -257,10 +430,12 @@ impl Materializer {
         }
     }
 
-    fn take_memory(&self, bytes: u64) -> Share<'_> {
+    /// Takes working memory; where all of it does not suffice, the cache lends the rest.
+    fn take_memory(&self, bytes: u64) -> (Share<'_>, Option<Loan<'_, UnitKey>>) {
         let share = self.memory.take(bytes);
         METRICS.memory_waits.add(share.has_waited().into());
-        share
+        let missing = bytes.saturating_sub(self.memory.total()); // whoever misses some has all, and borrows alone
+        (share, (missing > 0).then(|| self.cache.lend(missing)))
     }
 
     /// Decodes whole strips of a part that lie side by side, from number `first` on, each into one of `outs`. The caller
@@ -276,6 +451,11 @@ impl Materializer {
     ) -> Result<(), MaterializeError> {
         let bytes: usize = outs.iter().map(|out| out.len()).sum();
         let last = first + outs.len() - 1;
+        let of_base = match part.based() {
+            Some(based) => Some(self.base_bytes(archive, based.reference, part.output_range(first..last + 1))?),
+            None => None,
+        };
+        let reference = of_base.as_deref().or(reference);
         let (start, end) = (part.strip_range(first).start, part.strip_range(last).end);
         let length = (end - start) as usize;
         let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
@@ -318,7 +498,7 @@ fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
 
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
     match part.kind() {
-        PartKind::Raw | PartKind::Split { .. } => false,
+        PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => false,
         PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
     }
 }

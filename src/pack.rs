@@ -5,16 +5,19 @@
 //!
 //! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]); a sample of it in the
 //! [`survey`], on which step and tables are found ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`],
-//! [`mode_decision`], [`align`]), strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
+//! [`mode_decision`], [`align`]), or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
 
 pub mod align;
+pub mod base;
 pub mod calibration;
 pub mod counting;
+pub mod difference;
 pub mod encode;
 pub mod entropy_model;
 pub mod histogram;
 pub mod keep;
 pub mod lossless;
+pub mod low_rank;
 pub mod mode_decision;
 pub mod options;
 pub mod part;
@@ -30,3 +33,6 @@ pub mod survey;
 pub mod symbols;
 pub mod treatment;
 pub mod trellis_search;
+pub mod unit_symbols;
+pub mod vectors;
+pub mod zoo;

@@ -57,7 +57,8 @@ impl Work {
     /// Packs at a rate, unpacks, and gives the unpacked checkpoint.
     fn packed(&self, name: &str, options: &[&str]) -> PathBuf {
         let (packed, unpacked) = (self.path(&format!("{name}.packed")), self.path(name));
-        let mut arguments = arguments!["pack", &self.checkpoint, &packed, "--bpp", "3"].to_vec();
+        let mut arguments =
+            arguments!["pack", &self.checkpoint, &packed, "--bpp", "4", "--keep", "embeddings.*=lossless"].to_vec();
         arguments.extend(options.iter().map(Into::into));
         mcwcfs_ok(arguments);
         mcwcfs_ok(arguments!["unpack", &packed, &unpacked]);

@@ -4,11 +4,11 @@ mod common;
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use common::archives::{RECIPES, ReadError, Recipe, decode, read_in_windows};
+use common::archives::{RECIPES, ReadError, Recipe, VARIANTS, decode, read_in_windows};
 use mcwcfs::materialize::EngineChoice;
 
 /// Not a multiple of anything: windows start and end inside strips and tensors.
@@ -23,8 +23,12 @@ struct Sound {
 
 impl Sound {
     fn new(recipe: &Recipe) -> Self {
+        Self::packed_by(|directory| recipe.pack(directory))
+    }
+
+    fn packed_by(pack: impl FnOnce(&Path) -> PathBuf) -> Self {
         let scratch = tempfile::tempdir().expect("a directory");
-        let path = recipe.pack(scratch.path());
+        let path = pack(scratch.path());
         let files = decode(&path, EngineChoice::Reference).into_iter().map(|(_, bytes)| bytes).collect();
         Self { archive: fs::read(path).expect("the archive"), files, scratch }
     }
@@ -91,8 +95,7 @@ fn assert_clear(error: &ReadError, what: &str) {
     assert!(message.contains("damaged-") && message.lines().count() == 1, "{what}: {message}");
 }
 
-fn assert_every_changed_byte_is_noticed(recipe: &Recipe) {
-    let sound = Sound::new(recipe);
+fn assert_every_changed_byte_is_noticed(name: &str, sound: &Sound) {
     assert!(sound.check(&sound.scratch.path().join("damaged-not"), &sound.archive, "the sound archive"));
     // One bit, another bit, all bits: the masks go round, so that each field meets each of them.
     let masks = [0x01, 0x80, 0xff, 0x10];
@@ -100,17 +103,15 @@ fn assert_every_changed_byte_is_noticed(recipe: &Recipe) {
         let mask = masks[position % masks.len()];
         let mut damaged = sound.archive.clone();
         damaged[position] ^= mask;
-        (damaged, format!("{}: byte {position} xor {mask:#04x}", recipe.name))
+        (damaged, format!("{name}: byte {position} xor {mask:#04x}"))
     });
     assert_eq!(intact, 0, "every byte of the file is covered by a checksum");
 }
 
-fn assert_every_truncation_is_refused(recipe: &Recipe) {
-    let sound = Sound::new(recipe);
+fn assert_every_truncation_is_refused(name: &str, sound: &Sound) {
     let count = sound.archive.len();
-    let intact = sound.check_all(count, |length| {
-        (sound.archive[..length].to_vec(), format!("{}: cut to {length} bytes", recipe.name))
-    });
+    let intact =
+        sound.check_all(count, |length| (sound.archive[..length].to_vec(), format!("{name}: cut to {length} bytes")));
     assert_eq!(intact, 0, "the preamble states the length");
     let longer = [&sound.archive[..], &[0]].concat();
     assert!(!sound.check(&sound.scratch.path().join("damaged-longer"), &longer, "one byte more"));
@@ -123,12 +124,12 @@ macro_rules! for_each_recipe {
 
             #[test]
             fn every_changed_byte_is_noticed() {
-                assert_every_changed_byte_is_noticed(&RECIPES[$number]);
+                assert_every_changed_byte_is_noticed(RECIPES[$number].name, &Sound::new(&RECIPES[$number]));
             }
 
             #[test]
             fn every_truncation_is_refused() {
-                assert_every_truncation_is_refused(&RECIPES[$number]);
+                assert_every_truncation_is_refused(RECIPES[$number].name, &Sound::new(&RECIPES[$number]));
             }
         }
     )* };
@@ -141,6 +142,28 @@ for_each_recipe! {
     lossy_scalar_steps_per_run: 3,
     lossy_trellis_shared: 4,
     lossy_fine_steps: 5,
+    lossy_vectors: 6,
+    lossless_units: 7,
+}
+
+mod variant {
+    use super::*;
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        for recipe in VARIANTS {
+            let sound = Sound::packed_by(|directory| recipe.pack(directory));
+            assert_every_changed_byte_is_noticed(recipe.variant.name, &sound);
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        for recipe in VARIANTS {
+            let sound = Sound::packed_by(|directory| recipe.pack(directory));
+            assert_every_truncation_is_refused(recipe.variant.name, &sound);
+        }
+    }
 }
 
 /// Bytes exchanged between sound archives are no mixture of both.

@@ -18,7 +18,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use common::archives::{LARGE_RECIPES, RECIPES, decode};
+use common::archives::{LARGE_RECIPES, RECIPES, VARIANTS, decode};
 use mcwcfs::materialize::EngineChoice;
 use sha2::{Digest, Sha256};
 
@@ -34,14 +34,27 @@ fn hex_sha256(bytes: &[u8]) -> String {
 fn add_missing() {
     let Ok(version) = std::env::var("MCWCFS_ADD_GOLDEN") else { return };
     fs::create_dir_all(golden()).expect("tests/golden");
-    for recipe in RECIPES.iter().chain(LARGE_RECIPES) {
-        let name = format!("{version}-{}.mcwc", recipe.name);
+    let scratch = tempfile::tempdir().expect("a directory");
+    let alone = RECIPES.iter().chain(LARGE_RECIPES).map(|recipe| (recipe.name, None));
+    // A base before its variant.
+    let variants =
+        VARIANTS.iter().flat_map(|recipe| [recipe.base.name, recipe.variant.name].map(|n| (n, Some(recipe))));
+    for (recipe_name, variant) in alone.chain(variants) {
+        let name = format!("{version}-{recipe_name}.mcwc");
         let path = golden().join(&name);
         if path.exists() {
             continue;
         }
-        let scratch = tempfile::tempdir().expect("a directory");
-        fs::copy(recipe.pack(scratch.path()), &path).expect("a golden archive");
+        let packed = scratch.path().join(format!("{recipe_name}.mcwc"));
+        match variant {
+            Some(_) if packed.exists() => {}
+            Some(variant) => drop(variant.pack(scratch.path())),
+            None => {
+                let mut recipes = RECIPES.iter().chain(LARGE_RECIPES);
+                recipes.find(|recipe| recipe.name == recipe_name).expect("listed").pack(scratch.path());
+            }
+        }
+        fs::copy(packed, &path).expect("a golden archive");
         let sums = OpenOptions::new().append(true).create(true).open(golden().join("SHA256SUMS"));
         let mut sums = sums.expect("tests/golden/SHA256SUMS");
         for (file, bytes) in decode(&path, EngineChoice::Reference) {
@@ -73,7 +86,10 @@ fn golden_archives_decode_to_their_digests_on_every_engine() {
             }
         }
         let found: BTreeMap<&str, &str> = found.iter().map(|(name, digest)| (name.as_str(), digest.as_str())).collect();
-        assert!(found.len() >= RECIPES.len() + LARGE_RECIPES.len(), "an archive of every kind: {found:#?}");
+        assert!(
+            found.len() >= RECIPES.len() + LARGE_RECIPES.len() + 2 * VARIANTS.len(),
+            "an archive of every kind: {found:#?}"
+        );
         assert_eq!(found, expected, "{engine:?}");
     }
 }

@@ -104,6 +104,31 @@ fn a_mask_between_the_weights_stays_bit_exact_and_spoils_no_weight() {
 }
 
 #[test]
+fn residual_vectors_meet_a_rate_from_below_and_refuse_what_they_cannot() {
+    let work = medium();
+    let error = |bits: f64| {
+        let report =
+            work.pack("vectors", &["--bpp", &bits.to_string(), "--quantization", "residual-vector", "--force"]);
+        let found = number(&report["bits_per_parameter"]);
+        assert!(found <= bits && found > 0.85 * bits, "{bits}: {found}");
+        number(&report["relative_squared_error"])
+    };
+    let (coarse, fine) = (error(4.0), error(6.0));
+    assert!(fine < 0.2 * coarse, "{fine} and {coarse}");
+    for (options, says) in [
+        (["--max-rel-mse", "0.01"], "expected --bpp"),
+        (["--bpp", "1"], "vectors of 16 elements take"),
+        (["--bpp", "11"], "the shortest vectors take"),
+    ] {
+        let mut arguments = arguments!["pack", &work.checkpoint, work.archive("refused")].to_vec();
+        arguments.extend(options.iter().chain(&["--quantization", "residual-vector"]).map(Into::into));
+        let output = mcwcfs(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(says), "{options:?}: {said}");
+    }
+}
+
+#[test]
 fn what_cannot_be_meant_is_refused() {
     let work = Work::new(Bert::default());
     let refused = |options: &[&str], says: &str| {

@@ -9,6 +9,9 @@ use std::process::Command;
 
 use common::archives::RECIPES;
 use common::{Bert, Random, Tensor, assert_same_directories, files_below, mcwcfs, mcwcfs_ok, safetensors};
+use mcwcfs::archive::content_id;
+use mcwcfs::format::index::Index;
+use mcwcfs::format::preamble::Preamble;
 use serde_json::Value;
 
 /// A checkpoint directory and the directory it was packed into.
@@ -116,11 +119,11 @@ fn a_long_file_unpacks_to_its_bytes_on_any_number_of_threads_checked_or_not() {
     fs::write(&original, safetensors(&[Tensor::raw("bytes", "U8", &[bytes.len()], bytes)])).expect("a checkpoint");
     mcwcfs_ok(arguments!["pack", &original, &archive]);
     for threads in ["1", "2", "3", "8"] {
-        for (unchecked, digests) in [(&[][..], 1), (&["--skip-sha256"][..], 0)] {
+        for (unchecked, digests) in [(&[][..], 1), (&["--skip-digests"][..], 0)] {
             let mut unpack = arguments!["unpack", "--json", "--force", "--threads", threads, &archive, &out].to_vec();
             unpack.extend(unchecked.iter().map(Into::into));
             let written = json(&mcwcfs_ok(unpack));
-            assert_eq!(written.to_string().matches("sha256").count(), digests, "{written}");
+            assert_eq!(written.to_string().matches("blake3").count(), digests, "{written}");
             assert!(fs::read(&out).expect("the file") == fs::read(&original).expect("it"), "{threads} threads");
         }
     }
@@ -132,7 +135,7 @@ fn a_long_file_unpacks_to_its_bytes_on_any_number_of_threads_checked_or_not() {
     fs::write(&archive, bytes).expect("the archive");
     fs::remove_file(&out).expect("it is there");
     for threads in ["1", "2", "3"] {
-        let said = fails(1, &arguments!["unpack", "--skip-sha256", "--threads", threads, &archive, &out]);
+        let said = fails(1, &arguments!["unpack", "--skip-digests", "--threads", threads, &archive, &out]);
         assert!(said.contains("CRC-32C"), "{said}");
         assert_eq!(files_below(work.path()).len(), 2, "nothing but the original and the archive");
     }
@@ -176,6 +179,30 @@ fn a_damaged_archive_is_reported_by_verify_and_leaves_nothing_when_unpacked() {
     let said = fails(1, &arguments!["unpack", packed.archive(), &out]);
     assert!(said.contains("model.mcwc") && said.trim_end().lines().count() == 1, "{said}");
     assert!(files_below(&out).is_empty(), "{:?}", files_below(&out));
+}
+
+#[test]
+fn a_file_with_another_digest_than_the_index_states_gets_no_name() {
+    let packed = Packed::new(&[]);
+    let bytes = fs::read(packed.archive()).expect("the archive");
+    let preamble = Preamble::parse(&bytes[..64], bytes.len() as u64).expect("a sound preamble");
+    let (records, stored) = bytes.split_at(preamble.index_offset as usize);
+    let mut index = Index::parse(stored, &preamble).expect("a sound index");
+    let digest = index.files[0].decoded_blake3.expect("archives have one");
+    for (stated, name) in [(None, "SHA-256"), (Some(digest.map(|byte| !byte)), "BLAKE3")] {
+        index.files[0].decoded_blake3 = stated;
+        index.files[0].decoded_sha256[0] ^= 1; // wrong, then right again
+        index.content_id = content_id(std::iter::once(index.files[0].decoded_sha256));
+        let (preamble, stored) = index.write(records.len() as u64);
+        let other = packed.path("other.mcwc");
+        fs::write(&other, [&preamble.write(), &records[64..], &stored].concat()).expect("the archive");
+        assert!(fails(3, &arguments!["verify", &other]).contains(name));
+        let out = packed.path("out");
+        let said = fails(1, &arguments!["unpack", &other, &out]);
+        assert!(said.contains(&format!("the decoded file has {name} ")), "{said}");
+        assert!(files_below(&out).is_empty(), "{:?}", files_below(&out));
+        mcwcfs_ok(arguments!["unpack", "--skip-digests", &other, &packed.path(name)]);
+    }
 }
 
 #[test]
@@ -275,6 +302,22 @@ fn output_inside_the_input_is_refused_however_it_is_named() {
     }
     assert!(!packed.checkpoint.join("new").exists());
     mcwcfs_ok(arguments!["pack", &packed.checkpoint, packed.checkpoint.join("model.mcwc")]);
+}
+
+#[test]
+fn paths_of_the_wrong_kind_are_named_with_what_was_expected() {
+    let packed = Packed::new(&[]);
+    let file = packed.checkpoint.join("model.safetensors");
+    let out = packed.path("other.safetensors");
+    let said = fails(1, &arguments!["pack", &file, &out]);
+    assert!(said.contains("expected a .mcwc file or a directory") && !out.exists(), "{said}");
+    fs::write(&out, "a file").expect("a file");
+    fails(1, &arguments!["pack", &file, &out, "--force"]);
+    assert_eq!(fs::read(&out).expect("the file"), b"a file");
+    for command in ["inspect", "bench"] {
+        let said = fails(1, &arguments![command, &packed.packed]);
+        assert!(said.contains("is a directory, expected an archive"), "{said}");
+    }
 }
 
 #[test]

@@ -1,15 +1,19 @@
-//! Decodes whole files of an archive in order, on several threads, in little memory: what `verify` and `unpack` share.
+//! Decodes whole files of an archive on several threads, in little memory: what `verify` and `unpack` share.
 
 use std::panic::resume_unwind;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
 use std::thread;
+
+use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 
 use crate::archive::Archive;
 use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
 use crate::tensor::TensorInfo;
 
-/// Bytes that one thread decodes at a time: many strips, few of them shared with the neighbours.
+/// Bytes that one thread decodes at a time: many strips, few of them shared with the neighbours. A power of two, so that
+/// a window is a subtree of BLAKE3.
 pub const WINDOW_BYTES: u64 = 4 << 20;
 /// Least budget for decoded tensors that others are predicted from.
 const CACHE_BYTES: u64 = 512 << 20;
@@ -21,6 +25,45 @@ pub fn sequential_materializer(archive: &Archive, engine: EngineChoice, threads:
     let largest = archive.files().iter().flat_map(|file| &file.tensors).map(|tensor| tensor.length_bytes).max();
     let cache_bytes = CACHE_BYTES.max(largest.unwrap_or(0).saturating_mul(4));
     Materializer::new(MaterializeOptions { cache_bytes, engine, threads, ..MaterializeOptions::default() })
+}
+
+/// Decodes file number `file` of `archive` on `threads` threads. `place` is given every window with its offset, by the thread
+/// that decoded it, in any order and several at once.
+///
+/// Memory stays within a window per thread and the materializer's cache.
+///
+/// # Errors
+/// One of decoding or `place`.
+pub fn decode_in_any_order<E: From<MaterializeError> + Send>(
+    materializer: &Materializer,
+    archive: &Arc<Archive>,
+    file: usize,
+    threads: usize,
+    place: impl Fn(u64, &[u8]) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let length = archive.files()[file].length_bytes;
+    let windows = length.div_ceil(WINDOW_BYTES);
+    let next = AtomicU64::new(0);
+    let work = || {
+        let mut bytes = Vec::new();
+        loop {
+            let window = next.fetch_add(1, Ordering::Relaxed);
+            if window >= windows {
+                return Ok(());
+            }
+            let offset = window * WINDOW_BYTES;
+            bytes.resize(WINDOW_BYTES.min(length - offset) as usize, 0);
+            let read = materializer.read_once(archive, file, offset, &mut bytes);
+            if let Err(error) = read.map_err(E::from).and_then(|_| place(offset, &bytes)) {
+                next.store(windows, Ordering::Relaxed); // nobody starts another
+                return Err(error);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let running: Vec<_> = (0..windows.min(threads.max(1) as u64)).map(|_| scope.spawn(work)).collect();
+        running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
 }
 
 /// Decodes file number `file` of `archive` on `threads` threads. `place` is given every window with its offset, by the thread
@@ -77,6 +120,56 @@ pub fn decode_in_order<E: From<MaterializeError> + Send>(
     })
 }
 
+/// What a window adds to the digest, once it is there.
+type Window = OnceLock<ChainingValue>;
+
+/// BLAKE3 of a file from its windows, which may come in any order and several at once.
+#[derive(Debug)]
+pub struct WindowDigests {
+    length: u64,
+    /// Chaining values; of a file of one window, its hash.
+    windows: Vec<Window>,
+}
+
+impl WindowDigests {
+    /// For a file of `length` bytes.
+    pub fn new(length: u64) -> Self {
+        Self { length, windows: vec![Window::new(); length.div_ceil(WINDOW_BYTES) as usize] }
+    }
+
+    /// Hashes the window that starts at `offset`; it is not looked at twice.
+    pub fn add(&self, offset: u64, window: &[u8]) {
+        self.windows[(offset / WINDOW_BYTES) as usize].get_or_init(|| match self.length {
+            ..=WINDOW_BYTES => *blake3::hash(window).as_bytes(),
+            _ => blake3::Hasher::new().set_input_offset(offset).update(window).finalize_non_root(),
+        });
+    }
+
+    /// The digest of the file, all of whose windows were added.
+    pub fn digest(&self) -> [u8; 32] {
+        match halves(&self.windows) {
+            None => self.windows.first().map_or(*blake3::hash(&[]).as_bytes(), added),
+            Some((left, right)) => *merge_subtrees_root(&merged(left), &merged(right), Mode::Hash).as_bytes(),
+        }
+    }
+}
+
+fn added(window: &Window) -> ChainingValue {
+    *window.get().expect("every window was added")
+}
+
+fn merged(windows: &[Window]) -> ChainingValue {
+    match halves(windows) {
+        None => added(&windows[0]),
+        Some((left, right)) => merge_subtrees_non_root(&merged(left), &merged(right), Mode::Hash),
+    }
+}
+
+/// Where BLAKE3 divides a tree of two windows or more: on the left is the largest power of two that leaves some.
+fn halves(windows: &[Window]) -> Option<(&[Window], &[Window])> {
+    (windows.len() > 1).then(|| windows.split_at(windows.len().next_power_of_two() / 2))
+}
+
 /// Follows the bytes of a safetensors file as they go by and says which belong to the header and which to which tensor.
 #[derive(Debug)]
 pub struct TensorCursor<'a> {
@@ -125,6 +218,20 @@ impl<'a> TensorCursor<'a> {
 mod tests {
     use super::*;
     use crate::tensor::Dtype;
+
+    #[test]
+    fn windows_in_any_order_give_the_digest_of_the_file() {
+        let window = WINDOW_BYTES as usize;
+        let bytes: Vec<u8> = (0..6 * window + 5).map(|at| ((at * at) >> 7) as u8).collect();
+        for length in [0, 1, window - 1, window, window + 1, 3 * window, 4 * window, 5 * window + 1024, bytes.len()] {
+            let file = &bytes[..length];
+            let digests = WindowDigests::new(length as u64);
+            for (number, bytes) in file.chunks(window).enumerate().rev() {
+                digests.add(number as u64 * WINDOW_BYTES, bytes);
+            }
+            assert_eq!(digests.digest(), *blake3::hash(file).as_bytes(), "{length} bytes");
+        }
+    }
 
     #[test]
     fn a_cursor_gives_each_byte_to_its_tensor_and_skips_empty_ones() {

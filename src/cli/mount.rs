@@ -15,7 +15,7 @@ use log::LevelFilter;
 use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
-use crate::daemon::{self, DaemonError, DecodedCache, MemoryPlan, ServeOptions};
+use crate::daemon::{self, DaemonError, DecodedCache, LEAST_LIMIT_BYTES, MemoryPlan, ServeOptions};
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
@@ -33,13 +33,13 @@ const READAHEAD_KIB: u32 = 1024;
 /// How often the source is listed again where nobody says.
 const RESCAN_SECONDS: u64 = 10;
 
-/// Mounts a directory of archives: each shows its .safetensors files, decoded as they are read.
+/// Mount a directory of archives: each shows its .safetensors files, decoded as they are read.
 #[derive(Args, Clone, Debug)]
 pub struct MountArgs {
     /// Directory with archives and whatever lies beside them
     #[arg(value_name = "SRC")]
     source: PathBuf,
-    /// Empty directory that will show it
+    /// Directory that will show it; what is in there now is hidden meanwhile
     #[arg(value_name = "MNT")]
     mountpoint: PathBuf,
     /// Stay in the foreground; without this, return once the mount answers
@@ -55,9 +55,9 @@ pub struct MountArgs {
 /// What `-o` can say too.
 #[derive(Args, Clone, Debug, Default)]
 struct MountFlags {
-    /// Memory for everything that is decoded, kept or on its way to readers [default: half of the machine's, or three
-    /// quarters of what the control group allows]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    /// Memory for everything that is decoded, kept or on its way to readers, 32 MiB or more [default: half of the
+    /// machine's, or three quarters of what the control group allows]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_limit)]
     memory_limit: Option<u64>,
     /// The part of it for decoded weights that are kept [default: a half]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -69,6 +69,9 @@ struct MountFlags {
     /// after a restart, read them at the speed of that disk, as root without coming here at all
     #[arg(long, value_name = "DIR[:SIZE]", value_parser = parse_decoded_cache)]
     decoded_cache: Option<DecodedCache>,
+    /// Where to look for the bases of variants, beside SRC: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH", value_parser = parse_absolute)]
+    base_path: Vec<PathBuf>,
     /// How far weights are decoded before they are asked for: off, file (the rest of a file that is being read), or model
     /// (on into the archive's next file) [default: model]
     #[arg(long, value_enum, hide_possible_values = true)]
@@ -176,6 +179,7 @@ fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> Ser
             threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
         },
+        base_paths: flags.base_path,
         decode_ahead: flags.decode_ahead.unwrap_or_default(),
         readahead_kib: flags.readahead.map_or(READAHEAD_KIB, |bytes| (bytes / 1024).try_into().unwrap_or(u32::MAX)),
         rescan_interval: (rescan > 0).then(|| Duration::from_secs(rescan)),
@@ -261,6 +265,7 @@ impl MountFlags {
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
             decoded_cache: self.decoded_cache.or(other.decoded_cache),
+            base_path: if self.base_path.is_empty() { other.base_path } else { self.base_path },
             decode_ahead: self.decode_ahead.or(other.decode_ahead),
             threads: self.threads.or(other.threads),
             readahead: self.readahead.or(other.readahead),
@@ -280,10 +285,21 @@ impl MountFlags {
     }
 }
 
+/// Reads `--memory-limit`.
+fn parse_memory_limit(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes < LEAST_LIMIT_BYTES { Err("expected 32MiB or more".to_owned()) } else { Ok(bytes) }
+}
+
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let port = text.parse().map(|port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     port.or_else(|_| text.parse())
         .map_err(|_| format!("{text:?}: expected a port, or an IP address with one such as 127.0.0.1:9464"))
+}
+
+/// A path made absolute: a daemon has another current directory.
+fn parse_absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| format!("{text:?}: {error}"))
 }
 
 /// `DIR` or `DIR:SIZE`. The directory is made absolute: a daemon has another current directory.
@@ -356,7 +372,7 @@ mod tests {
 
     #[test]
     fn an_option_nobody_knows_is_named() {
-        for text in ["frobnicate", "cache_size=much", "rw", "uid", "help", "suid"] {
+        for text in ["frobnicate", "cache_size=much", "memory_limit=31M", "rw", "uid", "help", "suid"] {
             let message = options(text).unwrap_err();
             assert!(message.starts_with(&format!("-o {text}: ")), "{message}");
             assert_eq!(message.lines().count(), 1);

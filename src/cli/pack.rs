@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
+use crate::pack::base::Base;
 use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
@@ -21,7 +22,7 @@ use crate::pack::options::{
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
-/// Packs a checkpoint into a `.mcwc` archive.
+/// Pack a checkpoint into a `.mcwc` archive.
 #[derive(Args, Debug)]
 pub struct PackArgs {
     /// A `.safetensors` file, or a Hugging Face directory.
@@ -36,6 +37,11 @@ pub struct PackArgs {
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
     keep: Vec<KeepRule>,
+    /// A model that this one was made from: an archive, a directory with one, or a checkpoint. Tensors are coded as what
+    /// changed, where that is shorter. The result needs an archive of the base to be read: of exactly this base, for it is named
+    /// by its content.
+    #[arg(long, value_name = "BASE")]
+    base: Option<PathBuf>,
     /// How much time packing may take.
     #[arg(long, value_enum, default_value_t)]
     effort: Effort,
@@ -65,8 +71,12 @@ pub struct PackArgs {
     #[arg(long)]
     no_rate_aware_rounding: bool,
     /// Embeddings and output heads get a step this many times finer.
-    #[arg(long, value_name = "TIMES", default_value_t = 1.4, value_parser = refinement)]
+    #[arg(long, value_name = "TIMES", default_value_t = 1.2, value_parser = refinement)]
     embedding_refinement: f32,
+    /// Pack a checkpoint that was quantized before (GPTQ, AWQ, FP8 and others) with losses: what is quantized in it stays
+    /// bit-exact, its other matrices lose.
+    #[arg(long)]
+    force_requantize: bool,
     /// Threads; all cores by default. The archive is the same for any number.
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<usize>,
@@ -158,6 +168,12 @@ pub enum PackCommandError {
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
+    /// A file name for the output, where it would become a directory.
+    #[error("{0}: named like a file, expected a .mcwc file or a directory")]
+    OddName(PathBuf),
+    /// A zoo without checkpoints.
+    #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
+    NoCheckpoints(PathBuf),
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -198,6 +214,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         trellis_states: args.trellis_states,
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
+        force_requantize: args.force_requantize,
         stats: args.stats,
     };
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
@@ -211,7 +228,8 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         destination.refuse_existing(&checkpoint.sidecars)?;
     }
     let progress = Bar::new()?;
-    let mut encoder = Encoder::new(&checkpoint, &options, &progress);
+    let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
+    let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
     if let Some(source) = args.calibration.source() {
         encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);
     }
@@ -248,20 +266,25 @@ fn warn_of_damage(report: &PackReport) {
 }
 
 /// Where the output goes.
-struct Destination {
-    archive: PathBuf,
+pub(super) struct Destination {
+    pub(super) archive: PathBuf,
     /// Receives sidecars; absent where a file was named.
     directory: Option<PathBuf>,
 }
 
 impl Destination {
-    fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
+    pub(super) fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
         let names_archive = output.extension().is_some_and(|extension| extension == "mcwc");
         if names_archive && !output.is_dir() {
             if !checkpoint.sidecars.is_empty() {
                 log::info!("{} sidecars are not packed: name a directory to copy them", checkpoint.sidecars.len());
             }
             return Ok(Self { archive: output.to_owned(), directory: None });
+        }
+        if output.is_file()
+            || output.extension().is_some_and(|extension| extension == "safetensors") && !output.is_dir()
+        {
+            return Err(PackCommandError::OddName(output.to_owned()));
         }
         let is_inside = |input: PathBuf| input.is_dir() && lies_inside(output, &input);
         if checkpoint.path.canonicalize().is_ok_and(is_inside) {
@@ -283,7 +306,12 @@ impl Destination {
     }
 
     /// Packs, copies the sidecars, and gives the archive its name last: what fails before leaves nothing behind.
-    fn fill(&self, encoder: &Encoder<'_>, sidecars: &[Sidecar], force: bool) -> Result<PackReport, PackCommandError> {
+    pub(super) fn fill(
+        &self,
+        encoder: &Encoder<'_>,
+        sidecars: &[Sidecar],
+        force: bool,
+    ) -> Result<PackReport, PackCommandError> {
         let Some(directory) = &self.directory else {
             return Ok(encoder.pack(&self.archive, force)?);
         };
@@ -300,7 +328,7 @@ impl Destination {
     }
 }
 
-fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
+pub(super) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
     let path = path.to_owned();
     move |source| PackCommandError::Io { path, source }
 }
@@ -324,14 +352,14 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
 }
 
 /// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
-struct Bar {
-    bar: ProgressBar,
+pub(super) struct Bar {
+    pub(super) bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Bar {
     /// From here on, the first signal stops the work in an orderly way, and a second one at once.
-    fn new() -> Result<Self, PackCommandError> {
+    pub(super) fn new() -> Result<Self, PackCommandError> {
         let target =
             if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -366,7 +394,7 @@ impl Progress for Bar {
 }
 
 /// Writes to standard output; a reader that went away is an error, not a panic.
-fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
+pub(super) fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
     let mut output = std::io::stdout().lock();
     write(&mut output).and_then(|()| output.flush()).map_err(PackCommandError::Print)
 }

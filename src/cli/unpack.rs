@@ -1,7 +1,11 @@
-//! `mcwcfs unpack`: real files again. Nothing gets its final name before its SHA-256 is the one that the index states,
+//! `mcwcfs unpack`: real files again. Nothing gets its final name before its digest is the one that the index states,
 //! unless somebody in a hurry says that the checksums of the stored bytes are enough.
+//!
+//! The digest is BLAKE3, which the threads that decode compute together. SHA-256 is one chain, slower than decoding on two
+//! threads; it is computed for archives that have nothing else, and by `verify`.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -15,14 +19,14 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
-use super::decoded::{decode_in_order, sequential_materializer};
+use super::decoded::{WindowDigests, decode_in_any_order, decode_in_order, sequential_materializer};
 use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
-use super::{lies_inside, parse_threads};
-use crate::archive::{Archive, ArchiveError};
+use super::{base_places, lies_inside, parse_threads};
+use crate::archive::{Archive, ArchiveError, Bases};
 use crate::materialize::{EngineChoice, MaterializeError};
 
-/// Writes the files of archives as they were before packing.
+/// Write the files of archives as they were before packing.
 #[derive(Debug, Args)]
 pub struct UnpackArgs {
     /// An archive, or a directory of archives and sidecars
@@ -31,15 +35,18 @@ pub struct UnpackArgs {
     /// Directory to write into; for an archive of one file, a path that ends in .safetensors is that file
     #[arg(value_name = "OUT")]
     pub output: PathBuf,
+    /// Where to look for the bases of variants, beside the same tree: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH")]
+    pub base_path: Vec<PathBuf>,
     /// Threads that decode [default: all cores]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
     /// Which engine decodes
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineChoice,
-    /// Do not compare the SHA-256 of decoded files with the index's; the stored bytes have checksums all the same
+    /// Do not compare digests of decoded files with the index's; the stored bytes have checksums all the same
     #[arg(long)]
-    pub skip_sha256: bool,
+    pub skip_digests: bool,
     /// Overwrite files that exist
     #[arg(long)]
     pub force: bool,
@@ -61,7 +68,7 @@ pub enum UnpackError {
     #[error(transparent)]
     Decode(#[from] MaterializeError),
     /// A file decodes to other bytes than were packed.
-    #[error("{}: {file}: SHA-256 of the decoded file is {found}, expected {expected}: nothing was written", archive.display())]
+    #[error("{}: {file}: the decoded file has {found}, expected {expected}: nothing was written", archive.display())]
     WrongContent {
         /// The archive.
         archive: PathBuf,
@@ -130,15 +137,32 @@ struct Written {
     path: String,
     bytes: u64,
     /// Of what was written, unless that was not asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sha256: Option<String>,
+    #[serde(flatten)]
+    digest: Option<FileDigest>,
+}
+
+/// A digest of a whole file, hexadecimal.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum FileDigest {
+    Blake3(String),
+    Sha256(String),
+}
+
+impl fmt::Display for FileDigest {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Blake3(digest) => write!(out, "BLAKE3 {digest}"),
+            Self::Sha256(digest) => write!(out, "SHA-256 {digest}"),
+        }
+    }
 }
 
 /// Unpacks and, with `--json`, prints what was written.
 pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
 
-    let outputs = plan(&args.source, &args.output)?;
+    let outputs = plan(args)?;
     let exists = outputs.iter().find(|output| fs::symlink_metadata(&output.path).is_ok());
     if let Some(Output { path, .. }) = exists.filter(|_| !args.force) {
         return Err(UnpackError::Exists { path: path.clone() });
@@ -165,16 +189,18 @@ pub(super) fn progress_bar(bytes: u64) -> ProgressBar {
 }
 
 /// Every file to be written, no path twice. Opens every archive, so that a damaged one is found before anything is written.
-fn plan(source: &Path, output: &Path) -> Result<Vec<Output>, UnpackError> {
+fn plan(args: &UnpackArgs) -> Result<Vec<Output>, UnpackError> {
+    let (source, output) = (&args.source, &args.output);
     let tree = PackedTree::read(source)?;
     let is_directory = source.is_dir();
+    let bases = Bases::new(base_places(&tree, is_directory, &args.base_path));
     if is_directory && lies_inside(output, &tree.root) {
         return Err(UnpackError::InsideSource { path: output.to_owned() });
     }
 
     let mut outputs = Vec::new();
     for relative in &tree.archives {
-        let archive = Arc::new(Archive::open(&tree.root.join(relative))?);
+        let archive = bases.open(&tree.root.join(relative))?;
         let directory = output.join(relative.parent().unwrap_or(Path::new("")));
         let names_the_file = output.extension().is_some_and(|extension| extension == "safetensors");
         let is_one_file = !is_directory && names_the_file && archive.files().len() == 1 && !output.is_dir();
@@ -225,7 +251,7 @@ impl Output {
             Origin::Decoded { archive, file } => {
                 self.decode(archive, *file, threads, args, partial.as_file(), progress)?
             }
-            Origin::Sidecar(path) => Some(self.copy(path, &mut partial, progress)?),
+            Origin::Sidecar(path) => Some(FileDigest::Sha256(hex(&self.copy(path, &mut partial, progress)?))),
         };
         partial.as_file().sync_all().map_err(io_at)?;
         let bytes = partial.as_file().metadata().map_err(io_at)?.len();
@@ -234,7 +260,7 @@ impl Output {
             io::ErrorKind::AlreadyExists => UnpackError::Exists { path: self.path.clone() },
             _ => io_at(error.error),
         })?;
-        Ok(Written { path: self.path.display().to_string(), bytes, sha256: digest.map(|digest| hex(&digest)) })
+        Ok(Written { path: self.path.display().to_string(), bytes, digest })
     }
 
     fn decode(
@@ -245,34 +271,46 @@ impl Output {
         args: &UnpackArgs,
         partial: &File,
         progress: &ProgressBar,
-    ) -> Result<Option<[u8; 32]>, UnpackError> {
+    ) -> Result<Option<FileDigest>, UnpackError> {
         let materializer = sequential_materializer(archive, args.engine, threads);
-        let mut hash = Sha256::new();
         let place = |offset, bytes: &[u8]| {
             let written = partial.write_all_at(bytes, offset);
             written.map_err(|source| UnpackError::Io { path: self.path.clone(), source })
         };
-        decode_in_order(&materializer, archive, file, threads, place, |bytes| {
-            if !args.skip_sha256 {
-                hash.update(bytes);
-            }
-            progress.inc(bytes.len() as u64);
-            Ok(())
-        })?;
-        if args.skip_sha256 {
-            return Ok(None);
-        }
-        let digest: [u8; 32] = hash.finalize().into();
         let entry = &archive.files()[file];
-        if digest != entry.decoded_sha256 {
-            return Err(UnpackError::WrongContent {
+        let expected = match archive.decoded_blake3(file) {
+            _ if args.skip_digests => None,
+            Some(digest) => Some(FileDigest::Blake3(hex(&digest))),
+            None => Some(FileDigest::Sha256(hex(&entry.decoded_sha256))),
+        };
+        let found = if let Some(FileDigest::Sha256(_)) = expected {
+            let mut hash = Sha256::new();
+            decode_in_order(&materializer, archive, file, threads, place, |bytes| {
+                hash.update(bytes);
+                progress.inc(bytes.len() as u64);
+                Ok(())
+            })?;
+            Some(FileDigest::Sha256(hex(&hash.finalize())))
+        } else {
+            let digests = expected.is_some().then(|| WindowDigests::new(entry.length_bytes));
+            decode_in_any_order(&materializer, archive, file, threads, |offset, bytes| {
+                if let Some(digests) = &digests {
+                    digests.add(offset, bytes);
+                }
+                progress.inc(bytes.len() as u64);
+                place(offset, bytes)
+            })?;
+            digests.map(|digests| FileDigest::Blake3(hex(&digests.digest())))
+        };
+        match (found, expected) {
+            (Some(found), Some(expected)) if found != expected => Err(UnpackError::WrongContent {
                 archive: archive.path().to_owned(),
                 file: entry.name.clone(),
-                found: hex(&digest),
-                expected: hex(&entry.decoded_sha256),
-            });
+                found: found.to_string(),
+                expected: expected.to_string(),
+            }),
+            (found, _) => Ok(found),
         }
-        Ok(Some(digest))
     }
 
     fn copy(

@@ -1,6 +1,6 @@
 //! `mcwcfs verify`: whether archives decode to what they say they hold and, beside the originals, to what was packed.
 //!
-//! Every checksum is looked at on the way: preamble, index, side information, each strip, and the SHA-256 of each file.
+//! Every checksum is looked at on the way: preamble, index, side information, each strip, and the digests of each file.
 
 mod compare;
 
@@ -19,15 +19,15 @@ use sha2::{Digest, Sha256};
 use super::decoded::{decode_in_order, sequential_materializer};
 use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
-use super::parse_threads;
 use super::unpack::progress_bar;
-use crate::archive::{Archive, ArchiveError};
+use super::{base_places, parse_threads};
+use crate::archive::{Archive, ArchiveError, Bases};
 use crate::format::part::Coding;
 use crate::materialize::{EngineChoice, MaterializeError};
 
 pub use compare::{Compared, Comparison, SquaredError, TensorDifference};
 
-/// Checks archives: every checksum, every decoded file, and on request against the originals.
+/// Check archives: every checksum, every decoded file, and on request against the originals.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// An archive, or a directory of archives and sidecars
@@ -39,6 +39,9 @@ pub struct VerifyArgs {
     /// Fail where an archive's squared error over squared weights, all quantized tensors together, is larger
     #[arg(long, value_name = "E", requires = "against")]
     pub max_rel_mse: Option<f64>,
+    /// Where to look for the bases of variants, beside the same tree: a directory with all below it, or an archive
+    #[arg(long, value_name = "PATH")]
+    pub base_path: Vec<PathBuf>,
     /// Threads that decode [default: all cores]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
@@ -113,9 +116,10 @@ pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
     let tree = PackedTree::read(&args.packed)?;
     let threads = args.threads.unwrap_or_else(|| available_parallelism().map_or(1, usize::from));
 
+    let bases = Bases::new(base_places(&tree, args.packed.is_dir(), &args.base_path));
     let mut verification = Verification { sound: true, archives: Vec::new(), problems: Vec::new() };
     for relative in &tree.archives {
-        verification.archives.push(verify_archive(&tree.root, relative, args, threads)?);
+        verification.archives.push(verify_archive(&bases, &tree.root, relative, args, threads)?);
     }
     if let Some(original) = &args.against
         && args.packed.is_dir()
@@ -131,6 +135,7 @@ pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
 }
 
 fn verify_archive(
+    bases: &Bases,
     root: &Path,
     relative: &Path,
     args: &VerifyArgs,
@@ -143,8 +148,8 @@ fn verify_archive(
         files: Vec::new(),
         relative_squared_error: None,
     };
-    let archive = match Archive::open(&path) {
-        Ok(archive) => Arc::new(archive),
+    let archive = match bases.open(&path) {
+        Ok(archive) => archive,
         Err(ArchiveError::Io { path, source }) => return Err(VerifyError::Io { path, source }),
         Err(error) => {
             verified.problem = Some(error.to_string());
@@ -214,12 +219,14 @@ fn verify_file(
 
     let materializer = sequential_materializer(archive, args.engine, threads);
     let mut decoded_hash = Sha256::new();
+    let mut decoded_tree = blake3::Hasher::new();
     let mut original_hash = Sha256::new();
     let mut original_bytes = Vec::new();
     let mut comparison = Comparison::new(entry.header.len() as u64, &entry.tensors);
     let anywhere = |_, _: &[u8]| Ok(());
     let decoded = decode_in_order(&materializer, archive, file, threads, anywhere, |bytes| {
         decoded_hash.update(bytes);
+        decoded_tree.update(bytes);
         if let Some(original) = &mut original {
             original_bytes.resize(bytes.len(), 0);
             original.read_exact(&mut original_bytes).map_err(Stop::Original)?;
@@ -242,13 +249,16 @@ fn verify_file(
     let digest = |hash: Sha256| -> [u8; 32] { hash.finalize().into() };
     let mut expect_digest = |what: &str, found: [u8; 32], expected: [u8; 32]| {
         if found != expected {
-            verified.problems.push(format!("SHA-256 of {what} is {}, expected {}", hex(&found), hex(&expected)));
+            verified.problems.push(format!("{what} is {}, expected {}", hex(&found), hex(&expected)));
         }
     };
-    expect_digest("the decoded file", digest(decoded_hash), entry.decoded_sha256);
+    expect_digest("SHA-256 of the decoded file", digest(decoded_hash), entry.decoded_sha256);
+    if let Some(expected) = archive.decoded_blake3(file) {
+        expect_digest("BLAKE3 of the decoded file", decoded_tree.finalize().into(), expected);
+    }
     if original.is_some() {
         expect_digest(
-            "the original, which must be the file that was packed,",
+            "SHA-256 of the original, which must be the file that was packed,",
             digest(original_hash),
             entry.source_sha256,
         );

@@ -7,12 +7,20 @@
 //! Not here: choosing a permutation (`pack::align`), and what a record is coded with.
 
 mod bert;
+mod cait;
+mod convnext;
 mod gpt2;
 mod gpt_neox;
 mod llama;
+mod mixtral;
+mod mlp_mixer;
 mod opt;
+mod phi;
 mod planner;
 mod rules;
+mod swin;
+mod switch_transformers;
+mod t5;
 mod vit;
 
 use super::blocks::{Placement, Symmetry};
@@ -23,10 +31,16 @@ pub use planner::plan;
 /// What the blocks of a record are (t in the paper).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum BlockType {
-    /// Attention heads, or key/value groups with their query heads.
+    /// Heads of self-attention, or key/value groups with their query heads.
     Attention,
-    /// Hidden units of the feed-forward network.
+    /// Heads of the attention from a decoder to its encoder.
+    CrossAttention,
+    /// Hidden units of the feed-forward network; of the one that mixes channels where another mixes tokens.
     Ffn,
+    /// Hidden units of the feed-forward network that mixes tokens.
+    TokenFfn,
+    /// Hidden units of one expert, by its number: an expert is predicted from the one of its number in the layer below.
+    Expert(u16),
     /// The rest of a layer: norms, biases that no permutation moves; all of it where the architecture is unknown.
     Layer,
     /// Token, position and patch embeddings.
@@ -38,24 +52,33 @@ pub enum BlockType {
 }
 
 impl BlockType {
-    /// All block types.
-    pub const ALL: [Self; 6] = [Self::Attention, Self::Ffn, Self::Layer, Self::Embedding, Self::Head, Self::Global];
+    /// The names in reports and archives, by [`BlockType::number`].
+    pub const NAMES: [&'static str; 9] =
+        ["attention", "cross-attention", "ffn", "token-ffn", "expert", "layer", "embedding", "head", "global"];
 
-    /// The name in reports and archives.
-    pub fn name(self) -> &'static str {
+    /// The number in archives: experts share one.
+    pub fn number(self) -> u8 {
         match self {
-            Self::Attention => "attention",
-            Self::Ffn => "ffn",
-            Self::Layer => "layer",
-            Self::Embedding => "embedding",
-            Self::Head => "head",
-            Self::Global => "global",
+            Self::Attention => 0,
+            Self::CrossAttention => 1,
+            Self::Ffn => 2,
+            Self::TokenFfn => 3,
+            Self::Expert(_) => 4,
+            Self::Layer => 5,
+            Self::Embedding => 6,
+            Self::Head => 7,
+            Self::Global => 8,
         }
     }
 
-    /// The block type of this name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|block_type| block_type.name() == name)
+    /// The name in reports and archives.
+    pub fn name(self) -> &'static str {
+        Self::NAMES[usize::from(self.number())]
+    }
+
+    /// Whether the blocks are heads.
+    pub fn is_attention(self) -> bool {
+        matches!(self, Self::Attention | Self::CrossAttention)
     }
 }
 
@@ -101,8 +124,11 @@ pub struct PartPlan {
     pub tensor: usize,
     /// What it is in the block, for example `query`; where no rule says it, its name after the layer's number.
     pub role: String,
-    /// Where the blocks lie in it; `None` if no permutation moves it.
+    /// Where the blocks lie in it; `None` if no permutation moves it, or it lies on two axes.
     pub placement: Option<Placement>,
+    /// Where the blocks lie on both axes of a matrix that mixes them: a permutation conjugates it (Appendix M). It is
+    /// never predicted in another order: a few elements for each head.
+    pub conjugated: Option<[Placement; 2]>,
 }
 
 impl RecordPlan {

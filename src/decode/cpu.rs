@@ -4,12 +4,14 @@
 //! Kernels are what differs between instruction sets (`kernels`); everything else is written once (`strips`). Which
 //! kernels a process uses is chosen in [`super::select`]. Whatever they are, the bytes are the reference decoder's.
 
+mod differences;
 mod finish;
 mod kernels;
 mod portable;
 mod raw_bits;
 mod stages;
 mod strips;
+mod units;
 mod values;
 
 #[cfg(target_arch = "x86_64")]
@@ -17,18 +19,24 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 #[cfg(test)]
 mod tests;
 
 pub use kernels::{Kernels, PORTABLE, WORDS_PADDING};
 pub use stages::{Stage, StageClock};
 
+#[cfg(target_arch = "aarch64")]
+pub use kernels::NEON;
 #[cfg(target_arch = "x86_64")]
 pub use kernels::{AVX2, AVX512};
 
 use std::cmp::Reverse;
 
-use super::{DecodeError, Engine, PreparedPart, StripJob};
+use super::reference::ReferenceEngine;
+use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::decode::prepared::PartKind;
 use strips::PartDecoder;
 
@@ -41,7 +49,7 @@ pub struct CpuEngine {
 impl CpuEngine {
     /// # Safety
     /// The CPU has the instructions of these kernels' level: `super::select` asks it.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(super) unsafe fn new(kernels: &'static Kernels) -> Self {
         Self { kernels }
     }
@@ -75,7 +83,26 @@ impl CpuEngine {
             }
             return Ok(());
         }
-        let decoder = PartDecoder::new(self.kernels, part, reference, clock);
+        let is_rare = match part.kind() {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.is_some(), // an ablation of the paper's
+            PartKind::Units { units, .. } => units.has_differences(),             // token numbers and the like: small
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Based(_) => false,
+        };
+        if is_rare {
+            for job in jobs {
+                ReferenceEngine.decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out)?;
+            }
+            return Ok(());
+        }
+        let first = first_strip(jobs);
+        if part.based().is_some_and(|based| based.difference.is_none()) {
+            for job in jobs {
+                let reference = part.reference_of(job.strip, first, reference).expect("it starts from a base");
+                job.out.copy_from_slice(&part.predicted_strip(job.strip, reference));
+            }
+            return Ok(());
+        }
+        let decoder = PartDecoder::new(self.kernels, part, (reference, first), clock);
         for group in jobs.chunks_mut(self.kernels.strips_at_once) {
             group.sort_by_key(|job| Reverse(job.out.len()));
             match group {
@@ -96,17 +123,6 @@ impl Engine for CpuEngine {
 
     fn strips_at_once(&self) -> usize {
         self.kernels.strips_at_once
-    }
-
-    fn decode_strip(
-        &self,
-        part: &PreparedPart,
-        strip: usize,
-        stored: &[u8],
-        reference: Option<&[u8]>,
-        out: &mut [u8],
-    ) -> Result<(), DecodeError> {
-        self.decode_strips(part, reference, &mut [StripJob { strip, stored, out }])
     }
 
     fn decode_strips(

@@ -1,28 +1,44 @@
 //! A part checked and ready for any engine: everything its header says, against the tensor it must fill.
 
+mod based;
 mod quantized;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use self::based::prepare_based;
 use self::quantized::prepare_quantized;
 use super::DecodeError;
 use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
 use crate::codec::motion::Motion;
+use crate::codec::units::UnitCoding;
+use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
+use crate::format::bytes::crc32c;
 use crate::format::limits;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStreams, TrellisTables};
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
 use crate::tensor::{Dtype, TensorInfo};
 
+pub use self::based::{Based, Difference};
 pub use self::quantized::{Prediction, Quantizer};
+
+/// What parts of an archive refer to by number.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pools<'a> {
+    /// Entropy tables.
+    pub tables: &'a [Arc<CodingTable>],
+    /// Codebooks of vectors.
+    pub codebooks: &'a [Arc<Codebook>],
+}
 
 /// A part ready for decoding.
 #[derive(Debug)]
 pub struct PreparedPart {
     dtype: Dtype,
-    element_bytes: usize,
+    /// Bits of the tensor that a symbol stands for.
+    symbol_bits: usize,
     length_bytes: u64,
     kind: PartKind,
     strips: Vec<PreparedStrip>,
@@ -55,6 +71,13 @@ pub enum PartKind {
         /// The symbols.
         symbols: Symbols,
     },
+    /// Integers in the tensor's bytes, see `codec::units`.
+    Units {
+        /// What symbols stand for.
+        units: UnitCoding,
+        /// The symbols.
+        symbols: Symbols,
+    },
     /// Quantized, see `codec::quantizer`.
     Quantized {
         /// The symbols.
@@ -64,6 +87,8 @@ pub enum PartKind {
         /// Present in predicted parts.
         prediction: Option<Prediction>,
     },
+    /// Bit-exact, see `codec::difference`.
+    Based(Based),
 }
 
 /// Layout and tables of coded symbols.
@@ -105,6 +130,11 @@ impl Symbols {
         (self.raw_bits - zeros, zeros)
     }
 
+    /// Whether all raw bits of all runs are stored.
+    pub fn stores_all_raw_bits(&self) -> bool {
+        matches!(self.zero_bits, Integers::Constant(0))
+    }
+
     /// Bytes of a strip's raw bits.
     fn raw_bytes_of_strip(&self, strip: usize, symbols: usize) -> usize {
         let bytes = |run, symbols| {
@@ -119,6 +149,25 @@ impl Symbols {
         }
     }
 
+    /// The layout of indices of codewords: without lanes and tables.
+    fn of_vectors(streams: &SymbolStreams) -> Self {
+        Self {
+            run_elements: streams.run_elements as usize,
+            runs_per_strip: streams.runs_per_strip as usize,
+            lanes: 0,
+            raw_bits: 0,
+            zero_bits: Integers::Constant(0),
+            tables: Vec::new(),
+            table_of_run: Integers::Constant(0),
+        }
+    }
+
+    /// Bytes of a strip's indices of codewords.
+    fn vector_bytes_of_strip(&self, vectors: &VectorQuantizer, elements: usize) -> usize {
+        let (runs, rest) = (elements / self.run_elements, elements % self.run_elements);
+        runs * vectors.bytes_of_run(self.run_elements) + vectors.bytes_of_run(rest)
+    }
+
     /// The two tables of a run whose table number stands for a pair.
     pub fn table_pair_of_run(&self, run: usize) -> [&CodingTable; 2] {
         let first = 2 * self.table_of_run.get(run) as usize;
@@ -127,31 +176,56 @@ impl Symbols {
 }
 
 impl PreparedPart {
-    /// Checks `header` against the tensor it fills. `tables` is the archive's pool. `motion` is what the record's permutation
+    /// Checks `header` against the tensor it fills. `pools` are the archive's. `motion` is what the record's permutation
     /// does to this tensor; it is used only if the header asks for it.
     pub fn new(
         tensor: &TensorInfo,
         header: &PartHeader,
-        tables: &[Arc<CodingTable>],
+        pools: Pools<'_>,
         motion: Option<Motion>,
     ) -> Result<Self, DecodeError> {
         let element_bits = tensor.dtype.bits().unwrap_or(8);
         let mut part = Self {
             dtype: tensor.dtype.clone(),
-            element_bytes: element_bits.div_ceil(8) as usize,
+            symbol_bits: 8 * element_bits.div_ceil(8) as usize,
             length_bytes: tensor.length_bytes,
             kind: PartKind::Raw,
             strips: Vec::new(),
         };
+        if let Coding::Based(info) = &header.coding {
+            part.kind = prepare_based(info, tensor, header.streams.as_ref(), pools.tables)?;
+        }
         let Some(streams) = &header.streams else {
+            if matches!(part.kind, PartKind::Based(_)) {
+                if !header.strip_crcs.is_empty() {
+                    return Err(inconsistent("strips", header.strip_crcs.len(), "none without differences"));
+                }
+                part.prepare_unstored_strips();
+                return Ok(part);
+            }
             part.prepare_raw_strips(&header.strip_crcs)?;
             return Ok(part);
         };
-        let whole = matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64));
-        if !whole {
-            return Err(inconsistent("part coding", "coded symbols", format!("raw bytes for {}", tensor.dtype)));
+        let mut elements = tensor.elements();
+        if let Coding::Units(info) = &header.coding {
+            let bits = u64::from(info.unit_bits);
+            // Below 2^63 bytes, so that twice as many units can be counted.
+            let is_whole = tensor.length_bytes.is_multiple_of(bits.div_ceil(8))
+                && (u64::from(streams.run_elements) * bits).is_multiple_of(8);
+            if !is_whole {
+                let found = format!("{bits}, runs of {}", streams.run_elements);
+                let expected = format!("runs of whole bytes in a tensor of {}", tensor.length_bytes);
+                return Err(inconsistent("unit bits", found, expected));
+            }
+            part.symbol_bits = bits as usize;
+            elements = if bits == 4 { 2 * tensor.length_bytes } else { tensor.length_bytes / (bits / 8) };
+        } else if !matches!(tensor.dtype.bits(), Some(8 | 16 | 32 | 64)) {
+            return Err(inconsistent(
+                "part coding",
+                "coded elements",
+                format!("raw bytes or units for {}", tensor.dtype),
+            ));
         }
-        let elements = tensor.elements();
         let run_elements = u64::from(streams.run_elements);
         let runs = elements.div_ceil(run_elements);
         let expected_strips = runs.div_ceil(streams.runs_per_strip.into());
@@ -167,7 +241,7 @@ impl PreparedPart {
                 if u32::from(*raw_bits) > bits {
                     return Err(inconsistent("raw bits", raw_bits, format!("1 to {bits}")));
                 }
-                let mut symbols = prepare_symbols(streams, (*raw_bits).into(), tables, runs, 1)?;
+                let mut symbols = prepare_symbols(streams, (*raw_bits).into(), pools.tables, runs, 1)?;
                 if let Some(zero_bits) = zero_bits {
                     // The sign is always stored.
                     symbols.zero_bits = decode_integers("zero bits", zero_bits, runs, 0, i32::from(*raw_bits) - 1)?;
@@ -179,12 +253,22 @@ impl PreparedPart {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
-                let pairs = info.trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
-                let per_number = if pairs { 2 } else { 1 };
-                let symbols = prepare_symbols(streams, info.raw_bits.into(), tables, runs, per_number)?;
-                part.kind = prepare_quantized(info, symbols, motion, runs)?;
+                let symbols = if info.vectors.is_some() {
+                    Symbols::of_vectors(streams)
+                } else {
+                    let pairs = info.trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
+                    let per_number = if pairs { 2 } else { 1 };
+                    prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, per_number)?
+                };
+                part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
                 2
             }
+            Coding::Units(info) => {
+                let symbols = prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, 1)?;
+                part.kind = PartKind::Units { units: UnitCoding::new(info), symbols };
+                info.number_bytes()
+            }
+            Coding::Based(_) => part.symbol_bits / 8,
             Coding::Raw => unreachable!("raw parts have no streams"),
         };
         part.prepare_symbol_strips(streams, &header.strip_crcs, elements, exception_value_bytes)?;
@@ -213,12 +297,20 @@ impl PreparedPart {
     ) -> Result<(), DecodeError> {
         let count = crcs.len() as u64;
         let strip_symbols = u64::from(streams.run_elements) * u64::from(streams.runs_per_strip);
-        let words = decode_integers("strip words", &streams.strip_words, count, 0, 1 << 17)?;
-        let most = limits::STRIP_SYMBOLS as i32;
-        let exceptions = decode_integers("strip exceptions", &streams.strip_exceptions, count, 0, most)?;
-        let symbols = match &self.kind {
-            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => symbols,
-            PartKind::Raw => unreachable!("raw parts have no symbols"),
+        let symbols = self.symbols().expect("only parts with symbols come here");
+        let vectors = match &self.kind {
+            PartKind::Quantized { quantizer, .. } => quantizer.vectors.as_ref(),
+            _ => None,
+        };
+        let (words, exceptions) = match vectors {
+            Some(_) => (Integers::Constant(0), Integers::Constant(0)),
+            None => {
+                let most = limits::STRIP_SYMBOLS as i32;
+                (
+                    decode_integers("strip words", &streams.strip_words, count, 0, 1 << 17)?,
+                    decode_integers("strip exceptions", &streams.strip_exceptions, count, 0, most)?,
+                )
+            }
         };
         let mut strips = Vec::with_capacity(crcs.len());
         let mut offset = 0;
@@ -228,9 +320,12 @@ impl PreparedPart {
             let layout = StripLayout {
                 symbols: symbols_of_strip,
                 run_elements: streams.run_elements as usize,
-                lanes: streams.lanes.into(),
+                lanes: symbols.lanes,
                 words: words.get(strip) as usize,
-                raw_bytes: symbols.raw_bytes_of_strip(strip, symbols_of_strip),
+                raw_bytes: match vectors {
+                    Some(vectors) => symbols.vector_bytes_of_strip(vectors, symbols_of_strip),
+                    None => symbols.raw_bytes_of_strip(strip, symbols_of_strip),
+                },
                 exceptions: exceptions.get(strip) as usize,
                 exception_value_bytes,
             };
@@ -281,7 +376,7 @@ impl PreparedPart {
     /// Tensor bytes of a full strip; the last may have fewer.
     pub fn full_strip_output_bytes(&self) -> u64 {
         match self.symbols() {
-            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.element_bytes) as u64,
+            Some(symbols) => (symbols.run_elements * symbols.runs_per_strip * self.symbol_bits / 8) as u64,
             None => limits::RAW_STRIP_BYTES,
         }
     }
@@ -292,11 +387,25 @@ impl PreparedPart {
         full.min(self.length_bytes - strip as u64 * full) as usize
     }
 
+    /// How the part starts from a base archive, where it does.
+    pub fn based(&self) -> Option<&Based> {
+        match &self.kind {
+            PartKind::Based(based) => Some(based),
+            _ => None,
+        }
+    }
+
+    /// Tensor bytes of consecutive strips.
+    pub fn output_range(&self, strips: Range<usize>) -> Range<u64> {
+        let full = self.full_strip_output_bytes();
+        strips.start as u64 * full..(strips.end as u64 * full).min(self.length_bytes)
+    }
+
     /// The prediction, where the part is predicted.
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
-            PartKind::Raw | PartKind::Split { .. } => None,
+            PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => None,
         }
     }
 
@@ -304,7 +413,10 @@ impl PreparedPart {
     pub fn symbols(&self) -> Option<&Symbols> {
         match &self.kind {
             PartKind::Raw => None,
-            PartKind::Split { symbols, .. } | PartKind::Quantized { symbols, .. } => Some(symbols),
+            PartKind::Split { symbols, .. } | PartKind::Units { symbols, .. } | PartKind::Quantized { symbols, .. } => {
+                Some(symbols)
+            }
+            PartKind::Based(based) => based.difference.as_ref().map(|difference| &difference.symbols),
         }
     }
 
@@ -313,10 +425,12 @@ impl PreparedPart {
         let symbols = self.symbols()?;
         let exception_value_bytes = match &self.kind {
             PartKind::Split { carrier_bits, .. } => *carrier_bits as usize / 8,
+            PartKind::Units { units, .. } => units.number_bytes(),
+            PartKind::Based(_) => self.symbol_bits / 8,
             PartKind::Raw | PartKind::Quantized { .. } => 2,
         };
         Some(StripLayout {
-            symbols: self.strip_output_bytes(strip) / self.element_bytes,
+            symbols: 8 * self.strip_output_bytes(strip) / self.symbol_bits,
             run_elements: symbols.run_elements,
             lanes: symbols.lanes,
             words: self.strips[strip].words,
@@ -328,7 +442,7 @@ impl PreparedPart {
 
     /// Checks the stored bytes of a strip; every engine starts with this.
     pub fn check_strip(&self, strip: usize, stored: &[u8]) -> Result<(), DecodeError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         let expected = self.strips[strip].crc;
         if found != expected {
             return Err(DecodeError::StripChecksum { strip, found, expected });
@@ -352,6 +466,15 @@ fn decode_integers(
     integers::decode(stored, count, low, high).map_err(|error| DecodeError::SideInformation { field, error })
 }
 
+/// The tables that a part names.
+fn tables_of(streams: &SymbolStreams, pool: &[Arc<CodingTable>]) -> Result<Vec<Arc<CodingTable>>, DecodeError> {
+    let table = |&number: &u16| {
+        let table = pool.get(usize::from(number));
+        table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
+    };
+    streams.tables.iter().map(table).collect()
+}
+
 fn prepare_symbols(
     streams: &SymbolStreams,
     raw_bits: u32,
@@ -359,14 +482,7 @@ fn prepare_symbols(
     runs: u64,
     tables_per_number: usize,
 ) -> Result<Symbols, DecodeError> {
-    let tables = streams
-        .tables
-        .iter()
-        .map(|&number| {
-            let table = pool.get(usize::from(number));
-            table.cloned().ok_or_else(|| inconsistent("part table", number, format!("less than {}", pool.len())))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let tables = tables_of(streams, pool)?;
     if tables.len() % tables_per_number != 0 {
         return Err(inconsistent("part tables", tables.len(), "pairs of tables"));
     }
@@ -391,7 +507,7 @@ mod tests {
     use super::quantized::COEFFICIENT_RANGE;
     use super::*;
     use crate::codec::quantizer::SCALE_RANGE;
-    use crate::format::part::QuantizerInfo;
+    use crate::format::part::{QuantizerInfo, StoredVectors};
     use crate::format::table::Table;
 
     /// What a keyframe part of eight elements with this quantizer is refused for, if it is.
@@ -411,6 +527,7 @@ mod tests {
             step,
             raw_bits: 0,
             trellis: None,
+            vectors: None,
             scales: scales.map(|scale| integers::encode(&[scale])),
             means: mean.map(|(step, mean)| (step, integers::encode(&[mean]))),
             prediction: None,
@@ -423,7 +540,8 @@ mod tests {
         };
         let table = Table { codes: vec![0, 1], frequencies: vec![2048; 2], point_offsets: vec![] };
         let tables = [Arc::new(CodingTable::new(table))];
-        PreparedPart::new(&tensor, &header, &tables, None).err().map(|error| error.to_string())
+        let pools = Pools { tables: &tables, ..Pools::default() };
+        PreparedPart::new(&tensor, &header, pools, None).err().map(|error| error.to_string())
     }
 
     #[test]
@@ -433,6 +551,37 @@ mod tests {
         assert!(error.starts_with("scales: found 16 on a step of"), "{error}");
         let error = refusal(1.0, None, Some((-1e32, 1 << 24))).expect("infinite");
         assert!(error.starts_with("means: found 16777216 to 16777216 times -"), "{error}");
+    }
+
+    #[test]
+    fn codebooks_that_are_missing_or_of_different_lengths_are_errors() {
+        let tensor =
+            TensorInfo { name: "weight".into(), dtype: Dtype::F32, shape: vec![8], offset_bytes: 0, length_bytes: 32 };
+        let codebooks = [2, 2, 3].map(|elements| Arc::new(Codebook::new(elements, &vec![0.5; 4 * elements])));
+        let refusal = |vectors: [u16; 2]| {
+            let info = QuantizerInfo {
+                step: 1.0,
+                raw_bits: 0,
+                trellis: None,
+                vectors: Some(StoredVectors { codebooks: vectors }),
+                scales: None,
+                means: None,
+                prediction: None,
+            };
+            let streams = SymbolStreams { run_elements: 8, runs_per_strip: 1, ..SymbolStreams::default() };
+            let header = PartHeader {
+                coding: Coding::Quantized(info),
+                streams: Some(streams),
+                strip_crcs: vec![0],
+                cost: crate::format::part::PartHeaderBytes::default(),
+            };
+            let pools = Pools { codebooks: &codebooks, ..Pools::default() };
+            let prepared = PreparedPart::new(&tensor, &header, pools, None);
+            prepared.map(|part| part.body_bytes()).map_err(|error| error.to_string())
+        };
+        assert_eq!(refusal([0, 1]), Ok(2), "four vectors of two indices of two bits");
+        assert!(refusal([0, 3]).expect_err("there are three").contains("less than 3"));
+        assert!(refusal([1, 2]).expect_err("two and three").contains("codewords of 3 elements"));
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! The reference decoder: Algorithm 1 read aloud, one symbol after another. It is the oracle every other engine is compared
 //! with, so it is written to be read; nothing in it is fast.
 
-use super::prepared::{PartKind, Prediction, Quantizer, Symbols};
-use super::{DecodeError, Engine, PreparedPart};
+use super::prepared::{Difference, PartKind, Prediction, Quantizer, Symbols};
+use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
+use crate::codec::difference::{Bits, coded_order, join_difference};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
+use crate::codec::units::{UnitCoding, write_units};
+use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
@@ -21,31 +24,55 @@ impl Engine for ReferenceEngine {
         "reference"
     }
 
-    fn decode_strip(
+    fn decode_strips(
         &self,
         part: &PreparedPart,
-        strip: usize,
-        stored: &[u8],
         reference: Option<&[u8]>,
-        out: &mut [u8],
+        jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
-        part.check_strip(strip, stored)?;
-        let Some(layout) = part.layout(strip) else {
-            out.copy_from_slice(stored);
-            return Ok(());
-        };
-        let strip = StripView { number: strip, stored, layout };
-        match part.kind() {
-            PartKind::Raw => unreachable!("raw parts have no symbol layout"),
-            PartKind::Split { carrier, carrier_bits, symbols } => {
-                strip.decode_split(symbols, *carrier, *carrier_bits, out)
+        let first = first_strip(jobs);
+        jobs.iter_mut().try_for_each(|job| {
+            let reference = part.reference_of(job.strip, first, reference);
+            decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out)
+        })
+    }
+}
+
+fn decode_strip(
+    part: &PreparedPart,
+    strip: usize,
+    stored: &[u8],
+    reference: Option<&[u8]>,
+    out: &mut [u8],
+) -> Result<(), DecodeError> {
+    part.check_strip(strip, stored)?;
+    let predicted = part.based().map(|_| {
+        let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
+        part.predicted_strip(strip, reference)
+    });
+    let Some(layout) = part.layout(strip) else {
+        out.copy_from_slice(predicted.as_deref().unwrap_or(stored));
+        return Ok(());
+    };
+    let strip = StripView { number: strip, stored, layout };
+    match part.kind() {
+        PartKind::Raw => unreachable!("raw parts have no symbol layout"),
+        PartKind::Based(based) => {
+            let difference = based.difference.as_ref().expect("there are symbols");
+            let predicted = predicted.expect("the part starts from a base");
+            match part.dtype().bits() {
+                Some(8) => strip.decode_differences::<u8>(difference, &predicted, out),
+                Some(16) => strip.decode_differences::<u16>(difference, &predicted, out),
+                _ => strip.decode_differences::<u32>(difference, &predicted, out),
             }
-            PartKind::Quantized { symbols, quantizer, prediction } => {
-                let prediction = prediction.as_ref().map(|prediction| {
-                    (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
-                });
-                strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
-            }
+        }
+        PartKind::Split { carrier, carrier_bits, symbols } => strip.decode_split(symbols, *carrier, *carrier_bits, out),
+        PartKind::Units { units, symbols } => strip.decode_units(symbols, units, out),
+        PartKind::Quantized { symbols, quantizer, prediction } => {
+            let prediction = prediction.as_ref().map(|prediction| {
+                (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
+            });
+            strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
         }
     }
 }
@@ -137,7 +164,7 @@ impl StripView<'_> {
         let mut elements: Vec<u64> = Vec::with_capacity(self.layout.symbols);
         for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
-            let symbol = symbols.table_of_run(run).code(position) as u16; // codes of magnitudes are not negative
+            let symbol = symbols.table_of_run(run).code(position) as u16; // modulo 65536
             elements.push(join_element(symbol.into(), raw, carrier_bits, symbols.raw_bits));
         }
         for (position, value) in self.exceptions()? {
@@ -148,6 +175,51 @@ impl StripView<'_> {
         let element_bytes = out.len() / self.layout.symbols;
         for (out, element) in out.chunks_mut(element_bytes).zip(elements) {
             out.copy_from_slice(&widen(carrier, element).to_le_bytes()[..element_bytes]);
+        }
+        Ok(())
+    }
+
+    fn decode_units(&self, symbols: &Symbols, units: &UnitCoding, out: &mut [u8]) -> Result<(), DecodeError> {
+        let positions = self.positions(symbols)?;
+        let raw = self.raw(symbols);
+        let mut numbers: Vec<u64> = Vec::with_capacity(self.layout.symbols);
+        for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
+            let run = self.first_run(symbols) + index / self.layout.run_elements;
+            numbers.push(units.number(symbols.table_of_run(run).code(position), raw));
+        }
+        for (position, value) in self.exceptions()? {
+            numbers[position] = units.exception(value);
+        }
+        units.integrate(&mut numbers);
+        write_units(&numbers, units.unit_bits(), out);
+        Ok(())
+    }
+
+    fn decode_differences<T: Bits>(
+        &self,
+        difference: &Difference,
+        predicted: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let symbols = &difference.symbols;
+        let positions = self.positions(symbols)?;
+        let raw = self.raw(symbols);
+        let mut differences: Vec<T> = Vec::with_capacity(self.layout.symbols);
+        for (index, (&position, &raw)) in positions.iter().zip(&raw).enumerate() {
+            let run = self.first_run(symbols) + index / self.layout.run_elements;
+            let (raw_bits, unstored) = symbols.stored_raw_bits(run);
+            let symbol = symbols.table_of_run(run).code(position);
+            let joined = join_difference(symbol, (raw >> unstored) as u32, raw_bits, difference.zero_bits);
+            differences.push(T::truncate(joined));
+        }
+        for (position, value) in self.exceptions()? {
+            differences[position] = T::read(value);
+        }
+        let mut classes = Vec::new();
+        difference.classes.of::<T>(self.first_run(symbols) * self.layout.run_elements, predicted, &mut classes);
+        for (element, difference) in coded_order(&classes).into_iter().zip(differences) {
+            let bytes = element as usize * T::BYTES..(element as usize + 1) * T::BYTES;
+            T::read(&predicted[bytes.clone()]).changed_by(difference).write(&mut out[bytes]);
         }
         Ok(())
     }
@@ -199,6 +271,18 @@ impl StripView<'_> {
         Ok(points)
     }
 
+    /// Points of vectors, in steps: the strip is nothing but the indices of their codewords.
+    fn vector_points(&self, vectors: &VectorQuantizer) -> Vec<f32> {
+        let mut points = vec![0.0; self.layout.symbols];
+        let mut rest = self.stored;
+        for points in points.chunks_mut(self.layout.run_elements) {
+            let (of_run, later) = rest.split_at(vectors.bytes_of_run(points.len()));
+            vectors.points_of_run(of_run, points);
+            rest = later;
+        }
+        points
+    }
+
     fn decode_quantized(
         &self,
         symbols: &Symbols,
@@ -207,9 +291,10 @@ impl StripView<'_> {
         dtype: &Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let mut points = match quantizer.trellis {
-            None => self.scalar_points(symbols)?,
-            Some((tables, trellis)) => self.trellis_points(symbols, tables, trellis)?,
+        let mut points = match (&quantizer.vectors, quantizer.trellis) {
+            (Some(vectors), _) => self.vector_points(vectors),
+            (None, None) => self.scalar_points(symbols)?,
+            (None, Some((tables, trellis))) => self.trellis_points(symbols, tables, trellis)?,
         };
         for (position, value) in self.exceptions()? {
             points[position] = i16::from_le_bytes([value[0], value[1]]).into();

@@ -4,6 +4,15 @@
 
 use super::error::FormatError;
 
+/// CRC-32C of some bytes (SPEC.md section 1): what every checksum of an archive is.
+///
+/// With carry-less multiplication, five times as fast as with the instruction made for it, which would take as long as the
+/// decoding of what is checked.
+#[inline]
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::crc32_iscsi(bytes)
+}
+
 /// Reads fields one after another from a section of the archive.
 #[derive(Clone, Debug)]
 pub struct Reader<'a> {
@@ -258,6 +267,11 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn checksums_are_those_of_another_implementation(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+            prop_assert_eq!(crc32c(&bytes), crc32c::crc32c(&bytes));
+        }
+
         #[test]
         fn integers_come_back(unsigned: u64, signed: i64) {
             let mut writer = Writer::new();

@@ -8,10 +8,11 @@ use std::io::Write;
 
 use flate2::{Decompress, FlushDecompress, Status};
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc32c};
+use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::Preamble;
+use super::preamble::{FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, FEATURE_UNITS, Preamble};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -28,14 +29,17 @@ pub struct FileEntry {
     pub decoded_sha256: [u8; 32],
     /// SHA-256 of the file that was packed.
     pub source_sha256: [u8; 32],
+    /// BLAKE3 of the decoded file, which many threads can compute together. All files of an archive have it, or none:
+    /// archives from before it do not.
+    pub decoded_blake3: Option<[u8; 32]>,
 }
 
-/// An archive that predicted records refer to. Version 1 allows none; later ones announce it with a feature bit.
+/// An archive that parts start from, announced by a feature bit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseReference {
-    /// Content id of the base archive.
+    /// Content id of the base: SHA-256 over the SHA-256 of its decoded files.
     pub content_id: [u8; 32],
-    /// A name for people.
+    /// A name for people: where it was when it was used.
     pub name: String,
 }
 
@@ -54,12 +58,16 @@ pub struct Index {
     pub files: Vec<FileEntry>,
     /// Entropy tables that parts refer to by number (`EntropySpec`).
     pub tables: Vec<Table>,
+    /// Codebooks that parts of vectors refer to by number.
+    pub codebooks: Vec<StoredCodebook>,
     /// Names that records refer to by number.
     pub block_types: Vec<String>,
     /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
     pub records: Vec<RecordEntry>,
-    /// Archives that records are predicted from.
+    /// Archives that parts start from.
     pub bases: Vec<BaseReference>,
+    /// Whether parts may be of units: only said in the preamble.
+    pub has_units: bool,
     /// How the archive came to be: tool, version, options.
     pub provenance: Vec<(String, String)>,
 }
@@ -67,18 +75,18 @@ pub struct Index {
 impl Index {
     /// Checks, inflates and reads the stored index that the preamble describes.
     pub fn parse(stored: &[u8], preamble: &Preamble) -> Result<Self, FormatError> {
-        let found = crc32c::crc32c(stored);
+        let found = crc32c(stored);
         if found != preamble.index_crc {
             return Err(FormatError::Checksum { section: SECTION, found, expected: preamble.index_crc });
         }
         let bytes = inflate(stored, preamble.index_inflated_bytes)?;
         let mut reader = Reader::new(SECTION, &bytes);
-        let index = Self::parse_fields(&mut reader)?;
+        let index = Self::parse_fields(&mut reader, preamble.required_features)?;
         reader.end()?;
         Ok(index)
     }
 
-    fn parse_fields(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+    fn parse_fields(reader: &mut Reader<'_>, features: u64) -> Result<Self, FormatError> {
         let architecture = reader.text("architecture", limits::TEXT_BYTES)?;
         let layers = reader.varint("layers", limits::LAYERS)? as u32;
         let keyframe_interval = reader.varint("keyframe interval", limits::CHAIN_RECORDS)? as u32;
@@ -100,10 +108,16 @@ impl Index {
                 header: reader.blob("file header", limits::HEADER_BYTES)?.to_vec(),
                 decoded_sha256: reader.digest("decoded SHA-256")?,
                 source_sha256: reader.digest("source SHA-256")?,
+                decoded_blake3: match features & FEATURE_TREE_DIGESTS {
+                    0 => None,
+                    _ => Some(reader.digest("decoded BLAKE3")?),
+                },
             });
         }
         let count = reader.count("tables", limits::TABLES)?;
         let tables = (0..count).map(|_| Table::parse(reader)).collect::<Result<Vec<_>, _>>()?;
+        let count = if features & FEATURE_CODEBOOKS == 0 { 0 } else { reader.count("codebooks", limits::CODEBOOKS)? };
+        let codebooks = (0..count).map(|_| StoredCodebook::parse(reader)).collect::<Result<Vec<_>, _>>()?;
         let count = reader.count("block types", limits::BLOCK_TYPES)?;
         let block_types =
             (0..count).map(|_| reader.text("block type", limits::TEXT_BYTES)).collect::<Result<Vec<_>, _>>()?;
@@ -133,8 +147,15 @@ impl Index {
             records.push(record);
         }
         let offset = reader.position();
-        if reader.count("bases", limits::FILES)? != 0 {
-            return Err(reader.invalid("bases", offset, "a base archive", "none in version 1"));
+        let count = reader.count("bases", limits::BASES)?;
+        if (count > 0) != (features & FEATURE_BASES != 0) {
+            let expected = if count > 0 { "none without feature 1" } else { "one at least with feature 1" };
+            return Err(reader.invalid("bases", offset, count, expected));
+        }
+        let mut bases = Vec::with_capacity(count);
+        for _ in 0..count {
+            let content_id = reader.digest("base content id")?;
+            bases.push(BaseReference { content_id, name: reader.text("base name", limits::TEXT_BYTES)? });
         }
         let count = reader.count("provenance", limits::PROVENANCE)?;
         let mut provenance = Vec::with_capacity(count);
@@ -151,11 +172,26 @@ impl Index {
             content_id,
             files,
             tables,
+            codebooks,
             block_types,
             records,
-            bases: Vec::new(),
+            bases,
+            has_units: features & FEATURE_UNITS != 0,
             provenance,
         })
+    }
+
+    fn has_tree_digests(&self) -> bool {
+        self.files.first().is_some_and(|file| file.decoded_blake3.is_some())
+    }
+
+    /// The features that a reader must know.
+    fn required_features(&self) -> u64 {
+        let feature = |bit, is_used| if is_used { bit } else { 0 };
+        feature(FEATURE_TREE_DIGESTS, self.has_tree_digests())
+            | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
+            | feature(FEATURE_BASES, !self.bases.is_empty())
+            | feature(FEATURE_UNITS, self.has_units)
     }
 
     /// The index before deflation.
@@ -171,10 +207,17 @@ impl Index {
             writer.blob(&file.header);
             writer.raw(&file.decoded_sha256);
             writer.raw(&file.source_sha256);
+            file.decoded_blake3.iter().for_each(|digest| writer.raw(digest));
         }
         writer.varint(self.tables.len() as u64);
         for table in &self.tables {
             table.write(&mut writer);
+        }
+        if self.required_features() & FEATURE_CODEBOOKS != 0 {
+            writer.varint(self.codebooks.len() as u64);
+            for codebook in &self.codebooks {
+                codebook.write(&mut writer);
+            }
         }
         writer.varint(self.block_types.len() as u64);
         for name in &self.block_types {
@@ -185,6 +228,10 @@ impl Index {
             record.write(&mut writer, ordinal);
         }
         writer.varint(self.bases.len() as u64);
+        for base in &self.bases {
+            writer.raw(&base.content_id);
+            writer.text(&base.name);
+        }
         writer.varint(self.provenance.len() as u64);
         for (key, value) in &self.provenance {
             writer.text(key);
@@ -194,17 +241,21 @@ impl Index {
     }
 
     /// The stored index and the preamble of a file in which it follows `index_offset` bytes.
+    ///
+    /// Panics where some files have a BLAKE3 digest and others do not.
     pub fn write(&self, index_offset: u64) -> (Preamble, Vec<u8>) {
+        let is_alike = |file: &FileEntry| file.decoded_blake3.is_some() == self.has_tree_digests();
+        assert!(self.files.iter().all(is_alike), "the feature bit speaks for all files");
         let fields = self.write_fields().into_bytes();
         let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::best());
         encoder.write_all(&fields).expect("a vector takes every byte");
         let stored = encoder.finish().expect("a vector takes every byte");
         let preamble = Preamble {
-            required_features: 0,
+            required_features: self.required_features(),
             file_bytes: index_offset + stored.len() as u64,
             index_offset,
             index_inflated_bytes: fields.len() as u64,
-            index_crc: crc32c::crc32c(&stored),
+            index_crc: crc32c(&stored),
         };
         (preamble, stored)
     }
@@ -263,11 +314,14 @@ mod tests {
                 header: vec![1, 2, 3],
                 decoded_sha256: [1; 32],
                 source_sha256: [2; 32],
+                decoded_blake3: None,
             }],
             tables: vec![Table { codes: vec![0, 1], frequencies: vec![4000, 96], point_offsets: vec![] }],
+            codebooks: vec![],
             block_types: vec!["global".into(), "ffn".into()],
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
+            has_units: false,
             provenance: vec![("tool".into(), "mcwcfs".into())],
         }
     }
@@ -277,6 +331,42 @@ mod tests {
         let index = sample();
         let (preamble, stored) = index.write(5000);
         assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+    }
+
+    #[test]
+    fn tree_digests_are_announced_by_their_feature_bit() {
+        let mut index = sample();
+        assert_eq!(index.write(5000).0.required_features, 0);
+        index.files[0].decoded_blake3 = Some([3; 32]);
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_TREE_DIGESTS);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+        let unannounced = Preamble { required_features: 0, ..preamble };
+        assert!(Index::parse(&stored, &unannounced).is_err(), "the digest would be read as something else");
+    }
+
+    #[test]
+    fn an_index_with_codebooks_and_units_comes_back_and_needs_their_features() {
+        let codebook = StoredCodebook { elements: 2, index_bits: 1, values: vec![0x3c00, 0, 0, 0x3c00] };
+        let index = Index { codebooks: vec![codebook], has_units: true, ..sample() };
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS | FEATURE_UNITS);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+    }
+
+    #[test]
+    fn bases_are_announced_by_their_feature_bit() {
+        let mut index = sample();
+        index.bases = vec![BaseReference { content_id: [5; 32], name: "base.mcwc".into() }];
+        let (preamble, stored) = index.write(5000);
+        assert_eq!(preamble.required_features, FEATURE_BASES);
+        assert_eq!(Index::parse(&stored, &preamble), Ok(index));
+        let unannounced = Preamble { required_features: 0, ..preamble };
+        let error = Index::parse(&stored, &unannounced).expect_err("an older reader would not have refused it");
+        assert!(error.to_string().contains("bases"), "{error}");
+        let (preamble, stored) = sample().write(5000);
+        let announced = Preamble { required_features: FEATURE_BASES, ..preamble };
+        Index::parse(&stored, &announced).expect_err("there are none");
     }
 
     #[test]
@@ -336,7 +426,7 @@ mod tests {
             let mut fields = sample().write_fields().into_bytes();
             let position = position.index(fields.len());
             fields[position] = value;
-            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields));
+            let _ = Index::parse_fields(&mut Reader::new(SECTION, &fields), FEATURE_BASES);
         }
     }
 }

@@ -16,6 +16,12 @@ pub const HEADER_BYTES: u64 = 100_000_008;
 pub const TABLES: u64 = 1 << 12;
 /// Coded positions of one entropy table: 64 less the three that the vector lookup keeps.
 pub const TABLE_POSITIONS: u64 = 61;
+/// Codebooks of residual vector quantization in one archive.
+pub const CODEBOOKS: u64 = 1 << 8;
+/// Elements that share indices in residual vector quantization.
+pub const VECTOR_ELEMENTS: std::ops::RangeInclusive<u8> = 2..=16;
+/// Base-2 logarithm of the codewords of a codebook.
+pub const VECTOR_INDEX_BITS: std::ops::RangeInclusive<u8> = 1..=12;
 /// Block types.
 pub const BLOCK_TYPES: u64 = 256;
 /// Layers.
@@ -26,6 +32,14 @@ pub const RECORDS: u64 = 1 << 20;
 pub const PARTS: u64 = 1 << 20;
 /// Layers from a keyframe to the last record predicted from it.
 pub const CHAIN_RECORDS: u64 = 256;
+/// Base archives of one archive.
+pub const BASES: u64 = 16;
+/// Archives below one another, each the base of the one above.
+pub const BASE_CHAIN: usize = 4;
+/// Rank of a low-rank product: sums of so many products of two factors stay exact in 32 bits.
+pub const RANK: u64 = 256;
+/// Magnitude of a factor of a low-rank product.
+pub const FACTOR: i32 = 2047;
 /// Provenance entries.
 pub const PROVENANCE: u64 = 1 << 10;
 /// Bytes of one record's side information.

@@ -1,16 +1,20 @@
 //! The header of one part: how one tensor is coded, and everything its strips need (SPEC.md section 4.1; Eqs. 61-63).
 
 use super::bytes::{Reader, Writer};
+use super::difference::BasedInfo;
 use super::error::FormatError;
 use super::limits;
-use super::strip::LANES;
+use super::units::UnitsInfo;
+
+pub use super::streams::SymbolStreams;
 
 /// An array of small integers as stored; `codec::integers` understands it, the number of items follows from the context.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StoredIntegers(pub Vec<u8>);
 
 impl StoredIntegers {
-    fn parse(reader: &mut Reader<'_>, field: &'static str) -> Result<Self, FormatError> {
+    /// Reads an array.
+    pub fn parse(reader: &mut Reader<'_>, field: &'static str) -> Result<Self, FormatError> {
         Ok(Self(reader.blob(field, limits::SIDE_BYTES)?.to_vec()))
     }
 }
@@ -78,6 +82,13 @@ pub enum TrellisTables {
     Pairs,
 }
 
+/// Residual vector quantization in two stages: consecutive elements of a run are a codeword of each codebook, added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredVectors {
+    /// Numbers of the codebooks in the index; they have codewords of the same length.
+    pub codebooks: [u16; 2],
+}
+
 /// Quantizer side information (Eq. 61).
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizerInfo {
@@ -87,6 +98,8 @@ pub struct QuantizerInfo {
     pub raw_bits: u8,
     /// Present where codes are trellis-coded, absent where they are scalar.
     pub trellis: Option<StoredTrellis>,
+    /// Present where there are indices of codewords in place of codes: then without trellis and raw bits.
+    pub vectors: Option<StoredVectors>,
     /// Per run, an integer whose multiplier the step is taken times; absent where all runs share the step.
     pub scales: Option<StoredIntegers>,
     /// A run's mean is its integer times this, in weight units; absent where no run has one.
@@ -122,25 +135,28 @@ pub enum Coding {
     },
     /// Quantized codes, absolute (keyframe) or of a residual (predicted).
     Quantized(QuantizerInfo),
+    /// Bit-exact: integers of some bits that lie in the tensor's bytes, whatever its type.
+    Units(UnitsInfo),
+    /// Bit-exact: what differs from a tensor of a base archive.
+    Based(BasedInfo),
 }
 
-/// How symbols of a part are grouped, and what their strips need.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SymbolStreams {
-    /// Elements of one run; the last may be shorter.
-    pub run_elements: u32,
-    /// Runs of one strip; the last may have fewer.
-    pub runs_per_strip: u32,
-    /// Lanes of a strip: a power of two, 32 at most.
-    pub lanes: u8,
-    /// Numbers of the entropy tables used.
-    pub tables: Vec<u16>,
-    /// Which of `tables` each run uses; empty where there is one table.
-    pub table_of_run: StoredIntegers,
-    /// 16-bit words of each strip.
-    pub strip_words: StoredIntegers,
-    /// Exceptions of each strip.
-    pub strip_exceptions: StoredIntegers,
+impl Coding {
+    /// Whether strips hold coded symbols.
+    pub fn has_symbols(&self) -> bool {
+        match self {
+            Self::Raw => false,
+            Self::Split { .. } | Self::Quantized(_) | Self::Units(_) => true,
+            Self::Based(info) => info.difference.is_some(),
+        }
+    }
+}
+
+impl Coding {
+    /// Whether the part has indices of codewords, which are not entropy-coded.
+    pub fn has_vectors(&self) -> bool {
+        matches!(self, Self::Quantized(QuantizerInfo { vectors: Some(_), .. }))
+    }
 }
 
 /// Bytes of a part header by stream of the rate (Eq. 8, Table 1).
@@ -159,7 +175,7 @@ pub struct PartHeaderBytes {
 pub struct PartHeader {
     /// How the elements are coded.
     pub coding: Coding,
-    /// Layout of the symbols; `None` for raw parts.
+    /// Layout of the symbols; `None` where there are none.
     pub streams: Option<SymbolStreams>,
     /// CRC-32C of each strip.
     pub strip_crcs: Vec<u32>,
@@ -170,6 +186,8 @@ pub struct PartHeader {
 const CODING_RAW: u8 = 0;
 const CODING_SPLIT: u8 = 1;
 const CODING_QUANTIZED: u8 = 2;
+const CODING_UNITS: u8 = 3;
+const CODING_BASED: u8 = 4;
 
 const HAS_ZERO_BITS: u8 = 1;
 
@@ -177,6 +195,7 @@ const HAS_SCALES: u8 = 1;
 const HAS_MEANS: u8 = 2;
 const HAS_PREDICTION: u8 = 4;
 const HAS_TRELLIS: u8 = 8;
+const HAS_VECTORS: u8 = 16;
 
 const SCALED_COPY: u8 = 0;
 const ROW_AFFINE: u8 = 1;
@@ -189,16 +208,20 @@ impl PartHeader {
             CODING_RAW => Coding::Raw,
             CODING_SPLIT => Self::parse_split(reader)?,
             CODING_QUANTIZED => Coding::Quantized(QuantizerInfo::parse(reader)?),
+            CODING_UNITS => Coding::Units(UnitsInfo::parse(reader)?),
+            CODING_BASED => Coding::Based(BasedInfo::parse(reader)?),
             other => return Err(FormatError::UnknownFeature { feature: format!("part coding {other}") }),
         };
         let quantizer = match &coding {
-            Coding::Quantized(_) => reader.position() - start - 1,
+            Coding::Quantized(_) | Coding::Based(_) => reader.position() - start - 1,
             _ => 0,
         };
         let before_entropy = reader.position();
         let mut entropy_model = 0;
         let mut streams = None;
-        if coding != Coding::Raw {
+        if coding.has_vectors() {
+            streams = Some(SymbolStreams::parse_layout(reader)?);
+        } else if coding.has_symbols() {
             let (parsed, entropy_end) = SymbolStreams::parse(reader)?;
             entropy_model = entropy_end - before_entropy;
             streams = Some(parsed);
@@ -248,9 +271,19 @@ impl PartHeader {
                 writer.u8(CODING_QUANTIZED);
                 info.write(writer);
             }
+            Coding::Units(info) => {
+                writer.u8(CODING_UNITS);
+                info.write(writer);
+            }
+            Coding::Based(info) => {
+                writer.u8(CODING_BASED);
+                info.write(writer);
+            }
         }
-        if let Some(streams) = &self.streams {
-            streams.write(writer);
+        match &self.streams {
+            Some(streams) if self.coding.has_vectors() => streams.write_layout(writer),
+            Some(streams) => streams.write(writer),
+            None => (),
         }
         writer.varint(self.strip_crcs.len() as u64);
         for crc in &self.strip_crcs {
@@ -273,7 +306,7 @@ impl QuantizerInfo {
         }
         let offset = reader.position();
         let flags = reader.u8("quantizer flags")?;
-        if flags & !(HAS_SCALES | HAS_MEANS | HAS_PREDICTION | HAS_TRELLIS) != 0 {
+        if flags & !(HAS_SCALES | HAS_MEANS | HAS_PREDICTION | HAS_TRELLIS | HAS_VECTORS) != 0 {
             return Err(FormatError::UnknownFeature {
                 feature: format!("quantizer flags {flags:#x} at byte {offset}"),
             });
@@ -282,6 +315,16 @@ impl QuantizerInfo {
             0 => None,
             _ => Some(StoredTrellis::parse(reader)?),
         };
+        let vectors = match flags & HAS_VECTORS {
+            0 => None,
+            _ if raw_bits > 0 || trellis.is_some() => {
+                return Err(reader.invalid("quantizer flags", offset, format!("{flags:#x}"), "vectors alone"));
+            }
+            _ => {
+                let mut codebook = || Ok(reader.varint("vector codebook", limits::CODEBOOKS - 1)? as u16);
+                Some(StoredVectors { codebooks: [codebook()?, codebook()?] })
+            }
+        };
         let scales = if flags & HAS_SCALES != 0 { Some(StoredIntegers::parse(reader, "scales")?) } else { None };
         let means = if flags & HAS_MEANS != 0 {
             Some((reader.finite_f32("mean step")?, StoredIntegers::parse(reader, "means")?))
@@ -289,7 +332,7 @@ impl QuantizerInfo {
             None
         };
         let prediction = if flags & HAS_PREDICTION != 0 { Some(StoredPrediction::parse(reader)?) } else { None };
-        Ok(Self { step, raw_bits, trellis, scales, means, prediction })
+        Ok(Self { step, raw_bits, trellis, vectors, scales, means, prediction })
     }
 
     fn write(&self, writer: &mut Writer) {
@@ -299,10 +342,14 @@ impl QuantizerInfo {
         writer.u8(flag(self.scales.is_some(), HAS_SCALES)
             | flag(self.means.is_some(), HAS_MEANS)
             | flag(self.prediction.is_some(), HAS_PREDICTION)
-            | flag(self.trellis.is_some(), HAS_TRELLIS));
+            | flag(self.trellis.is_some(), HAS_TRELLIS)
+            | flag(self.vectors.is_some(), HAS_VECTORS));
         if let Some(trellis) = self.trellis {
             writer.u8(trellis.tables as u8);
             writer.u8(trellis.state_bits);
+        }
+        for &codebook in self.vectors.iter().flat_map(|vectors| &vectors.codebooks) {
+            writer.varint(codebook.into());
         }
         if let Some(scales) = &self.scales {
             writer.blob(&scales.0);
@@ -390,62 +437,9 @@ impl StoredPrediction {
     }
 }
 
-impl SymbolStreams {
-    /// The streams, and where the entropy model's fields end in them.
-    fn parse(reader: &mut Reader<'_>) -> Result<(Self, u64), FormatError> {
-        let count = reader.count("part tables", limits::TABLES)?;
-        let mut tables = Vec::with_capacity(count);
-        for _ in 0..count {
-            tables.push(reader.varint("part table", limits::TABLES - 1)? as u16);
-        }
-        let table_of_run = match count {
-            0 | 1 => StoredIntegers::default(),
-            _ => StoredIntegers::parse(reader, "table of run")?,
-        };
-        let entropy_end = reader.position();
-        let offset = reader.position();
-        let run_elements = reader.varint("run elements", limits::STRIP_SYMBOLS)?;
-        let runs_per_strip = reader.varint("runs per strip", limits::STRIP_SYMBOLS)?;
-        let symbols = run_elements * runs_per_strip;
-        if !(1..=limits::STRIP_SYMBOLS).contains(&symbols) {
-            let expected = format!("1 to {}", limits::STRIP_SYMBOLS);
-            return Err(reader.invalid("runs per strip", offset, format!("{symbols} symbols a strip"), expected));
-        }
-        let offset = reader.position();
-        let lanes = reader.u8("lanes")?;
-        if !lanes.is_power_of_two() || usize::from(lanes) > LANES {
-            return Err(reader.invalid("lanes", offset, lanes, "1, 2, 4, 8, 16 or 32"));
-        }
-        let streams = Self {
-            run_elements: run_elements as u32,
-            runs_per_strip: runs_per_strip as u32,
-            lanes,
-            tables,
-            table_of_run,
-            strip_words: StoredIntegers::parse(reader, "strip words")?,
-            strip_exceptions: StoredIntegers::parse(reader, "strip exceptions")?,
-        };
-        Ok((streams, entropy_end))
-    }
-
-    fn write(&self, writer: &mut Writer) {
-        writer.varint(self.tables.len() as u64);
-        for &table in &self.tables {
-            writer.varint(table.into());
-        }
-        if self.tables.len() > 1 {
-            writer.blob(&self.table_of_run.0);
-        }
-        writer.varint(self.run_elements.into());
-        writer.varint(self.runs_per_strip.into());
-        writer.u8(self.lanes);
-        writer.blob(&self.strip_words.0);
-        writer.blob(&self.strip_exceptions.0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::difference::{BaseTensor, StoredDifference, StoredLowRank};
     use super::*;
     use proptest::prelude::*;
 
@@ -470,21 +464,51 @@ mod tests {
         )
     }
 
+    fn based() -> impl Strategy<Value = Coding> {
+        let low_rank = (1..=256_u32, -1.0_f32..1.0, integers(), integers())
+            .prop_map(|(rank, scale, left, right)| StoredLowRank { rank, scale, left, right });
+        let difference = (0..32_u8, 0..32_u8, 1..=u32::MAX, integers(), integers()).prop_map(
+            |(zero_bits, class_shift, class_row, class_offsets, table_raw_bits)| StoredDifference {
+                zero_bits,
+                class_shift,
+                class_row,
+                class_offsets,
+                table_raw_bits,
+            },
+        );
+        let place = (0..16_u32, 0..65_536_u32, any::<u32>());
+        (place, prop::option::of(low_rank), prop::option::of(difference)).prop_map(
+            |((base, file, tensor), low_rank, difference)| {
+                Coding::Based(BasedInfo { reference: BaseTensor { base, file, tensor }, low_rank, difference })
+            },
+        )
+    }
+
     fn codings() -> impl Strategy<Value = Coding> {
         let tables = prop::sample::select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
         let trellis =
             (tables, limits::TRELLIS_STATE_BITS).prop_map(|(tables, state_bits)| StoredTrellis { tables, state_bits });
         let trellis = prop::option::of(trellis);
         let means = prop::option::of((-1.0_f32..1.0, integers()));
-        let quantizer =
-            (1e-6_f32..9.0, 0..=8_u8, trellis, prop::option::of(integers()), means, prop::option::of(predictions()))
-                .prop_map(|(step, raw_bits, trellis, scales, means, prediction)| {
-                    Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, scales, means, prediction })
-                });
+        let vectors = prop::option::of([0..256_u16, 0..256_u16].prop_map(|codebooks| StoredVectors { codebooks }));
+        let codes = (0..=8_u8, trellis, vectors).prop_map(|(raw_bits, trellis, vectors)| match vectors {
+            Some(_) => (0, None, vectors),
+            None => (raw_bits, trellis, None),
+        });
+        let quantizer = (1e-6_f32..9.0, codes, prop::option::of(integers()), means, prop::option::of(predictions()))
+            .prop_map(|(step, (raw_bits, trellis, vectors), scales, means, prediction)| {
+                Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, prediction })
+            });
         let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
         let split = (carrier, 1..=56_u8, prop::option::of(integers()))
             .prop_map(|(carrier, raw_bits, zero_bits)| Coding::Split { carrier, raw_bits, zero_bits });
-        prop_oneof![Just(Coding::Raw), split, quantizer]
+        let values = prop::collection::vec(0..16_u64, 0..=61);
+        let units = (prop::sample::select(vec![4_u8, 8, 16, 32, 64]), any::<bool>(), values);
+        let units = units.prop_map(|(unit_bits, has_differences, values)| {
+            let raw_bits = if values.is_empty() { unit_bits / 4 } else { 0 };
+            Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
+        });
+        prop_oneof![Just(Coding::Raw), split, quantizer, units, based()]
     }
 
     proptest! {
@@ -501,7 +525,11 @@ mod tests {
             let table_of_run = if tables.len() > 1 { table_of_run } else { StoredIntegers::default() };
             let streams =
                 SymbolStreams { run_elements, runs_per_strip: 256, lanes: 1_u8 << lane_bits, tables, table_of_run, strip_words, strip_exceptions };
-            let streams = (coding != Coding::Raw).then_some(streams);
+            let streams = if coding.has_vectors() {
+                Some(SymbolStreams { run_elements, runs_per_strip: 256, ..SymbolStreams::default() })
+            } else {
+                coding.has_symbols().then_some(streams)
+            };
             let header = PartHeader { coding, streams, strip_crcs, cost: PartHeaderBytes::default() };
             let mut writer = Writer::new();
             header.write(&mut writer);

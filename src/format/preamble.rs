@@ -1,6 +1,6 @@
 //! The first 64 bytes: what the file is, how long it is, and where its index lies (SPEC.md section 2; Eqs. 51-52).
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc32c};
 use super::error::FormatError;
 use super::limits;
 
@@ -10,8 +10,16 @@ pub const PREAMBLE_BYTES: u64 = 64;
 pub const MAGIC: [u8; 4] = *b"MCWC";
 /// The version this crate writes and the newest it reads.
 pub const VERSION: u16 = 1;
-/// Feature bits this crate knows. Version 1 defines none.
-pub const KNOWN_FEATURES: u64 = 0;
+/// Feature: the index has a BLAKE3 digest of every decoded file.
+pub const FEATURE_TREE_DIGESTS: u64 = 1 << 0;
+/// Feature: the index has codebooks, which parts of vectors refer to.
+pub const FEATURE_CODEBOOKS: u64 = 1 << 1;
+/// Feature: the index lists bases, archives that parts start from.
+pub const FEATURE_BASES: u64 = 1 << 2;
+/// Feature: there are parts of units.
+pub const FEATURE_UNITS: u64 = 1 << 3;
+/// Feature bits this crate knows (SPEC.md section 10).
+pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES | FEATURE_UNITS;
 
 const SECTION: &str = "preamble";
 
@@ -61,7 +69,7 @@ impl Preamble {
             return Err(reader.invalid("reserved", 44, format!("{reserved:02x?}"), "zeros"));
         }
         let expected = reader.u32("preamble checksum")?;
-        let found = crc32c::crc32c(&bytes[..60]);
+        let found = crc32c(&bytes[..60]);
         if found != expected {
             return Err(FormatError::Checksum { section: SECTION, found, expected });
         }
@@ -101,7 +109,7 @@ impl Preamble {
         writer.u32(self.index_crc);
         writer.raw(&[0; 16]);
         let mut bytes = writer.into_bytes();
-        let crc = crc32c::crc32c(&bytes);
+        let crc = crc32c(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
         bytes
     }

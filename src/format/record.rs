@@ -1,7 +1,7 @@
 //! Records, one per layer and block type: their entries in the index and their side information (SPEC.md sections 3.1
 //! and 4; Eq. 50).
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc32c};
 use super::error::FormatError;
 use super::limits;
 use super::part::PartHeader;
@@ -115,7 +115,7 @@ pub struct SideInformation {
 impl SideInformation {
     /// Checks and reads the side information of the record `entry`.
     pub fn parse(bytes: &[u8], entry: &RecordEntry) -> Result<Self, FormatError> {
-        let found = crc32c::crc32c(bytes);
+        let found = crc32c(bytes);
         if found != entry.side_crc {
             return Err(FormatError::Checksum { section: SECTION, found, expected: entry.side_crc });
         }

@@ -6,7 +6,8 @@ use crate::archive::{Archive, PartAddress};
 use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
-use crate::decode::{DecodeError, PreparedPart};
+use crate::decode::{DecodeError, Pools, PreparedPart};
+use crate::format::difference::{BaseTensor, BasedInfo};
 use crate::format::part::{Coding, StoredPlacement};
 use crate::tensor::TensorInfo;
 
@@ -21,6 +22,9 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
         let tensor = archive.tensor(address);
         let check = || {
             let mut motion = None;
+            if let Coding::Based(info) = &header.coding {
+                check_base(archive, tensor, info)?;
+            }
             if let Coding::Quantized(info) = &header.coding
                 && let Some(prediction) = &info.prediction
             {
@@ -29,7 +33,8 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
                     motion = Some(motion_of(permutation, placement, tensor)?);
                 }
             }
-            let part = PreparedPart::new(tensor, header, archive.tables(), motion)?;
+            let pools = Pools { tables: archive.tables(), codebooks: archive.codebooks() };
+            let part = PreparedPart::new(tensor, header, pools, motion)?;
             let stated = entry.parts[ordinal].body_bytes;
             if part.body_bytes() != stated {
                 let found = part.body_bytes().to_string();
@@ -41,6 +46,33 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
         parts.push(check().map_err(|error| decode_error(archive, address, error))?);
     }
     Ok(parts)
+}
+
+/// What a part starts from must be a tensor of the same type, of as long rows, and where nothing says otherwise of as many.
+fn check_base(archive: &Archive, tensor: &TensorInfo, info: &BasedInfo) -> Result<(), DecodeError> {
+    let Some((base, place)) = archive.base_tensor(info.reference) else {
+        let BaseTensor { base, file, tensor } = info.reference;
+        return Err(DecodeError::Inconsistent {
+            field: "base tensor",
+            found: format!("tensor {tensor} of file {file} of base {base}"),
+            expected: format!("one of the {} bases at hand", archive.bases().len()),
+        });
+    };
+    let reference = base.tensor(place);
+    let rows_may_differ = info.difference.is_some() && tensor.shape.len() > 1;
+    let is_alike = match (tensor.shape.split_first(), reference.shape.split_first()) {
+        (Some((_, columns)), Some((_, others))) if rows_may_differ => columns == others,
+        _ => tensor.shape == reference.shape,
+    };
+    if reference.dtype == tensor.dtype && is_alike && (rows_may_differ || reference.length_bytes == tensor.length_bytes)
+    {
+        return Ok(());
+    }
+    Err(DecodeError::Inconsistent {
+        field: "base tensor",
+        found: format!("{} {:?}", reference.dtype, reference.shape),
+        expected: format!("{} {:?}", tensor.dtype, tensor.shape),
+    })
 }
 
 /// A predicted part's reference must exist and be a tensor of the same type and shape.
@@ -150,11 +182,19 @@ mod tests {
             layers: 0,
             keyframe_interval: 4,
             content_id: content_id(std::iter::once(digest)),
-            files: vec![FileEntry { name: "model".into(), header, decoded_sha256: digest, source_sha256: digest }],
+            files: vec![FileEntry {
+                name: "model".into(),
+                header,
+                decoded_sha256: digest,
+                source_sha256: digest,
+                decoded_blake3: None,
+            }],
             tables: vec![],
+            codebooks: vec![],
             block_types: vec!["ffn".into()],
             records: entries,
             bases: vec![],
+            has_units: false,
             provenance: vec![],
         };
         let (preamble, stored) = index.write(PREAMBLE_BYTES + bodies.len() as u64);
@@ -177,7 +217,15 @@ mod tests {
             placement: Some(placement),
             predictor: StoredPredictor::ScaledCopy { gain: 1.0 },
         });
-        let info = QuantizerInfo { step: 1.0, raw_bits: 0, trellis: None, scales: None, means: None, prediction };
+        let info = QuantizerInfo {
+            step: 1.0,
+            raw_bits: 0,
+            trellis: None,
+            vectors: None,
+            scales: None,
+            means: None,
+            prediction,
+        };
         let streams = SymbolStreams {
             run_elements: 1,
             runs_per_strip: 1,

@@ -1,7 +1,7 @@
 //! Parts whose strips are decoded apart from one another: those without prediction.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::{Keeper, MaterializeError, Materializer, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
@@ -10,6 +10,9 @@ use crate::metrics::METRICS;
 
 /// What the kernel asks for at once, and so what is decoded at once.
 pub(super) const TOGETHER_BYTES: usize = 1 << 20;
+
+/// More strips than this are not followed at a time.
+const MOST_PARTLY_TAKEN: usize = 4096;
 
 /// The strips of a part, and what they are called in the cache.
 #[derive(Clone, Copy)]
@@ -56,10 +59,6 @@ impl Strips<'_> {
     fn is_whole(&self, piece: &Piece<'_>) -> bool {
         piece.out.len() == self.part.strip_output_bytes(piece.strip)
     }
-
-    fn reaches_the_end(&self, piece: &Piece<'_>) -> bool {
-        piece.from + piece.out.len() == self.part.strip_output_bytes(piece.strip)
-    }
 }
 
 impl Materializer {
@@ -87,7 +86,8 @@ impl Materializer {
                 .filter(|(_, in_place)| !**in_place)
                 .map(|(piece, _)| part.strip_output_bytes(piece.strip))
                 .sum();
-            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers));
+            let of_base = self.memory_for_base(archive, part, numbers.clone())?;
+            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers) + of_base);
             let mut pieces: Vec<(&mut Piece<'_>, bool)> = pieces.iter_mut().zip(in_place).collect();
             for alike in pieces.chunk_by_mut(|a, b| a.1 == b.1) {
                 let in_place = alike[0].1;
@@ -109,20 +109,54 @@ impl Materializer {
         &self,
         keeper: Keeper,
         strips: Strips<'_>,
-        pieces: Vec<&mut Piece<'_>>,
+        mut pieces: Vec<&mut Piece<'_>>,
     ) -> Result<(), MaterializeError> {
         let numbers: Vec<usize> = pieces.iter().map(|piece| piece.strip).collect();
         let decoded = self.strips_through_cache(strips, &numbers)?;
-        let mut done_with = Vec::new();
-        for (piece, decoded) in pieces.into_iter().zip(&decoded) {
+        for (piece, decoded) in pieces.iter_mut().zip(&decoded) {
             piece.out.copy_from_slice(&decoded[piece.from..][..piece.out.len()]);
-            // A reader that keeps its bytes and has the last of a strip has gone past it.
-            if keeper == Keeper::Reader && strips.reaches_the_end(piece) {
-                done_with.push(strips.key(piece.strip));
+        }
+        if keeper == Keeper::Reader {
+            self.let_go_of_what_was_taken(strips, &pieces);
+        }
+        Ok(())
+    }
+
+    /// Strips of which readers that keep their bytes have taken as much as there is will not be asked for again.
+    fn let_go_of_what_was_taken(&self, strips: Strips<'_>, pieces: &[&mut Piece<'_>]) {
+        let mut all_taken = self.taken_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if all_taken.len() > MOST_PARTLY_TAKEN {
+            all_taken.clear(); // the cache evicts them in time
+        }
+        let mut done_with = Vec::new();
+        for piece in pieces {
+            let key = strips.key(piece.strip);
+            let taken = all_taken.remove(&key).unwrap_or(0) + piece.out.len();
+            if taken < strips.part.strip_output_bytes(piece.strip) {
+                all_taken.insert(key, taken);
+            } else {
+                done_with.push(key);
             }
         }
+        drop(all_taken);
         if !done_with.is_empty() {
             self.cache.forget(&done_with);
+        }
+    }
+
+    /// Fills `out` with the bytes of a part from `offset` on through the cache. The caller holds the memory for it.
+    pub(super) fn strips_into(
+        &self,
+        archive: &Archive,
+        address: PartAddress,
+        part: &PreparedPart,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), MaterializeError> {
+        let strips = Strips { archive, address, part };
+        let mut pieces = strips.pieces(offset, out);
+        for pieces in pieces.chunks_mut(self.strips_together(part)) {
+            self.copy_from_cache(Keeper::Cache, strips, pieces.iter_mut().collect())?;
         }
         Ok(())
     }
@@ -175,7 +209,8 @@ impl Materializer {
             let missing: Vec<usize> = missing.map(|(&strip, _)| strip).collect();
             let (Some(first), Some(last)) = (missing.first(), missing.last()) else { continue };
             let decoded_bytes: usize = missing.iter().map(|&strip| part.strip_output_bytes(strip)).sum();
-            let _memory = self.take_memory(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1));
+            let of_base = self.memory_for_base(archive, part, *first..last + 1)?;
+            let _memory = self.take_memory(decoded_bytes as u64 + strips.stored_bytes(*first..last + 1) + of_base);
             self.strips_through_cache(strips, &missing)?;
             METRICS.decoded_ahead_bytes.add(decoded_bytes as u64);
         }

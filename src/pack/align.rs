@@ -59,11 +59,11 @@ pub fn align(
     let symmetry = current.symmetry();
     let identity = || GroupedPermutation::identity(symmetry).expect("checked when the blocks were made");
     match (alignment, block_type) {
-        (Alignment::None, _) | (Alignment::FfnOnly, BlockType::Attention) | (Alignment::HeadsOnly, BlockType::Ffn) => {
-            identity()
-        }
+        (Alignment::None, _) => identity(),
+        (Alignment::FfnOnly, _) if block_type.is_attention() => identity(),
+        (Alignment::HeadsOnly, _) if !block_type.is_attention() => identity(),
         (Alignment::Random { seed }, _) => {
-            let stream = u64::from(layer) << 8 | block_type as u64;
+            let stream = u64::from(layer) << 8 | u64::from(block_type.number());
             let mut chance = fastrand::Rng::with_seed(seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15));
             let mut shuffled = |len: u32| {
                 let mut entries: Vec<u32> = (0..len).collect();

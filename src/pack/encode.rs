@@ -10,25 +10,30 @@ mod finished;
 mod records;
 mod steering;
 mod target;
+mod vectors;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
+use super::base::{Base, BaseError};
 use super::calibration::Calibration;
 use super::keep::{Keep, kept};
+use super::low_rank::FoundProduct;
 use super::options::{PackOptions, PredictorChoice};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{Decision, Treatment};
+use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
+use crate::format::difference::BaseTensor;
+use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// Told how far packing has come.
@@ -56,9 +61,12 @@ pub struct Encoder<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a PackOptions,
     progress: &'a dyn Progress,
+    base: Option<&'a Base>,
     plan: CheckpointPlan,
     /// Per record, per part.
     treatments: Vec<Vec<Treatment>>,
+    /// The tensors that start from the base, by file and tensor.
+    based: BTreeMap<(usize, usize), (BaseTensor, Option<FoundProduct>)>,
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
     calibration: Option<Calibration<'a>>,
@@ -67,10 +75,26 @@ pub struct Encoder<'a> {
 impl<'a> Encoder<'a> {
     /// Plans the records and chooses every tensor's treatment.
     pub fn new(checkpoint: &'a Checkpoint, options: &'a PackOptions, progress: &'a dyn Progress) -> Self {
+        Self::with_base(checkpoint, options, None, progress).expect("no base that might not be read")
+    }
+
+    /// The same for a variant: tensors may start from those of a base.
+    ///
+    /// # Errors
+    /// When the base does not decode.
+    pub fn with_base(
+        checkpoint: &'a Checkpoint,
+        options: &'a PackOptions,
+        base: Option<&'a Base>,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, PackError> {
+        let counterparts = base.map(|base| base.counterparts(checkpoint)).transpose()?;
         let mut encoder = Self {
             checkpoint,
             options,
             progress,
+            base,
+            based: BTreeMap::new(),
             plan: checkpoint.plan(),
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
@@ -82,12 +106,36 @@ impl<'a> Encoder<'a> {
             for part in &record.parts {
                 let (tensor, bytes) = encoder.tensor(part.file, part.tensor);
                 let keep = kept(&options.keep, &tensor.name);
-                treatments.push(Treatment::choose(record.block_type, tensor, bytes, keep, options));
+                let mut treatment = Treatment::choose(record.block_type, tensor, bytes, keep, options);
+                let reference = counterparts.as_ref().and_then(|found| found[part.file][part.tensor]);
+                if let (Some(base), Some(reference)) = (base, reference) {
+                    let decoded = base.decoded(reference, tensor.length_bytes).map_err(BaseError::from)?;
+                    let is_whole = base.tensor(reference).shape == tensor.shape;
+                    let chosen = BasedChoice::choose(treatment, reference, is_whole, tensor, bytes, &decoded);
+                    if let Some((choice, product)) = chosen {
+                        treatment = Treatment::Based(choice);
+                        encoder.based.insert((part.file, part.tensor), (reference, product));
+                    }
+                }
+                treatments.push(treatment);
                 encoder.finish_part(part.file, part.tensor);
             }
             encoder.treatments.push(treatments);
         }
-        encoder
+        Ok(encoder)
+    }
+
+    /// What a tensor starts from, decoded; `None` where it stands alone.
+    fn start(&self, file: usize, tensor: usize) -> Result<Option<Start>, MaterializeError> {
+        let (Some(base), Some((reference, product))) = (self.base, self.based.get(&(file, tensor))) else {
+            return Ok(None);
+        };
+        let info = self.tensor(file, tensor).0;
+        let mut predicted = base.decoded(*reference, info.length_bytes)?;
+        if let Some(found) = product {
+            found.product.add(&info.dtype, 0, &mut predicted);
+        }
+        Ok(Some(Start { predicted, low_rank: product.as_ref().map(|found| found.stored.clone()) }))
     }
 
     /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
@@ -116,8 +164,20 @@ impl<'a> Encoder<'a> {
         self.checkpoint.files.iter().map(|file| file.header.file_bytes()).sum()
     }
 
+    /// An error where a checkpoint that was quantized before is to lose anything.
+    fn check_not_quantized(&self) -> Result<(), PackError> {
+        if !self.has_quantized() || self.options.force_requantize {
+            return Ok(());
+        }
+        let tensors = self.checkpoint.files.iter().flat_map(|file| &file.header.tensors);
+        match tensors.into_iter().find(|tensor| is_already_quantized(tensor)) {
+            Some(tensor) => Err(PackError::AlreadyQuantized { tensor: tensor.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// Samples every tensor.
-    fn survey(&self) -> Survey<'a> {
+    fn survey(&self) -> Result<Survey<'a>, BaseError> {
         self.progress.phase("measuring", self.source_bytes());
         let quantizable: u64 = (self.plan.records.iter().zip(&self.treatments))
             .flat_map(|(record, treatments)| record.parts.iter().zip(treatments))
@@ -130,11 +190,12 @@ impl<'a> Encoder<'a> {
             survey.begin_record();
             for (part, &treatment) in record.parts.iter().zip(treatments) {
                 let (tensor, bytes) = self.tensor(part.file, part.tensor);
-                survey.add(treatment, tensor, bytes, share);
+                let start = self.start(part.file, part.tensor)?;
+                survey.add(treatment, tensor, bytes, start.as_ref(), share);
                 self.finish_part(part.file, part.tensor);
             }
         }
-        survey
+        Ok(survey)
     }
 
     /// Whether anything is to be quantized.
@@ -159,7 +220,8 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// [`PackError::Rate`] where the target cannot be met.
     pub fn dry_run(&self) -> Result<Vec<TensorReport>, PackError> {
-        let plan = self.find_step(&mut self.survey())?;
+        self.check_not_quantized()?;
+        let plan = self.find_step(&mut self.survey()?)?;
         let mut reports = Vec::new();
         for (record, parts) in self.plan.records.iter().zip(&plan.probe.parts) {
             for (part, probed) in record.parts.iter().zip(parts) {
@@ -207,10 +269,11 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// See [`PackError`]; the hidden file is gone then.
     pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
+        self.check_not_quantized()?;
         // Before the work, in case it cannot be made.
         let mut unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
-        let mut survey = self.survey();
+        let mut survey = self.survey()?;
         self.check_interrupted(out)?;
         let plan = self.find_step(&mut survey)?;
         self.check_interrupted(out)?;
@@ -223,9 +286,10 @@ impl<'a> Encoder<'a> {
         });
 
         let mut index = written.index;
-        for (file, (decoded, source)) in index.files.iter_mut().zip(compared.decoded.iter().zip(&compared.sources)) {
-            file.decoded_sha256 = *decoded;
-            file.source_sha256 = *source;
+        for (number, file) in index.files.iter_mut().enumerate() {
+            file.decoded_sha256 = compared.decoded[number];
+            file.source_sha256 = compared.sources[number];
+            file.decoded_blake3 = Some(compared.decoded_blake3[number]);
         }
         index.content_id = content_id(compared.decoded.iter().copied());
         let archive_bytes = records::write_index(unfinished.as_file_mut(), &index, written.bytes).map_err(output)?;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::histogram::{EXCEPTION_BITS, Histogram};
 use crate::codec::entropy::CodingTable;
+use crate::codec::vector_quantizer::Codebook;
 use crate::format::table::{TOTAL, Table};
 
 /// Classes with fewer symbols than this share a neighbour's table: a table must earn its own bytes.
@@ -27,6 +28,20 @@ pub enum StreamKind {
         raw_bits: u8,
         /// Whether the elements are bfloat16: exponents of bfloat16 and binary16 do not mix.
         bf16: bool,
+    },
+    /// Upper bits of integers of so many bits, above `raw_bits` raw ones.
+    Units {
+        /// Bits of an integer.
+        bits: u8,
+        /// Raw bits per symbol.
+        raw_bits: u8,
+    },
+    /// Places of integers in a list, the most frequent first.
+    Listed,
+    /// Differences to a base above `raw_bits` raw bits.
+    Difference {
+        /// Raw bits per symbol.
+        raw_bits: u8,
     },
     /// Scalar quantized codes above `raw_bits` raw ones.
     Quantized {
@@ -131,7 +146,11 @@ impl ClassHistograms {
                     histogram.fit_fixed_length(kind.has_points())
                 }
                 StreamKind::Trellis { .. } => histogram.fit_range(kind.has_points()),
-                StreamKind::Quantized { .. } | StreamKind::Split { .. } => histogram.fit(kind.has_points()),
+                StreamKind::Quantized { .. }
+                | StreamKind::Split { .. }
+                | StreamKind::Units { .. }
+                | StreamKind::Listed
+                | StreamKind::Difference { .. } => histogram.fit(kind.has_points()),
             };
             if let Some(table) = table {
                 pool.by_class.insert((kind, class), pool.tables.len());
@@ -223,15 +242,27 @@ impl FittedTable {
     }
 }
 
-/// All fitted tables of an archive.
+/// All fitted tables of an archive, and its codebooks.
 #[derive(Clone, Debug, Default)]
 pub struct TablePool {
     tables: Vec<FittedTable>,
     classes: Vec<i32>,
     by_class: BTreeMap<(StreamKind, i32), usize>,
+    codebooks: Vec<Arc<Codebook>>,
 }
 
 impl TablePool {
+    /// Adds a codebook of vectors and gives its number.
+    pub fn add_codebook(&mut self, codebook: Arc<Codebook>) -> u16 {
+        self.codebooks.push(codebook);
+        self.codebooks.len() as u16 - 1
+    }
+
+    /// All codebooks, by their numbers, which are those that the archive has.
+    pub fn codebooks(&self) -> &[Arc<Codebook>] {
+        &self.codebooks
+    }
+
     /// All tables ready for coding, by their numbers in this pool.
     pub fn coding_tables(&self) -> Vec<Arc<CodingTable>> {
         self.tables.iter().map(|table| Arc::clone(&table.coding)).collect()
@@ -245,6 +276,14 @@ impl TablePool {
     /// The class that a table was fitted to.
     pub fn class_of(&self, number: usize) -> i32 {
         self.classes[number]
+    }
+
+    /// Raw bits and number of some table for differences: for a run of which no sample showed the like.
+    pub fn any_difference(&self) -> Option<(u8, usize)> {
+        self.by_class.iter().rev().find_map(|(&(kind, _), &number)| match kind {
+            StreamKind::Difference { raw_bits } => Some((raw_bits, number)),
+            _ => None,
+        })
     }
 
     /// Whether a table of this kind was fitted.

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::counting::measure;
+use super::counting::{measure, sum_of_squares};
 use super::entropy_model::TablePool;
 use super::options::PredictorChoice;
 use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
@@ -88,6 +88,8 @@ pub struct PartCandidate<'a> {
     pub rounding: Rounding,
     /// Elements measured; larger parts are sampled by whole runs.
     pub measured_elements: usize,
+    /// Bits per element where vectors are quantized: a prediction then saves no bits but error, which counts for as many.
+    pub vector_bits: Option<f64>,
 }
 
 /// The cheapest way found to predict a part from one reference, and what it costs.
@@ -104,6 +106,28 @@ impl PartCandidate<'_> {
         self.layout.elements.div_ceil(self.measured_elements)
     }
 
+    fn bits(&self, symbols: &QuantizedSymbols<'_>, pool: &TablePool) -> f64 {
+        match self.vector_bits {
+            None => measure(symbols, pool, self.every()).unwrap_or(f64::INFINITY),
+            Some(bits) => self.equivalent_bits(symbols, bits),
+        }
+    }
+
+    /// Bits at which vectors of the weights themselves would have the error that those of the symbols' targets have at `bits`
+    /// per element: half a bit for each factor of two between their energies, run by run.
+    fn equivalent_bits(&self, symbols: &QuantizedSymbols<'_>, bits: f64) -> f64 {
+        let of_run = |run: usize| {
+            let (range, mut targets) = (self.layout.run_range(run), Vec::new());
+            symbols.targets(run, &mut targets);
+            let unit = f64::from((self.step_of_run)(run));
+            let energy = unit * unit * sum_of_squares(&targets);
+            let octaves = (energy / sum_of_squares(&self.values[range.clone()])).log2();
+            (bits + 0.5 * if octaves.is_nan() { 0.0 } else { octaves.max(-2.0 * bits) }) * range.len() as f64
+        };
+        let runs: Vec<f64> = (0..self.layout.runs()).into_par_iter().map(of_run).collect();
+        runs.into_iter().sum()
+    }
+
     /// Bits of the part as a keyframe.
     pub fn keyframe_bits(&self, pool: &TablePool) -> f64 {
         let symbols = QuantizedSymbols {
@@ -115,7 +139,7 @@ impl PartCandidate<'_> {
             rounding: self.rounding,
             feedback: None,
         };
-        measure(&symbols, pool, self.every()).unwrap_or(f64::INFINITY)
+        self.bits(&symbols, pool)
     }
 
     /// The cheapest allowed prediction from `reference`, if any can pay.
@@ -149,7 +173,7 @@ impl PartCandidate<'_> {
                 rounding: self.rounding,
                 feedback: None,
             };
-            let bits = measure(&symbols, pool, self.every()).unwrap_or(f64::INFINITY) + predictor.bits();
+            let bits = self.bits(&symbols, pool) + predictor.bits();
             MeasuredPrediction { predictor, bits }
         });
         measured.min_by(|a, b| a.bits.total_cmp(&b.bits))
@@ -263,6 +287,7 @@ mod tests {
             raw_bits: 0,
             rounding: NEAREST,
             measured_elements: usize::MAX,
+            vector_bits: None,
         };
         let symbols = QuantizedSymbols {
             values,

@@ -183,6 +183,10 @@ pub enum Quantization {
     TrellisShared,
     /// One quantizer, as in the paper.
     Scalar,
+    /// Residual vector quantization in two stages, indices of fixed length: the paper's ablation. Vectors of 2 to 16 elements
+    /// and two codebooks of 1024 reach 1.25 to 10 bits per weight, fewer codewords in small checkpoints less. Needs `--bpp`,
+    /// which is met from below as near as vectors of two lengths allow.
+    ResidualVector,
 }
 
 /// Number of states of the trellis: more take longer to search, not to decode.
@@ -237,8 +241,11 @@ pub struct PackOptions {
     pub trellis_states: Option<TrellisStates>,
     /// Whether rounding weighs the bits that a code takes.
     pub rate_aware_rounding: bool,
-    /// Embeddings and output heads get a step this many times finer.
+    /// Embeddings and output heads get a step this many times finer. Finer helps GPT-NeoX and costs BERT and Llama, see
+    /// `benches/task_metric.py`.
     pub embedding_refinement: f32,
+    /// Whether to lose anything of checkpoints that were quantized before.
+    pub force_requantize: bool,
     /// Whether to measure what every stage is worth; the archive is the same.
     pub stats: bool,
 }
@@ -257,7 +264,8 @@ impl Default for PackOptions {
             entropy_model: EntropyModel::default(),
             trellis_states: None,
             rate_aware_rounding: true,
-            embedding_refinement: 1.4,
+            embedding_refinement: 1.2,
+            force_requantize: false,
             stats: false,
         }
     }
@@ -302,7 +310,7 @@ impl PackOptions {
         let tables = match self.quantization {
             Quantization::Trellis => Some(TrellisTables::Pairs),
             Quantization::TrellisShared => Some(TrellisTables::Shared),
-            Quantization::Scalar => None,
+            Quantization::Scalar | Quantization::ResidualVector => None,
         };
         let trellis = tables.map(|tables| StoredTrellis { tables, state_bits: self.trellis_states().state_bits() });
         let lambda = match self.rate_aware_rounding {

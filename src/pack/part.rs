@@ -8,10 +8,12 @@ use rayon::prelude::*;
 
 use super::counting::{choose_tables, sum_of_squares};
 use super::entropy_model::{FittedTable, TablePool};
-use super::symbols::{Placed, Symbols};
+use super::symbols::{Placed, RunLayout, Symbols};
+use super::vectors::VectorStrips;
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
 use crate::decode::DecodeError;
+use crate::format::bytes::crc32c;
 use crate::format::limits::RAW_STRIP_BYTES;
 use crate::format::part::{Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
@@ -29,10 +31,16 @@ pub struct EncodedPart {
     pub squared_error: f64,
 }
 
-struct EncodedStrip {
+/// A strip ready to be written.
+pub struct EncodedStrip {
     bytes: Vec<u8>,
     words: usize,
     exceptions: usize,
+}
+
+/// A strip with what its part must know of it.
+struct PlacedStrip {
+    encoded: EncodedStrip,
     /// Pool numbers: one table twice, or a pair.
     tables_of_run: Vec<[usize; 2]>,
     squared_error: f64,
@@ -41,7 +49,7 @@ struct EncodedStrip {
 impl EncodedPart {
     /// Bytes as they are.
     pub fn raw(bytes: &[u8]) -> Self {
-        let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c::crc32c).collect();
+        let strip_crcs = bytes.chunks(RAW_STRIP_BYTES as usize).map(crc32c).collect();
         Self {
             coding: Coding::Raw,
             streams: None,
@@ -55,7 +63,7 @@ impl EncodedPart {
     /// Encodes symbols. `coding` says what they mean. `None` where the pool has no fitting table.
     pub fn symbols(coding: Coding, symbols: &dyn Symbols, pool: &TablePool) -> Option<Self> {
         let layout = symbols.layout();
-        let strips: Vec<EncodedStrip> = (0..layout.strips())
+        let strips: Vec<PlacedStrip> = (0..layout.strips())
             .into_par_iter()
             .map(|strip| encode_strip(symbols, pool, strip))
             .collect::<Option<_>>()?;
@@ -71,34 +79,69 @@ impl EncodedPart {
         let tables_per_number = if symbols.second_kind().is_some() { 2 } else { 1 };
         let tables: Vec<usize> =
             numbers.into_keys().flat_map(|tables| tables.into_iter().take(tables_per_number)).collect();
+        let squared_error = strips.iter().map(|strip| strip.squared_error).sum();
+        let strips: Vec<EncodedStrip> = strips.into_iter().map(|strip| strip.encoded).collect();
+        Some(Self { squared_error, ..Self::of_strips(coding, layout, tables, &table_of_run, &strips) })
+    }
+
+    /// A part of encoded strips. `tables` are numbers of the pool; `table_of_run` is stored as it is where there are several.
+    pub fn of_strips(
+        coding: Coding,
+        layout: RunLayout,
+        tables: Vec<usize>,
+        table_of_run: &[i32],
+        strips: &[EncodedStrip],
+    ) -> Self {
         let words: Vec<i32> = strips.iter().map(|strip| strip.words as i32).collect();
         let exceptions: Vec<i32> = strips.iter().map(|strip| strip.exceptions as i32).collect();
         let mut body = Vec::with_capacity(strips.iter().map(|strip| strip.bytes.len()).sum());
         let mut strip_crcs = Vec::with_capacity(strips.len());
-        for strip in &strips {
-            strip_crcs.push(crc32c::crc32c(&strip.bytes));
+        for strip in strips {
+            strip_crcs.push(crc32c(&strip.bytes));
             body.extend_from_slice(&strip.bytes);
         }
-        Some(Self {
+        Self {
             coding,
             streams: Some(SymbolStreams {
                 run_elements: layout.run_elements as u32,
                 runs_per_strip: layout.runs_per_strip as u32,
                 lanes: layout.lanes as u8,
                 tables: Vec::new(),
-                table_of_run: if tables.len() > 1 {
-                    integers::encode(&table_of_run)
-                } else {
-                    StoredIntegers::default()
-                },
+                table_of_run: if tables.len() > 1 { integers::encode(table_of_run) } else { StoredIntegers::default() },
                 strip_words: integers::encode(&words),
                 strip_exceptions: integers::encode(&exceptions),
             }),
             tables,
             strip_crcs,
             body,
-            squared_error: strips.iter().map(|strip| strip.squared_error).sum(),
-        })
+            squared_error: 0.0,
+        }
+    }
+
+    /// What equals a tensor of a base: nothing is stored of it.
+    pub fn without_strips(coding: Coding) -> Self {
+        Self { coding, ..Self::raw(&[]) }
+    }
+
+    /// Vectors as quantized. `coding` says with which codebooks.
+    pub fn vectors(coding: Coding, layout: RunLayout, quantized: &VectorStrips) -> Self {
+        Self {
+            coding,
+            streams: Some(SymbolStreams {
+                run_elements: layout.run_elements as u32,
+                runs_per_strip: layout.runs_per_strip as u32,
+                ..SymbolStreams::default()
+            }),
+            tables: Vec::new(),
+            strip_crcs: quantized.strips.iter().map(|strip| crc32c(strip)).collect(),
+            body: quantized.strips.concat(),
+            squared_error: quantized.squared_error,
+        }
+    }
+
+    /// Whether the part is of units, which an archive announces.
+    pub fn is_of_units(&self) -> bool {
+        matches!(self.coding, Coding::Units(_))
     }
 
     /// Pool numbers of the tables used, in the part's order.
@@ -121,7 +164,7 @@ impl EncodedPart {
     }
 }
 
-fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option<EncodedStrip> {
+fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option<PlacedStrip> {
     let layout = symbols.layout();
     let runs = layout.strip_runs(strip);
     let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
@@ -129,21 +172,33 @@ fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option
         tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
     let placed = symbols.place(runs.clone(), &fitted);
     let tables: Vec<[&CodingTable; 2]> = fitted.iter().map(|tables| tables.map(|table| &*table.coding)).collect();
-    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, layout.lanes, |run, index| {
-        tables[run][placed.quantizer(index)]
-    });
+    let raw_bits_of_run = |run: usize| (symbols.raw_bits(), symbols.zero_bits(runs.start + run));
+    let encoded = strip_bytes(&placed, layout, |run, index| tables[run][placed.quantizer(index)], raw_bits_of_run);
+    let squared_error = squared_error(symbols, runs.start, &placed, &fitted);
+    Some(PlacedStrip { encoded, tables_of_run, squared_error })
+}
 
+/// The bytes of a strip: lanes, raw bits, exceptions. `table_of` gives the table of a symbol by its run and its index, and
+/// `raw_bits_of_run` how many raw bits a run's symbols have and how many of the lowest are zero and not stored, both counted
+/// in the strip.
+pub fn strip_bytes<'t>(
+    placed: &Placed,
+    layout: RunLayout,
+    table_of: impl Fn(usize, usize) -> &'t CodingTable,
+    raw_bits_of_run: impl Fn(usize) -> (u32, u32),
+) -> EncodedStrip {
+    let (states, words) = encode_lanes(&placed.positions, layout.run_elements, layout.lanes, table_of);
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    for (run, raw) in runs.zip(placed.raw.chunks(layout.run_elements)) {
-        write_raw_bits(raw, symbols.raw_bits(), symbols.zero_bits(run), &mut bytes);
+    for (run, raw) in placed.raw.chunks(layout.run_elements).enumerate() {
+        let (raw_bits, zeros) = raw_bits_of_run(run);
+        write_raw_bits(raw, raw_bits, zeros, &mut bytes);
     }
     bytes.extend(placed.exceptions.iter().flat_map(|(index, _)| index.to_le_bytes()));
     for (_, value) in &placed.exceptions {
         bytes.extend(value);
     }
-    let squared_error = squared_error(symbols, layout.strip_runs(strip).start, &placed, &fitted);
-    Some(EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len(), tables_of_run, squared_error })
+    EncodedStrip { bytes, words: words.len(), exceptions: placed.exceptions.len() }
 }
 
 /// Squared error of placed symbols, the points' offsets counted.

@@ -11,7 +11,7 @@ use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
 use crate::codec::integers;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
-use crate::format::part::{QuantizerInfo, TrellisTables};
+use crate::format::part::{QuantizerInfo, StoredVectors, TrellisTables};
 use crate::numerics::{f32_from_bf16, f32_from_f16, nearest_integer};
 use crate::tensor::{Dtype, TensorInfo};
 
@@ -48,7 +48,7 @@ fn is_router(name: &str) -> bool {
 pub fn refinement(block_type: BlockType, options: &PackOptions) -> f32 {
     match block_type {
         BlockType::Embedding | BlockType::Head => options.embedding_refinement,
-        BlockType::Attention | BlockType::Ffn | BlockType::Layer | BlockType::Global => 1.0,
+        _ => 1.0,
     }
 }
 
@@ -75,6 +75,8 @@ pub struct QuantizerChoice {
     pub rounding: Rounding,
     /// Root mean square of the whole part; runs have scales relative to it.
     pub root_mean_square: f64,
+    /// Codebooks of the encoder's pool, where vectors are quantized: then steps follow the runs' scales.
+    pub vectors: Option<[u16; 2]>,
 }
 
 /// The quantizer of one part.
@@ -100,14 +102,9 @@ impl PartQuantizer {
         if step.is_nan() || step < f32::MIN_POSITIVE || values.is_empty() {
             return None;
         }
-        let mut rounding = Rounding { own_table, ..options.rounding() };
-        if let Some(trellis) = &mut rounding.trellis
-            && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
-        {
-            trellis.tables = TrellisTables::Shared;
-        }
-        let mut quantizer =
-            Self::new(QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square }, values, layout, options);
+        let rounding = rounding_at_scale(Rounding { own_table, ..options.rounding() }, root_mean_square, step);
+        let choice = QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square, vectors: None };
+        let mut quantizer = Self::new(choice, values, layout, options);
         // Codes of the trellis are two steps apart.
         let code_steps = if rounding.trellis.is_some() { 2.0 } else { 1.0 };
         let most = largest_magnitude(values) / quantizer.least_step();
@@ -130,7 +127,7 @@ impl PartQuantizer {
 
     /// The quantizer of a part whose choice is made.
     pub fn new(choice: QuantizerChoice, values: &[f32], layout: RunLayout, options: &PackOptions) -> Self {
-        if options.steps == Steps::Shared {
+        if options.steps == Steps::Shared && choice.vectors.is_none() {
             return Self { choice, scales: None };
         }
         let rms = choice.root_mean_square.max(f64::from(f32::MIN_POSITIVE));
@@ -147,6 +144,9 @@ impl PartQuantizer {
 
     /// Whether every value has a code.
     pub fn holds(&self, values: &[f32], layout: RunLayout) -> bool {
+        if self.choice.vectors.is_some() {
+            return largest_magnitude(values).is_finite();
+        }
         let most = (values.par_chunks(layout.run_elements).enumerate())
             .map(|(run, values)| largest_magnitude(values) / self.step_of_run(run))
             .reduce(|| 0.0, f32::max);
@@ -171,11 +171,23 @@ impl PartQuantizer {
             step: self.choice.step,
             raw_bits: self.choice.raw_bits as u8,
             trellis: self.choice.rounding.trellis,
+            vectors: self.choice.vectors.map(|codebooks| StoredVectors { codebooks }),
             scales: self.scales.as_ref().map(|scales| integers::encode(scales)),
             means: None,
             prediction: None,
         }
     }
+}
+
+/// The rounding for values of this root mean square: whether the trellis' quantizers have tables of their own is a matter of
+/// scale. `rounding` is what the options allow.
+pub fn rounding_at_scale(mut rounding: Rounding, root_mean_square: f64, step: f32) -> Rounding {
+    if let Some(trellis) = &mut rounding.trellis
+        && root_mean_square > PAIRED_TABLES_REACH * f64::from(step)
+    {
+        trellis.tables = TrellisTables::Shared;
+    }
+    rounding
 }
 
 /// Bits of a symbol with so many raw bits below it, all runs taken together: enough to compare numbers of raw bits.

@@ -66,7 +66,7 @@ pub struct QuantizedSymbols<'a> {
 
 impl QuantizedSymbols<'_> {
     /// Adds every value or residual of a run, in steps.
-    fn targets(&self, run: usize, targets: &mut Vec<f32>) {
+    pub fn targets(&self, run: usize, targets: &mut Vec<f32>) {
         let steps_per_unit = 1.0 / (self.step_of_run)(run);
         let range = self.layout.run_range(run);
         let values = &self.values[range.clone()];
@@ -271,6 +271,7 @@ mod tests {
 
     use super::*;
     use crate::codec::entropy::CodingTable;
+    use crate::decode::Pools;
     use crate::decode::reference::ReferenceEngine;
     use crate::format::part::{Coding, QuantizerInfo};
     use crate::pack::counting::{count, count_placed};
@@ -304,14 +305,23 @@ mod tests {
         };
         let first = count(&symbols, 1).fit();
         let pool = count_placed(&symbols, &first, &|_| 1).expect("fitted").classes.fit();
-        let info =
-            QuantizerInfo { step, raw_bits: 0, trellis: rounding.trellis, scales: None, means: None, prediction: None };
+        let info = QuantizerInfo {
+            step,
+            raw_bits: 0,
+            trellis: rounding.trellis,
+            vectors: None,
+            scales: None,
+            means: None,
+            prediction: None,
+        };
         let part = EncodedPart::symbols(Coding::Quantized(info), &symbols, &pool).expect("fitted");
         let shape = vec![512, 256];
         let tensor =
             TensorInfo { name: "noise".into(), dtype: Dtype::F32, shape, offset_bytes: 0, length_bytes: 512 * 1024 };
         let tables: Vec<Arc<CodingTable>> = pool.coding_tables();
-        let decoded = decode_part(&ReferenceEngine, &tensor, &part, &tables, None, None).expect("just encoded");
+        let decoded =
+            decode_part(&ReferenceEngine, &tensor, &part, Pools { tables: &tables, ..Pools::default() }, None, None)
+                .expect("just encoded");
         let error: f64 = (values.iter().zip(decoded.as_chunks().0))
             .map(|(&value, &bytes)| f64::from(value - f32::from_le_bytes(bytes)).powi(2))
             .sum();

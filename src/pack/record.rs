@@ -7,19 +7,23 @@ use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
 use super::calibration::feedback::ColumnFeedback;
+use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
 use super::options::{PackOptions, PredictorChoice};
 use super::part::{EncodedPart, SelfCheckError};
-use super::quantize::values_of;
-use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols};
+use super::quantize::{PartQuantizer, QuantizerChoice, root_mean_square, rounding_at_scale, values_of};
+use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
+use super::symbols::RunLayout;
 use super::treatment::Drafted;
+use super::vectors;
 use crate::codec::architecture::{PartPlan, RecordPlan};
-use crate::codec::entropy::CodingTable;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
-use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
-use crate::format::part::{Coding, StoredPlacement, StoredPrediction};
+use crate::codec::vector_quantizer::VectorQuantizer;
+use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
+use crate::format::difference::BasedInfo;
+use crate::format::part::{Coding, QuantizerInfo, StoredPlacement, StoredPrediction};
 use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
 
@@ -77,6 +81,18 @@ struct PartPrediction {
     moved: bool,
 }
 
+impl PartPrediction {
+    /// What is left of the weights.
+    fn residual(&self, values: &[f32], layout: RunLayout) -> Vec<f32> {
+        let runs = values.chunks(layout.run_elements).zip(self.reference.chunks(layout.run_elements)).enumerate();
+        runs.flat_map(|(run, (values, reference))| {
+            let predictor = self.predictor.of_run(run);
+            values.iter().zip(reference).map(move |(&value, &reference)| value - predictor.predict(reference))
+        })
+        .collect()
+    }
+}
+
 /// Encodes records with one pool of tables.
 pub struct RecordEncoder<'a> {
     /// The tables.
@@ -130,18 +146,26 @@ impl RecordEncoder<'_> {
     ) -> EncodedPart {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
+            Drafted::Based { choice, tensor, bytes, start } => {
+                let (reference, low_rank) = (choice.reference, start.low_rank.clone());
+                match choice.difference {
+                    Some(difference) => {
+                        let pair = Pair { tensor, bytes, predicted: &start.predicted };
+                        let encoded = DifferencePart::new(pair, difference).encode(self.pool, reference, low_rank);
+                        encoded.expect("differences were counted before tables were fitted")
+                    }
+                    None => {
+                        EncodedPart::without_strips(Coding::Based(BasedInfo { reference, low_rank, difference: None }))
+                    }
+                }
+            }
             Drafted::Split(split, tensor, bytes) => {
                 let symbols = split.symbols(tensor, bytes);
-                let encoded = EncodedPart::symbols(symbols.coding(), &symbols, self.pool);
+                let encoded = EncodedPart::symbols(symbols.coding(), &*symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer } => {
-                let mut quantizer = quantizer.clone();
-                if let (Some(trellis), Some(_)) = (&mut quantizer.choice.rounding.trellis, feedback) {
-                    trellis.state_bits = self.options.closed_loop_states().state_bits();
-                }
-                let mut info = quantizer.info();
-                info.prediction = prediction.map(|prediction| StoredPrediction {
+                let stored = prediction.map(|prediction| StoredPrediction {
                     reference_part: ordinal,
                     placement: plan.placement.filter(|_| prediction.moved).map(|placement| StoredPlacement {
                         axis: placement.axis,
@@ -151,22 +175,78 @@ impl RecordEncoder<'_> {
                     }),
                     predictor: prediction.predictor.stored(),
                 });
-                let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
-                let step_of_run = |run: usize| quantizer.step_of_run(run);
-                let symbols = QuantizedSymbols {
-                    values,
-                    prediction: prediction
-                        .map(|prediction| EncoderPrediction { reference: &prediction.reference, of_run: &of_run }),
-                    layout: *layout,
-                    step_of_run: &step_of_run,
-                    raw_bits: quantizer.choice.raw_bits,
-                    rounding: quantizer.choice.rounding,
-                    feedback,
-                };
-                EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
-                    .expect("quantized symbols were counted before tables were fitted")
+                match quantizer.choice.vectors {
+                    Some(codebooks) => self.encode_vectors(values, *layout, quantizer, codebooks, prediction, stored),
+                    None => self.encode_codes(values, *layout, quantizer, prediction, stored, feedback),
+                }
             }
         }
+    }
+
+    fn encode_codes(
+        &self,
+        values: &[f32],
+        layout: RunLayout,
+        quantizer: &PartQuantizer,
+        prediction: Option<&PartPrediction>,
+        stored: Option<StoredPrediction>,
+        feedback: Option<&ColumnFeedback>,
+    ) -> EncodedPart {
+        let mut rounding = match prediction {
+            // By the scale of what is left of the part.
+            Some(prediction) => {
+                let allowed = Rounding { own_table: quantizer.choice.rounding.own_table, ..self.options.rounding() };
+                let residual = prediction.residual(values, layout);
+                rounding_at_scale(allowed, root_mean_square(&residual), quantizer.choice.step)
+            }
+            None => quantizer.choice.rounding,
+        };
+        if let (Some(trellis), Some(_)) = (&mut rounding.trellis, feedback) {
+            trellis.state_bits = self.options.closed_loop_states().state_bits();
+        }
+        let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
+        let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
+        let step_of_run = |run: usize| quantizer.step_of_run(run);
+        let symbols = QuantizedSymbols {
+            values,
+            prediction: prediction
+                .map(|prediction| EncoderPrediction { reference: &prediction.reference, of_run: &of_run }),
+            layout,
+            step_of_run: &step_of_run,
+            raw_bits: quantizer.choice.raw_bits,
+            rounding,
+            feedback,
+        };
+        EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
+            .expect("quantized symbols were counted before tables were fitted")
+    }
+
+    fn encode_vectors(
+        &self,
+        values: &[f32],
+        layout: RunLayout,
+        quantizer: &PartQuantizer,
+        codebooks: [u16; 2],
+        prediction: Option<&PartPrediction>,
+        stored: Option<StoredPrediction>,
+    ) -> EncodedPart {
+        let residual = prediction.map(|prediction| prediction.residual(values, layout));
+        let values = residual.as_deref().unwrap_or(values);
+        // Codebooks are for values of unit variance, so that steps are those of what is left.
+        let root_mean_square = root_mean_square(values);
+        let choice = QuantizerChoice { step: root_mean_square as f32, root_mean_square, ..quantizer.choice };
+        let quantizer = PartQuantizer::new(choice, values, layout, self.options);
+        let stages = codebooks.map(|number| Arc::clone(&self.pool.codebooks()[usize::from(number)]));
+        let vectors = VectorQuantizer::new(stages).expect("codebooks were trained in pairs");
+        let quantized = vectors::quantize(values, layout, &vectors, &|run| quantizer.step_of_run(run));
+        let info = QuantizerInfo { prediction: stored, ..quantizer.info() };
+        EncodedPart::vectors(Coding::Quantized(info), layout, &quantized)
+    }
+
+    /// Bits per element that two codebooks take.
+    fn vector_bits(&self, first: u16, second: u16) -> f64 {
+        let [first, second] = [first, second].map(|number| &self.pool.codebooks()[usize::from(number)]);
+        f64::from(first.index_bits() + second.index_bits()) / first.elements() as f64
     }
 
     /// Mode decision (Eq. 17): measures keyframe, prediction, and aligned prediction of every part.
@@ -208,6 +288,7 @@ impl RecordEncoder<'_> {
                     raw_bits: quantizer.choice.raw_bits,
                     rounding: quantizer.choice.rounding,
                     measured_elements: self.options.effort.measured_elements(),
+                    vector_bits: quantizer.choice.vectors.map(|[first, second]| self.vector_bits(first, second)),
                 };
                 let keyframe = candidate.keyframe_bits(self.pool);
                 let predict = |reference: &[f32]| {
@@ -279,14 +360,14 @@ pub fn decode_part(
     engine: &dyn Engine,
     tensor: &TensorInfo,
     part: &EncodedPart,
-    tables: &[Arc<CodingTable>],
+    pools: Pools<'_>,
     motion: Option<Motion>,
     reference: Option<&[u8]>,
 ) -> Result<Vec<u8>, SelfCheckError> {
     use rayon::prelude::*;
     let failed = |error: DecodeError| SelfCheckError { tensor: tensor.name.clone(), error };
     let header = part.header(|table| table as u16);
-    let prepared = PreparedPart::new(tensor, &header, tables, motion).map_err(failed)?;
+    let prepared = PreparedPart::new(tensor, &header, pools, motion).map_err(failed)?;
     let mut decoded = vec![0; tensor.length_bytes as usize];
     let strip_bytes = prepared.full_strip_output_bytes() as usize;
     let at_once = engine.strips_at_once();
@@ -317,7 +398,7 @@ fn align_record(
         let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
         parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
             Drafted::Quantized { .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
-            Drafted::Raw(_) | Drafted::Split(..) => None,
+            Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
         })
     };
     let current =

@@ -11,14 +11,19 @@ use crate::codec::integers;
 use crate::codec::lossless::{narrow, split_element};
 use crate::format::part::{Carrier, Coding};
 
+/// Symbols of a bit-exact part, which say how its header describes them.
+pub trait ExactSymbols: Symbols {
+    /// What the part's header says.
+    fn coding(&self) -> Coding;
+}
+
 /// Bit-exact elements, taken apart.
 pub struct SplitSymbols<'a> {
     /// The tensor's bytes.
     bytes: &'a [u8],
     /// Bytes of one element.
     element_bytes: usize,
-    /// Layout of the runs.
-    pub layout: RunLayout,
+    layout: RunLayout,
     /// The type that is split.
     carrier: Carrier,
     /// Bits of a carrier element.
@@ -57,16 +62,6 @@ impl<'a> SplitSymbols<'a> {
         symbols
     }
 
-    /// What the part's header says of the split.
-    pub fn coding(&self) -> Coding {
-        let zero_bits: Vec<i32> = self.zero_bits.iter().copied().map(i32::from).collect();
-        Coding::Split {
-            carrier: self.carrier,
-            raw_bits: self.raw_bits as u8,
-            zero_bits: (!zero_bits.is_empty()).then(|| integers::encode(&zero_bits)),
-        }
-    }
-
     /// Gives the carrier elements of consecutive tensor elements.
     #[inline(always)]
     fn for_each(&self, elements: Range<usize>, mut take: impl FnMut(u64)) {
@@ -80,6 +75,17 @@ impl<'a> SplitSymbols<'a> {
             2 => bytes.as_chunks().0.iter().for_each(|&bytes| take(u16::from_le_bytes(bytes).into())),
             4 => bytes.as_chunks().0.iter().for_each(|&bytes| take(u32::from_le_bytes(bytes).into())),
             _ => bytes.as_chunks().0.iter().for_each(|&bytes| take(u64::from_le_bytes(bytes))),
+        }
+    }
+}
+
+impl ExactSymbols for SplitSymbols<'_> {
+    fn coding(&self) -> Coding {
+        let zero_bits: Vec<i32> = self.zero_bits.iter().copied().map(i32::from).collect();
+        Coding::Split {
+            carrier: self.carrier,
+            raw_bits: self.raw_bits as u8,
+            zero_bits: (!zero_bits.is_empty()).then(|| integers::encode(&zero_bits)),
         }
     }
 }

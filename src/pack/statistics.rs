@@ -31,8 +31,9 @@ pub fn measure(
     if elements > 0 {
         let squared_error: f64 = quantized.map(|part| part.squared_error).sum();
         let base = Base { step: probe.step, squared_error, elements };
-        let with = base.bits(survey, options);
-        for (stage, instead, off, is_used) in variants(options) {
+        let variants = variants(options);
+        let with = if variants.is_empty() { 0.0 } else { base.bits(survey, options) };
+        for (stage, instead, off, is_used) in variants {
             add(stage, instead, base.bits(survey, &off) - with, is_used);
         }
     }
@@ -52,6 +53,9 @@ pub fn measure(
 
 /// The options with one stage switched off, or on where it is not used.
 fn variants(options: &PackOptions) -> Vec<(&'static str, &'static str, PackOptions, bool)> {
+    if options.quantization == Quantization::ResidualVector {
+        return Vec::new(); // nothing of it is entropy-coded
+    }
     let is_trellis = options.quantization != Quantization::Scalar;
     let mut variants = Vec::new();
     if is_trellis {

@@ -8,15 +8,16 @@ mod sample;
 
 use rayon::prelude::*;
 
-use self::sample::Sample;
+pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
+use super::difference::{DifferencePart, Pair};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
-use super::options::PackOptions;
+use super::options::{PackOptions, Quantization};
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
-use super::treatment::{Decision, Fineness, Treatment};
+use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment};
 use crate::tensor::TensorInfo;
 
 /// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
@@ -55,8 +56,15 @@ enum State {
     Split {
         split: Split,
         counted: ClassHistograms,
-        /// Raw bits per symbol.
+        /// Raw bits of all symbols.
         raw_bits: f64,
+    },
+    Based {
+        choice: BasedChoice,
+        counted: ClassHistograms,
+        /// Raw bits of all symbols.
+        raw_bits: f64,
+        strips: usize,
     },
     Quantized {
         sample: Sample,
@@ -99,6 +107,19 @@ pub struct ProbedPart {
     pub squared_error: f64,
 }
 
+/// The sample of a part that is to be quantized.
+#[derive(Clone, Copy)]
+pub struct PartSample<'s> {
+    /// Number of the record and of the part in it.
+    pub place: (usize, usize),
+    /// Layout of the whole part.
+    pub layout: RunLayout,
+    /// Some of its runs.
+    pub sample: &'s Sample,
+    /// How finely it is to be quantized.
+    pub fineness: Fineness,
+}
+
 /// Whether a probe may decide for good that a part is bit-exact, or move the step of one that has its own.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Settling {
@@ -123,8 +144,16 @@ impl<'a> Survey<'a> {
         self.parts.push(Vec::new());
     }
 
-    /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled.
-    pub fn add(&mut self, treatment: Treatment, tensor: &'a TensorInfo, bytes: &'a [u8], share: f64) {
+    /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled, `start` what it
+    /// starts from where it starts from a base.
+    pub fn add(
+        &mut self,
+        treatment: Treatment,
+        tensor: &'a TensorInfo,
+        bytes: &'a [u8],
+        start: Option<&Start>,
+        share: f64,
+    ) {
         let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
         let state = match treatment {
             Treatment::Quantized(fineness) => State::Quantized {
@@ -135,6 +164,10 @@ impl<'a> Survey<'a> {
             },
             Treatment::Split(split) => State::split(split, tensor, bytes),
             Treatment::Raw => State::Raw,
+            Treatment::Based(choice) => {
+                let start = start.expect("chosen with what it starts from at hand");
+                State::based(choice, Pair { tensor, bytes, predicted: &start.predicted })
+            }
         };
         let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
         self.parts.last_mut().expect("a record was begun").push(SurveyedPart { tensor, bytes, layout, number, state });
@@ -174,6 +207,28 @@ impl<'a> Survey<'a> {
         self.probe_as(self.options, step, before, Settling::Settle)
     }
 
+    /// What bit-exact parts take, where the others are to be of vectors; nothing is said of those.
+    pub fn probe_exact(&mut self) -> Probe {
+        let mut probe = self.probe_as(self.options, 1.0, None, Settling::Leave);
+        for sample in self.samples() {
+            probe.parts[sample.place.0][sample.place.1].bits = 0.0;
+        }
+        probe
+    }
+
+    /// The samples of all parts that are to be quantized.
+    pub fn samples(&self) -> impl Iterator<Item = PartSample<'_>> {
+        let parts = self.parts.iter().enumerate().flat_map(|(record, parts)| {
+            parts.iter().enumerate().map(move |(part, surveyed)| ((record, part), surveyed))
+        });
+        parts.filter_map(|(place, part)| match &part.state {
+            State::Quantized { sample, fineness, .. } => {
+                Some(PartSample { place, layout: part.layout, sample, fineness: *fineness })
+            }
+            _ => None,
+        })
+    }
+
     /// Bits and squared error of everything quantized, were it packed with other options. Nothing is settled by that.
     pub fn try_options(&mut self, options: &PackOptions, step: f64) -> (f64, f64) {
         let probe = self.probe_as(options, step, None, Settling::Leave);
@@ -205,7 +260,7 @@ impl<'a> Survey<'a> {
                 }
                 _ => (),
             }
-            if let State::Split { counted, .. } = &part.state {
+            if let State::Split { counted, .. } | State::Based { counted, .. } = &part.state {
                 classes.merge(counted);
             }
         }
@@ -246,9 +301,19 @@ fn first_tables(parts: &[&mut SurveyedPart<'_>], quantizers: &[Option<PartQuanti
 impl State {
     fn split(split: Split, tensor: &TensorInfo, bytes: &[u8]) -> Self {
         let symbols = split.symbols(tensor, bytes);
-        let every = (symbols.layout.elements / COUNTED_ELEMENTS).max(1);
-        let counted = if every == 1 { count(&symbols, 1) } else { count_weighted(&symbols, every, &|_| every as u64) };
-        Self::Split { split, raw_bits: mean_raw_bits(&symbols), counted }
+        let every = (symbols.layout().elements / COUNTED_ELEMENTS).max(1);
+        let counted =
+            if every == 1 { count(&*symbols, 1) } else { count_weighted(&*symbols, every, &|_| every as u64) };
+        Self::Split { split, raw_bits: mean_raw_bits(&*symbols) * symbols.layout().elements as f64, counted }
+    }
+
+    fn based(choice: BasedChoice, pair: Pair<'_>) -> Self {
+        let Some(difference) = choice.difference else {
+            return Self::Based { choice, counted: ClassHistograms::default(), raw_bits: 0.0, strips: 0 };
+        };
+        let part = DifferencePart::new(pair, difference);
+        let (counted, raw_bits) = part.count_all(COUNTED_ELEMENTS);
+        Self::Based { choice, counted, raw_bits, strips: part.strips() }
     }
 
     /// Bit-exact, as short as it gets.
@@ -260,18 +325,21 @@ impl State {
     }
 
     /// Bits of a bit-exact part with tables of its own.
-    fn body_bits(&self, tensor: &TensorInfo, bytes: &[u8]) -> f64 {
+    fn body_bits(&self, bytes: &[u8]) -> f64 {
         match self {
-            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits * tensor.elements() as f64,
+            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits,
             _ => 8.0 * bytes.len() as f64,
         }
     }
 }
 
 impl SurveyedPart<'_> {
-    /// The quantizer of a part that is to be quantized, unless it cannot be.
+    /// The scalar or trellis quantizer of a part that is to be quantized, unless it cannot be.
     fn quantizer(&mut self, step: f64, rms_of_all: f64, options: &PackOptions) -> Option<PartQuantizer> {
         let State::Quantized { sample, fineness, own, .. } = &mut self.state else { return None };
+        if options.quantization == Quantization::ResidualVector {
+            return None;
+        }
         let step = match *fineness {
             Fineness::Times(times) => {
                 let most = (2.0 * step / rms_of_all).max(LEAST_COARSEST) * sample.root_mean_square;
@@ -301,7 +369,7 @@ impl SurveyedPart<'_> {
         if bits > DOUBTFUL_BITS && settling == Settling::Settle {
             let elements = self.layout.elements as f64;
             let (tensor, bytes) = (self.tensor, self.bytes);
-            let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(tensor, bytes));
+            let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(bytes));
             if *exact <= bits * elements {
                 return None;
             }
@@ -328,9 +396,13 @@ impl SurveyedPart<'_> {
                 let follows_step = matches!(fineness, Fineness::Times(_));
                 ProbedPart { decision, follows_step, elements, bits, squared_error }
             }
-            (State::Split { split, counted, raw_bits: of_symbol }, _) => {
-                let bits = counted.bits(pool) + *of_symbol * elements as f64 + overhead;
+            (State::Split { split, counted, raw_bits: of_symbols }, _) => {
+                let bits = counted.bits(pool) + *of_symbols + overhead;
                 exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
+            }
+            (State::Based { choice, counted, raw_bits, strips }, _) => {
+                let bits = counted.bits(pool) + *raw_bits + PART_BITS + STRIP_BITS * *strips as f64;
+                exact(Decision::Based(*choice), bits)
             }
             _ => exact(Decision::Raw, raw_bits + PART_BITS),
         }

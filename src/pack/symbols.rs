@@ -41,6 +41,11 @@ impl RunLayout {
             // Cut evenly, so that no short rest is left in every row.
             _ => row.div_ceil(row.div_ceil(16_384)),
         };
+        Self::of_runs(elements, run_elements)
+    }
+
+    /// Runs of so many elements.
+    pub fn of_runs(elements: usize, run_elements: usize) -> Self {
         let runs_per_strip = (STRIP_SYMBOLS as usize / run_elements).max(1);
         let strip_symbols = elements.min(run_elements * runs_per_strip);
         let lanes = 1 << (strip_symbols / SYMBOLS_PER_LANE).max(1).ilog2().min(LANES.ilog2());
@@ -50,6 +55,12 @@ impl RunLayout {
     /// The layout of this many elements in runs and strips of the same lengths.
     pub fn of_elements(&self, elements: usize) -> Self {
         Self { elements, ..*self }
+    }
+
+    /// The layout of pairs as one of their halves: the same runs, so that none begins in the middle of a pair.
+    pub fn of_pairs(&self) -> Self {
+        let (elements, run_elements) = (2 * self.elements, 2 * self.run_elements);
+        Self::of_runs(elements, run_elements)
     }
 
     /// Number of runs.
@@ -65,6 +76,12 @@ impl RunLayout {
     /// Number of strips.
     pub fn strips(&self) -> usize {
         self.runs().div_ceil(self.runs_per_strip)
+    }
+
+    /// Elements of a strip.
+    pub fn strip_elements(&self, strip: usize) -> usize {
+        let runs = self.strip_runs(strip);
+        (runs.end * self.run_elements).min(self.elements) - runs.start * self.run_elements
     }
 
     /// Runs of a strip.

@@ -2,16 +2,24 @@
 
 use std::collections::BTreeSet;
 
+use super::difference::{DifferenceChoice, Pair};
 use super::keep::Keep;
 use super::lossless::Split;
+use super::low_rank::{FoundProduct, find_product};
 use super::options::PackOptions;
 use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
 use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
-use crate::tensor::TensorInfo;
+use crate::format::difference::{BaseTensor, StoredLowRank};
+use crate::tensor::{Dtype, TensorInfo};
 
 /// A tensor with no more values than this has no weights in it: trained ones hardly repeat.
 const FEW_VALUES: usize = 32;
+
+/// Elements below which a tensor that differs from the base's stands alone: its header takes more than it could save.
+const LEAST_DIFFERENCES: u64 = 192;
+/// Bits per element of a difference below which no product is looked for.
+const LEAST_FACTORED_BITS: f64 = 0.3;
 
 /// How one part is coded, before a step is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,6 +30,17 @@ pub enum Treatment {
     Split(Split),
     /// Quantized, unless bit-exact turns out to be no longer.
     Quantized(Fineness),
+    /// Bit-exact, from a tensor of the base.
+    Based(BasedChoice),
+}
+
+/// How a part starts from a tensor of the base.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BasedChoice {
+    /// The tensor.
+    pub reference: BaseTensor,
+    /// How differences are coded, where there are any.
+    pub difference: Option<DifferenceChoice>,
 }
 
 /// How finely a part is quantized.
@@ -48,7 +67,11 @@ impl Treatment {
             None => options.target.is_lossy().then(|| Fineness::Times(refinement(block_type, options))),
         };
         match fineness {
-            Some(fineness) if may_be_quantized(tensor) && is_of_weights(tensor, bytes) => Self::Quantized(fineness),
+            Some(fineness)
+                if may_be_quantized(tensor) && !is_already_quantized(tensor) && is_of_weights(tensor, bytes) =>
+            {
+                Self::Quantized(fineness)
+            }
             _ => Self::exact(tensor, bytes),
         }
     }
@@ -57,6 +80,41 @@ impl Treatment {
     pub fn exact(tensor: &TensorInfo, bytes: &[u8]) -> Self {
         Split::choose(tensor, bytes).map_or(Self::Raw, Self::Split)
     }
+}
+
+/// Endings of the names that quantized checkpoints give to a tensor's integers and to what dequantizes them: GPTQ and AWQ,
+/// compressed-tensors, bitsandbytes, MXFP4 and NVFP4, block-wise FP8.
+const QUANTIZED_ENDINGS: [&str; 16] = [
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    ".weight_packed",
+    ".weight_shape",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".weight_g_idx",
+    ".input_scale",
+    ".absmax",
+    ".quant_map",
+    ".quant_state",
+    ".SCB",
+];
+
+/// Whether a tensor is of a checkpoint that was quantized before, by its type or its name: losing more of it loses more than
+/// an encoder that takes its scales for weights can know.
+pub fn is_already_quantized(tensor: &TensorInfo) -> bool {
+    let matrix = tensor.shape.iter().filter(|&&dimension| dimension > 1).count() >= 2;
+    let by_type = matches!(
+        tensor.dtype,
+        Dtype::I8 | Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E8M0 | Dtype::F4 | Dtype::F6_E2M3 | Dtype::F6_E3M2
+    );
+    let by_mxfp4_name = tensor.name.ends_with("_blocks") || tensor.name.ends_with("_scales");
+    (by_type && matrix)
+        || (tensor.dtype == Dtype::U8 && by_mxfp4_name)
+        || QUANTIZED_ENDINGS.iter().any(|ending| tensor.name.ends_with(ending))
 }
 
 /// Whether the values look like weights: finite, and not a few values over and over. Those are masks, constants and one-hot
@@ -72,6 +130,15 @@ fn is_of_weights(tensor: &TensorInfo, bytes: &[u8]) -> bool {
     has_many && largest_magnitude(&values).is_finite()
 }
 
+/// What the elements of a part start from.
+#[derive(Clone, Debug, Default)]
+pub struct Start {
+    /// The bytes of the base's elements with the product added.
+    pub predicted: Vec<u8>,
+    /// The product.
+    pub low_rank: Option<StoredLowRank>,
+}
+
 /// How one part is coded, everything but tables known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
@@ -81,6 +148,8 @@ pub enum Decision {
     Split(Split),
     /// Quantized.
     Quantized(QuantizerChoice),
+    /// Bit-exact, from a tensor of the base.
+    Based(BasedChoice),
 }
 
 impl Decision {
@@ -88,8 +157,10 @@ impl Decision {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Raw => "raw",
-            Self::Split(_) => "split",
+            Self::Split(split) => split.name(),
             Self::Quantized(_) => "quantized",
+            Self::Based(BasedChoice { difference: None, .. }) => "the base's",
+            Self::Based(_) => "difference",
         }
     }
 
@@ -105,6 +176,17 @@ pub enum Drafted<'a> {
     Raw(&'a [u8]),
     /// Bit-exact by splitting.
     Split(Split, &'a TensorInfo, &'a [u8]),
+    /// Bit-exact, from a tensor of the base.
+    Based {
+        /// How.
+        choice: BasedChoice,
+        /// The tensor.
+        tensor: &'a TensorInfo,
+        /// Its bytes.
+        bytes: &'a [u8],
+        /// What its elements start from.
+        start: Start,
+    },
     /// Quantized.
     Quantized {
         /// The weights.
@@ -117,15 +199,21 @@ pub enum Drafted<'a> {
 }
 
 impl<'a> Drafted<'a> {
-    /// Drafts a tensor as decided, with the step multiplied by `step_factor`.
+    /// Drafts a tensor as decided, with the step multiplied by `step_factor`. `start` is what it starts from, where that was
+    /// decided.
     pub fn new(
         decision: Decision,
         tensor: &'a TensorInfo,
         bytes: &'a [u8],
+        start: Option<Start>,
         step_factor: f32,
         options: &PackOptions,
     ) -> Self {
         match decision {
+            Decision::Based(choice) => {
+                let start = start.expect("decided with what it starts from at hand");
+                Self::Based { choice, tensor, bytes, start }
+            }
             Decision::Raw => Self::Raw(bytes),
             Decision::Split(split) => Self::Split(split, tensor, bytes),
             Decision::Quantized(choice) => {
@@ -143,5 +231,37 @@ impl<'a> Drafted<'a> {
                 }
             }
         }
+    }
+}
+
+impl BasedChoice {
+    /// How a tensor starts from one of the base, and the product that is added, where that is shorter than `alone`, its treatment without a base. `decoded`
+    /// is the base's tensor, as many bytes; `is_whole` whether it has the same shape.
+    pub fn choose(
+        alone: Treatment,
+        reference: BaseTensor,
+        is_whole: bool,
+        tensor: &TensorInfo,
+        bytes: &[u8],
+        decoded: &[u8],
+    ) -> Option<(Self, Option<FoundProduct>)> {
+        if is_whole && bytes == decoded {
+            return Some((Self { reference, difference: None }, None));
+        }
+        let alone_bits = match alone {
+            Treatment::Raw => 8.0 * bytes.len() as f64,
+            Treatment::Split(split) => split.estimated_bits(tensor, bytes),
+            Treatment::Quantized(_) | Treatment::Based(_) => return None,
+        };
+        let (difference, bits) = DifferenceChoice::choose(Pair { tensor, bytes, predicted: decoded })?;
+        if is_whole
+            && bits > LEAST_FACTORED_BITS * tensor.elements() as f64
+            && let Some(found) = find_product(tensor, bytes, decoded)
+            && found.bits < bits.min(alone_bits)
+        {
+            return Some((Self { reference, difference: found.difference }, Some(found)));
+        }
+        let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && bits < alone_bits;
+        is_shorter.then_some((Self { reference, difference: Some(difference) }, None))
     }
 }

@@ -7,7 +7,7 @@
 pub mod feedback;
 mod kernels;
 
-use self::kernels::{Branches, Costs, Level};
+use self::kernels::{Branches, Costs, Level, Step};
 use super::entropy_model::FittedTable;
 use crate::codec::trellis::Trellis;
 use crate::format::strip::LANES;
@@ -58,7 +58,15 @@ impl Search {
                 let mut targets = [0.0; LANES];
                 targets[..vector.len()].copy_from_slice(vector);
                 let found = &mut by_odd_code[step * states..(step + 1) * states];
-                level.step(trellis, &targets, prices, &mut branches[step], &costs, &mut next, found);
+                level.take(Step {
+                    trellis,
+                    targets: &targets,
+                    prices,
+                    branches: &mut branches[step],
+                    costs: &costs,
+                    next: &mut next,
+                    by_odd_code: found,
+                });
                 // Lanes without a symbol stay where they are.
                 for (next, cost) in next.iter_mut().zip(&costs) {
                     next.0[vector.len()..].copy_from_slice(&cost.0[vector.len()..]);

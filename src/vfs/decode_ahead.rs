@@ -6,7 +6,8 @@
 //! in file order, on threads that stand back for every reader that waits. A reader that overtakes its window is not held
 //! up: what lies behind it is skipped.
 //!
-//! Windows together take at most half of the cache, so what was decoded ahead is still there when its reader comes.
+//! A window's pieces end where its reader's requests are expected to, so that each is answered from one of them. Windows
+//! together take at most a quarter of the cache, so what was decoded ahead is still there when its reader comes.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,7 +18,7 @@ use std::thread;
 
 use log::error;
 
-use super::{Checkpoint, Inode};
+use super::{Checkpoint, Inode, Keeper};
 
 /// How far decoding goes ahead of readers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -87,6 +88,7 @@ struct Piece {
     file: usize,
     offset_bytes: u64,
     length_bytes: u64,
+    keeper: Keeper,
     /// Its end, as its stream counts.
     end: u64,
     position: Arc<AtomicU64>,
@@ -112,7 +114,7 @@ impl Stream {
 }
 
 impl Follower {
-    /// Starts `threads` threads that decode ahead into a cache of `cache_bytes`. `None` where nothing is to be done: the mode
+    /// Starts to decode ahead into a cache of `cache_bytes`, on a machine on which `threads` may decode. `None` where nothing is to be done: the mode
     /// is off, or the cache too small.
     ///
     /// # Errors
@@ -122,8 +124,9 @@ impl Follower {
         if mode == DecodeAhead::Off || window_bytes < PIECE_BYTES {
             return Ok(None);
         }
-        let follower = Self { mode, window_bytes, most_bytes: cache_bytes / 2, shared: Arc::default() };
-        for _ in 0..threads.max(1) {
+        let follower = Self { mode, window_bytes, most_bytes: cache_bytes / 4, shared: Arc::default() };
+        // A processor is left to readers and to what the kernel does for them: one fewer decodes as much as they can take.
+        for _ in 0..(threads - 1).max(1) {
             let shared = Arc::clone(&follower.shared);
             thread::Builder::new().name("decode-ahead".to_owned()).spawn(move || shared.run())?;
         }
@@ -138,6 +141,7 @@ impl Follower {
         file: usize,
         offset_bytes: u64,
         length_bytes: u64,
+        keeper: Keeper,
     ) {
         let header_bytes = checkpoint.files()[file].header.len() as u64;
         let end = offset_bytes.saturating_add(length_bytes);
@@ -156,12 +160,14 @@ impl Follower {
         stream.reads += 1;
         // A file's first read is taken for the start of a load, unless it is after the header: many want no more than that.
         let goes_on = (stream.reads > 1 && stream.is_dense()) || (is_first_of_its_file && offset_bytes >= header_bytes);
+        let mut more_to_do = 0;
         if goes_on {
-            let pieces = self.pieces(&mut stream, checkpoint, file);
+            let pieces = self.pieces(&mut stream, checkpoint, file, keeper);
             let mut others: u64 = state.streams.iter().map(Stream::ahead_bytes).sum();
             while others + stream.ahead_bytes() > self.most_bytes && !state.streams.is_empty() {
                 others -= state.streams.remove(0).ahead_bytes(); // if it goes on it will be seen again
             }
+            more_to_do = pieces.len();
             state.queue.extend(pieces);
         }
         if state.streams.len() >= MOST_STREAMS {
@@ -169,13 +175,15 @@ impl Follower {
         }
         state.streams.push(stream);
         drop(state);
-        if goes_on {
-            self.shared.arrived.notify_all();
+        match more_to_do {
+            0 => {}
+            1 => self.shared.arrived.notify_one(),
+            _ => self.shared.arrived.notify_all(),
         }
     }
 
     /// What is to be decoded so that the window in front of `stream`, which reads file `file`, is full.
-    fn pieces(&self, stream: &mut Stream, checkpoint: &Arc<dyn Checkpoint>, file: usize) -> Vec<Piece> {
+    fn pieces(&self, stream: &mut Stream, checkpoint: &Arc<dyn Checkpoint>, file: usize, keeper: Keeper) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let target = stream.position() + self.window_bytes;
         let mut from = stream.queued_to.max(stream.position());
@@ -188,12 +196,15 @@ impl Follower {
         for file in file..=last_file {
             let length = checkpoint.files()[file].length_bytes;
             while from < target && from < file_start + length {
-                let end = (from + PIECE_BYTES).min(file_start + length);
+                // The kernel's requests grow to their full length, and go on at multiples of that from where they are now.
+                let past_last = (from - stream.position()) % PIECE_BYTES;
+                let end = (from + PIECE_BYTES - past_last).min(file_start + length);
                 pieces.push(Piece {
                     checkpoint: Arc::clone(checkpoint),
                     file,
                     offset_bytes: from - file_start,
                     length_bytes: end - from,
+                    keeper,
                     end,
                     position: Arc::clone(&stream.position),
                 });
@@ -224,8 +235,8 @@ impl Shared {
 
     fn run(&self) {
         while let Some(piece) = self.next_piece() {
-            let Piece { checkpoint, file, offset_bytes, length_bytes, .. } = &piece;
-            let decode = AssertUnwindSafe(|| checkpoint.decode_ahead(*file, *offset_bytes, *length_bytes));
+            let Piece { checkpoint, file, offset_bytes, length_bytes, keeper, .. } = &piece;
+            let decode = AssertUnwindSafe(|| checkpoint.decode_ahead(*file, *offset_bytes, *length_bytes, *keeper));
             if catch_unwind(decode).is_err() {
                 error!("internal error while decoding ahead: whoever reads there will see it too; please report this");
             }

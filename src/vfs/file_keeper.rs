@@ -142,7 +142,7 @@ impl Shared {
         let mut patience = PATIENCE;
         let produce = |offset: u64, out: &mut [u8]| -> Result<(), BoxError> {
             self.until_quiet(&mut patience)?;
-            checkpoint.decode_ahead(*file, offset, out.len() as u64);
+            checkpoint.decode_ahead(*file, offset, out.len() as u64, Keeper::Reader);
             let found = checkpoint.read(*file, offset, Keeper::Reader, out)?;
             if found == out.len() { Ok(()) } else { Err(format!("{found} bytes at byte {offset}").into()) }
         };

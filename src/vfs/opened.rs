@@ -35,8 +35,19 @@ enum Outcome {
     Opened(Arc<OpenedArchive>),
     /// Its bytes are not what they should be. Not tried again until the file changes.
     Damaged,
-    /// The system refused to read it, which may pass.
+    /// The system refused to read it, or a base of it is missing, which may pass.
     Unreadable,
+}
+
+impl Attempt {
+    /// Whether opening again could end otherwise although the file did not change.
+    fn is_worth_another(&self) -> bool {
+        match &self.outcome {
+            Outcome::Opened(archive) => !archive.checkpoint.is_complete(),
+            Outcome::Damaged => false,
+            Outcome::Unreadable => true,
+        }
+    }
 }
 
 /// An archive whose index is sound, and what has been asked of it.
@@ -63,7 +74,7 @@ impl Opened {
         let mut candidates = Vec::new();
         for (path, file) in scan.archives() {
             match previous.archives.get(&path) {
-                Some(attempt) if attempt.file == *file && !matches!(attempt.outcome, Outcome::Unreadable) => {
+                Some(attempt) if attempt.file == *file && !attempt.is_worth_another() => {
                     archives.insert(path, attempt.clone());
                 }
                 _ => candidates.push((path, file.clone())),
@@ -84,8 +95,11 @@ impl Opened {
                 })),
                 Err(error) => {
                     log.error(&format!("archive refused: {}: {error}", path.display()));
-                    let is_io = matches!(error.downcast_ref(), Some(ArchiveError::Io { .. }));
-                    if is_io { Outcome::Unreadable } else { Outcome::Damaged }
+                    let passes = matches!(
+                        error.downcast_ref(),
+                        Some(ArchiveError::Io { .. } | ArchiveError::BaseMissing { .. })
+                    );
+                    if passes { Outcome::Unreadable } else { Outcome::Damaged }
                 }
             };
             archives.insert(path, Attempt { file, outcome });
@@ -109,7 +123,7 @@ impl Opened {
 
     /// Whether opening again could help although nothing in the source changes.
     pub(super) fn is_worth_another_try(&self) -> bool {
-        self.archives.values().any(|attempt| matches!(attempt.outcome, Outcome::Unreadable))
+        self.archives.values().any(Attempt::is_worth_another)
     }
 }
 

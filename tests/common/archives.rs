@@ -1,9 +1,10 @@
 //! Small archives that between them use every mode of the format, made by the program from seeded checkpoints.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mcwcfs::archive::{Archive, ArchiveError};
+use mcwcfs::archive::{Archive, ArchiveError, Bases, Place};
 use mcwcfs::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
 
 use crate::arguments;
@@ -25,6 +26,12 @@ pub const RECIPES: &[Recipe] = &[
         must_contain: &["\"split\""],
         options: &["--lossless"],
         tensors: || Bert { layers: 2, hidden: 32, ffn_units: 48, dtype: "BF16", ..Bert::default() }.tensors(),
+    },
+    Recipe {
+        name: "tree-digests", // the first archives had none; all since have
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: || Bert { layers: 1, hidden: 32, ffn_units: 32, dtype: "BF16", ..Bert::default() }.tensors(),
     },
     Recipe {
         name: "lossless-mixed-types",
@@ -59,7 +66,46 @@ pub const RECIPES: &[Recipe] = &[
         options: &["--max-rel-mse", "0.000003"],
         tensors: || Bert { layers: 1, hidden: 64, ffn_units: 64, dtype: "F16", seed: 9, ..Bert::default() }.tensors(),
     },
+    Recipe {
+        name: "lossy-vectors",
+        must_contain: &["keyframe, vectors", "predicted, vectors"],
+        options: &["--bpp", "3.5", "--quantization", "residual-vector"],
+        tensors: || {
+            Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 14, ..Bert::default() }
+                .tensors()
+        },
+    },
+    Recipe {
+        name: "lossless-units",
+        must_contain: &["\"few values\"", "\"units of 4 bits\"", "\"integers\""],
+        options: &["--lossless"],
+        tensors: units,
+    },
 ];
+
+/// What quantized checkpoints and tokenizers' tables are made of.
+fn units() -> Vec<Tensor> {
+    let mut random = Random::new(15);
+    let integers = |random: &mut Random, count: usize, deviation: f32| -> Vec<i32> {
+        random.normals(count, deviation).into_iter().map(|value| value.round() as i32).collect()
+    };
+    let nibbles = integers(&mut random, 4096, 2.2).into_iter().map(|value| value.clamp(-8, 7) as u8 & 15);
+    let nibbles: Vec<u8> = nibbles.collect();
+    let packed = nibbles.chunks(2).map(|pair| pair[0] | pair[1] << 4).collect();
+    let bytes = integers(&mut random, 3000, 30.0).into_iter().map(|value| value.clamp(-127, 127) as u8).collect();
+    let mask = (0..32 * 32).flat_map(|at: u32| if at % 32 > at / 32 { f32::MIN } else { 0.0 }.to_le_bytes()).collect();
+    let places = (0..300_u64).flat_map(u64::to_le_bytes).collect();
+    let groups = (0..512_u32).flat_map(|at| (at / 64).to_le_bytes()).collect();
+    vec![
+        Tensor::raw("mlp.qweight", "I32", &[16, 32], packed),
+        Tensor::raw("mlp.weight", "I8", &[30, 100], bytes),
+        Tensor::raw("mask", "F32", &[1, 1, 32, 32], mask),
+        Tensor::raw("position_ids", "I64", &[1, 300], places),
+        Tensor::raw("mlp.g_idx", "I32", &[512], groups),
+        Tensor::raw("zeros", "U8", &[700], vec![0x77; 700]),
+        Tensor::raw("unknown", "NF7", &[60], vec![3; 240]),
+    ]
+}
 
 /// Archives whose strips have all 32 lanes, which only tensors of some size have: too large to try every byte of.
 pub const LARGE_RECIPES: &[Recipe] = &[
@@ -85,7 +131,98 @@ pub const LARGE_RECIPES: &[Recipe] = &[
         options: &["--bpp", "3", "--quantization", "scalar", "--effort", "fast"],
         tensors: || matrices(&[("bf16", "BF16", 300)]),
     },
+    Recipe {
+        name: "large-units",
+        must_contain: &["\"units of 4 bits\"", "\"integers\""],
+        options: &["--lossless"],
+        tensors: || {
+            let mut random = Random::new(16);
+            let values = random.normals(2 * 98_304, 1.0);
+            let (nibbles, bytes) = values.split_at(98_304);
+            let nibble = |value: f32| (8.0 + 2.2 * value).round().clamp(0.0, 15.0) as u8;
+            let packed = nibbles.chunks(2).map(|pair| nibble(pair[0]) | nibble(pair[1]) << 4).collect();
+            let bytes = bytes.iter().map(|value| (30.0 * value).round().clamp(-127.0, 127.0) as i8 as u8).collect();
+            vec![Tensor::raw("packed", "U8", &[256, 192], packed), Tensor::raw("bytes", "I8", &[512, 192], bytes)]
+        },
+    },
 ];
+
+/// A variant and the base that it is packed with.
+pub struct VariantRecipe {
+    /// The variant. Its archive lies beside that of the base.
+    pub variant: Recipe,
+    pub base: Recipe,
+}
+
+/// Variants that between them use every way to start from a base.
+pub const VARIANTS: &[VariantRecipe] = &[VariantRecipe {
+    variant: Recipe {
+        name: "variant",
+        must_contain: &["\"the base's\"", "\"difference\"", "\"split\"", "\"raw\""],
+        options: &["--lossless"],
+        tensors: variant_tensors,
+    },
+    base: Recipe {
+        name: "base-of-variant",
+        must_contain: &["\"split\""],
+        options: &["--lossless"],
+        tensors: base_tensors,
+    },
+}];
+
+fn base_tensors() -> Vec<Tensor> {
+    let mut random = Random::new(31);
+    let mut tensors = vec![
+        Tensor::floats("unchanged", "BF16", &[40, 32], &random.normals(1280, 0.02)),
+        Tensor::floats("vocabulary", "BF16", &[50, 24], &random.normals(1200, 0.02)),
+    ];
+    for (name, dtype) in [("tuned bf16", "BF16"), ("tuned f16", "F16"), ("tuned f32", "F32")] {
+        tensors.push(Tensor::floats(name, dtype, &[60, 30], &random.normals(1800, 0.02)));
+    }
+    tensors.push(Tensor::raw("tuned fp8", "F8_E4M3", &[30, 30], random.bytes(900)));
+    tensors.push(Tensor::floats("renamed", "BF16", &[36, 30], &random.normals(1080, 0.02)));
+    tensors
+}
+
+/// What became of them: little changes, rows more, another name, and tensors of its own.
+fn variant_tensors() -> Vec<Tensor> {
+    let mut random = Random::new(32);
+    let mut tensors = base_tensors();
+    for tensor in &mut tensors {
+        let bytes = tensor.data.len() / tensor.shape.iter().product::<usize>();
+        match tensor.name.as_str() {
+            "unchanged" => {}
+            "renamed" => tensor.name = "under.another name".into(),
+            "vocabulary" => {
+                tensor.shape[0] = 53;
+                tensor.data.extend(Tensor::floats("", "BF16", &[3, 24], &random.normals(72, 0.02)).data);
+            }
+            _ => {}
+        }
+        if tensor.name == "unchanged" {
+            continue;
+        }
+        for element in tensor.data.chunks_mut(bytes) {
+            if random.below(3) == 0 {
+                element[0] = element[0].wrapping_add(random.below(5) as u8).wrapping_sub(2);
+            }
+        }
+        if bytes == 2 {
+            tensor.data[..2].copy_from_slice(&[0x00, 0x80]); // far from its reference: an exception
+        }
+    }
+    tensors.push(Tensor::floats("its own", "F32", &[20, 20], &random.normals(400, 0.02)));
+    tensors.push(Tensor::floats("bias", "F32", &[7], &random.normals(7, 0.02)));
+    tensors
+}
+
+impl VariantRecipe {
+    /// Packs both in `directory` and gives the path of the variant.
+    pub fn pack(&self, directory: &Path) -> PathBuf {
+        let base = self.base.pack(directory);
+        self.variant.pack_with(directory, &arguments!["--base", &base])
+    }
+}
 
 /// Matrices of 192 columns and some rows, with rows of different scales.
 fn matrices(of: &[(&str, &'static str, usize)]) -> Vec<Tensor> {
@@ -133,11 +270,17 @@ impl Recipe {
 
     /// Packs it in `directory` and gives the archive's path.
     pub fn pack(&self, directory: &Path) -> PathBuf {
+        self.pack_with(directory, &[])
+    }
+
+    /// The same with more options.
+    pub fn pack_with(&self, directory: &Path, more: &[OsString]) -> PathBuf {
         let (checkpoint, archive) =
             (directory.join("model.safetensors"), directory.join(format!("{}.mcwc", self.name)));
         std::fs::write(&checkpoint, self.checkpoint()).expect("the checkpoint");
         let mut arguments = arguments!["pack", &checkpoint, &archive].to_vec();
         arguments.extend(self.options.iter().map(Into::into));
+        arguments.extend_from_slice(more);
         mcwcfs_ok(arguments);
         let report = mcwcfs_ok(arguments!["inspect", "--json", &archive]);
         for part in self.must_contain {
@@ -163,7 +306,7 @@ pub type Window = Result<Vec<u8>, ReadError>;
 
 /// The files of an archive in windows of `window` bytes, each decoded or an error: what a reader of a mount would get.
 pub fn read_in_windows(path: &Path, engine: EngineChoice, window: usize) -> Result<Vec<Vec<Window>>, ReadError> {
-    let archive = Arc::new(Archive::open(path).map_err(ReadError::Open)?);
+    let archive = open_with_bases(path).map_err(ReadError::Open)?;
     let materializer =
         Materializer::new(MaterializeOptions { cache_bytes: 1 << 22, engine, ..MaterializeOptions::default() });
     let read = |file: usize, offset: u64| {
@@ -178,6 +321,11 @@ pub fn read_in_windows(path: &Path, engine: EngineChoice, window: usize) -> Resu
         .enumerate()
         .map(|(number, file)| (0..file.length_bytes).step_by(window).map(|offset| read(number, offset)).collect());
     Ok(files.collect())
+}
+
+/// An archive, and what it starts from, which lies beside it.
+pub fn open_with_bases(path: &Path) -> Result<Arc<Archive>, ArchiveError> {
+    Bases::new(vec![Place { path: path.parent().expect("a directory").to_owned(), levels: 0 }]).open(path)
 }
 
 /// The decoded files of an archive that must be sound.

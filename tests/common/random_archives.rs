@@ -1,49 +1,85 @@
 //! Archives that no encoder would write: every field of the format drawn at random within what `SPEC.md` allows, the symbols
 //! too. What they decode to means nothing, but every decoder must give the same.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use mcwcfs::archive::{Archive, content_id};
 use mcwcfs::codec::integers;
 use mcwcfs::codec::permutation::{self, GroupedPermutation, Permutation, PermutationCoding, Symmetry};
 use mcwcfs::codec::quantizer::join_code;
 use mcwcfs::codec::trellis::{Trellis, multiple, quantizer_of};
-use mcwcfs::format::index::{FileEntry, Index};
+use mcwcfs::format::codebook::StoredCodebook;
+use mcwcfs::format::difference::{BaseTensor, BasedInfo, StoredDifference, StoredLowRank};
+use mcwcfs::format::index::{BaseReference, FileEntry, Index};
 use mcwcfs::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
-    StoredPredictor, StoredTrellis, SymbolStreams, TrellisTables,
+    StoredPredictor, StoredTrellis, StoredVectors, SymbolStreams, TrellisTables,
 };
 use mcwcfs::format::record::{PartEntry, RecordEntry, SideInformation, StoredPermutation};
 use mcwcfs::format::strip::{LANES, StripLayout};
 use mcwcfs::format::table::Table;
+use mcwcfs::format::units::UnitsInfo;
 use mcwcfs::materialize::{EngineChoice, MaterializeOptions, Materializer};
 use sha2::{Digest, Sha256};
 
+use super::archives::open_with_bases;
 use super::{Random, Tensor, safetensors_with};
 
 /// One archive; another seed, another archive.
 pub fn write_random_archive(seed: u64, path: &Path) {
     let mut writer = ArchiveWriter::new(seed);
     writer.draw();
-    // The digests of what it decodes to are known once it has been decoded.
-    std::fs::write(path, writer.bytes([0; 32])).expect("an archive");
-    let archive = Arc::new(Archive::open(path).unwrap_or_else(|error| panic!("seed {seed}: {error}")));
+    finish(&mut writer, path);
+}
+
+/// A variant and its base, both drawn at random, in one directory; the path of the variant. It has the same tensors, but for
+/// the number of their rows and what they are.
+pub fn write_random_variant(seed: u64, directory: &Path) -> PathBuf {
+    let (base_path, path) =
+        (directory.join(format!("base-{seed}.mcwc")), directory.join(format!("variant-{seed}.mcwc")));
+    let mut base = ArchiveWriter::new(seed);
+    let mut variant = ArchiveWriter::new(seed + 1000);
+    let (mut parts, mut based) = (Vec::new(), Vec::new());
+    for (number, dtype) in ["F32", "BF16", "F16", "U8", "F8_E4M3", "F32", "BF16", "F64"].into_iter().enumerate() {
+        let shape = [4 + base.random.below(30), 1 + base.random.below(40)];
+        let tensor = base.tensor(dtype, &shape);
+        parts.push(base.raw(tensor));
+        let rows = if dtype != "F64" && variant.random.below(3) == 0 { 1 + variant.random.below(40) } else { shape[0] };
+        let own = variant.tensor(dtype, &[rows, shape[1]]);
+        based.push(variant.based(own, number, rows == shape[0], dtype));
+    }
+    base.record(None, 0, None, None, parts);
+    variant.record(None, 0, None, None, based);
+    finish(&mut base, &base_path);
+    let content_id = Archive::open(&base_path).expect("just written").content_id();
+    variant.bases = vec![BaseReference { content_id, name: "base".into() }];
+    finish(&mut variant, &path);
+    path
+}
+
+/// Writes an archive with the digest of what it decodes to, which is known once it has been decoded.
+fn finish(writer: &mut ArchiveWriter, path: &Path) {
+    std::fs::write(path, writer.bytes(&[])).expect("an archive");
+    let archive = open_with_bases(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let mut decoded = vec![0; archive.files()[0].length_bytes as usize];
     let options =
         MaterializeOptions { cache_bytes: 1 << 24, engine: EngineChoice::Reference, ..MaterializeOptions::default() };
     let read = Materializer::new(options).read(&archive, 0, 0, &mut decoded);
-    read.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-    std::fs::write(path, writer.bytes(Sha256::digest(&decoded).into())).expect("an archive");
+    read.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    std::fs::write(path, writer.bytes(&decoded)).expect("an archive");
 }
 
 struct ArchiveWriter {
     random: Random,
     tables: Vec<Table>,
+    /// Two and two with codewords of one length.
+    codebooks: Vec<StoredCodebook>,
     tensors: Vec<Tensor>,
     records: Vec<RecordEntry>,
     layers: u32,
+    has_units: bool,
     body: Vec<u8>,
+    bases: Vec<BaseReference>,
 }
 
 /// A part of a record being drawn.
@@ -57,7 +93,23 @@ impl ArchiveWriter {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let tables = (0..6).map(|_| random.table()).collect();
-        Self { random, tables, tensors: Vec::new(), records: Vec::new(), layers: 0, body: Vec::new() }
+        let mut codebooks = Vec::new();
+        if random.chance() {
+            for elements in [2 + random.below(3), 2 + random.below(15)] {
+                codebooks.extend([(); 2].map(|()| random.codebook(elements)));
+            }
+        }
+        Self {
+            random,
+            tables,
+            codebooks,
+            tensors: Vec::new(),
+            records: Vec::new(),
+            layers: 0,
+            has_units: false,
+            body: Vec::new(),
+            bases: Vec::new(),
+        }
     }
 
     /// A chain of records, and one outside the layers.
@@ -88,7 +140,11 @@ impl ArchiveWriter {
         for dtype in ["F64", "U8", "F32", "BF16", "I64", "NF7"] {
             let rows = if dtype == "I64" { 0 } else { 1 + self.random.below(8) };
             let tensor = self.tensor(dtype, &[rows, 37]);
-            parts.push(if dtype == "NF7" || self.random.below(3) == 0 { self.raw(tensor) } else { self.split(tensor) });
+            parts.push(match self.random.below(3) {
+                0 => self.raw(tensor),
+                1 if dtype != "NF7" => self.split(tensor),
+                _ => self.units(tensor),
+            });
         }
         self.record(None, 0, None, None, parts);
     }
@@ -154,7 +210,7 @@ impl ArchiveWriter {
         let zeros = self.random.chance();
         let zero_bits = |run: usize| if zeros { run * 7 % usize::from(raw_bits) } else { 0 };
         let (streams, strip_crcs, body) =
-            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None);
+            self.strips(self.elements(tensor), raw_bits.into(), &zero_bits, bits / 8, None, 1);
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let of_runs: Vec<i32> = (0..runs).map(|run| zero_bits(run) as i32).collect();
         let zero_bits = zeros.then(|| integers::encode(&of_runs));
@@ -163,12 +219,104 @@ impl ArchiveWriter {
         Part { tensor, header, body }
     }
 
+    fn units(&mut self, tensor: usize) -> Part {
+        let bytes = self.tensors[tensor].data.len();
+        let random = &mut self.random;
+        let unit_bits = *random.pick(&[4, 8, 16, 32, 64]);
+        let unit_bits = if (8 * bytes).is_multiple_of(unit_bits) { unit_bits } else { 4 };
+        let values = if random.chance() { 0 } else { 1 + random.below(61) };
+        let raw_bits = if values > 0 || random.chance() { 0 } else { random.below(unit_bits.min(56) + 1) as u8 };
+        let values = (0..values).map(|_| random.next_u64() >> (64 - unit_bits)).collect();
+        let units = UnitsInfo { unit_bits: unit_bits as u8, raw_bits, has_differences: random.chance(), values };
+        self.has_units = true;
+        let pairs = if unit_bits == 4 { 2 } else { 1 };
+        let count = 8 * bytes / unit_bits;
+        let (streams, strip_crcs, body) =
+            self.strips(count, raw_bits.into(), &|_| 0, unit_bits.div_ceil(8), None, pairs);
+        let coding = Coding::Units(units);
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
+    /// A part that starts from the base's tensor of the same number; all of it where `is_whole`.
+    fn based(&mut self, tensor: usize, base_tensor: usize, is_whole: bool, dtype: &str) -> Part {
+        let elements = self.elements(tensor);
+        let (rows, columns) = (self.tensors[tensor].shape[0], self.tensors[tensor].shape[1]);
+        let bits = 8 * self.tensors[tensor].data.len() / elements;
+        let random = &mut self.random;
+        let has_difference = bits < 64 && (!is_whole || random.below(4) > 0);
+        let is_float = ["F32", "BF16", "F16"].contains(&dtype);
+        let low_rank = (is_float && random.chance()).then(|| {
+            let rank = 1 + random.below(rows.min(columns).min(5));
+            let factor = |random: &mut Random, count| random.integers(count, 2046);
+            StoredLowRank {
+                rank: rank as u32,
+                scale: random.normal() * 1e-8,
+                left: factor(random, rows * rank),
+                right: factor(random, rank * columns),
+            }
+        });
+        let reference = BaseTensor { base: 0, file: 0, tensor: base_tensor as u32 };
+        let mut info = BasedInfo { reference, low_rank, difference: None };
+        if !has_difference {
+            let cost = PartHeaderBytes::default();
+            let header = PartHeader { coding: Coding::Based(info), streams: None, strip_crcs: vec![], cost };
+            return Part { tensor, header, body: Vec::new() };
+        }
+        let table_raw_bits: Vec<usize> = (0..3).map(|_| random.below(bits + 1)).collect();
+        let most = table_raw_bits.iter().copied().max().expect("three");
+        let class_row = 1 + random.below(2 * columns);
+        let class_rows = elements.div_ceil(class_row);
+        let reach = 1 << random.below(9);
+        let class_offsets: Vec<i32> = (0..class_rows).map(|_| random.below(reach) as i32).collect();
+        info.difference = Some(StoredDifference {
+            zero_bits: if random.chance() { 0 } else { random.below(bits) as u8 },
+            class_shift: random.below(bits) as u8,
+            class_row: class_row as u32,
+            class_offsets: integers::encode(&class_offsets),
+            table_raw_bits: StoredIntegers::default(),
+        });
+        let mut used = Vec::new();
+        let (mut streams, strip_crcs, body) =
+            self.strips_of(elements, most, bits / 8, None, 1, &mut |tables: &[i32], count| {
+                used = table_raw_bits[..count].to_vec();
+                tables.iter().map(|&table| most - table_raw_bits[table as usize]).collect()
+            });
+        let difference = info.difference.as_mut().expect("just made");
+        difference.table_raw_bits = integers::encode(&used.iter().map(|&bits| bits as i32).collect::<Vec<_>>());
+        // The most of the tables in use may be less than the most of the three.
+        let tables = streams.tables.len();
+        if tables > 1 {
+            let numbers = integers::decode(
+                &streams.table_of_run,
+                elements.div_ceil(streams.run_elements as usize) as u64,
+                0,
+                tables as i32 - 1,
+            );
+            let numbers = numbers.expect("just encoded");
+            let mut before = 0;
+            let steps: Vec<i32> = (0..elements.div_ceil(streams.run_elements as usize))
+                .map(|run| numbers.get(run) - std::mem::replace(&mut before, numbers.get(run)))
+                .collect();
+            streams.table_of_run = integers::encode(&steps);
+        }
+        let coding = Coding::Based(info);
+        let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
+        Part { tensor, header, body }
+    }
+
     fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
+        let has_vectors = !self.codebooks.is_empty() && self.random.below(3) == 0;
+        let pair = 2 * self.random.below(2) as u16;
+        let vectors = has_vectors.then(|| StoredVectors { codebooks: [pair, pair + self.random.below(2) as u16] });
         let tables = *self.random.pick(&[None, Some(TrellisTables::Shared), Some(TrellisTables::Pairs)]);
         let state_bits = 3 + self.random.below(6) as u8;
-        let trellis = tables.map(|tables| StoredTrellis { tables, state_bits });
-        let raw_bits = if self.random.chance() { 0 } else { self.random.below(9) as u8 };
-        let (streams, strip_crcs, body) = self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis);
+        let trellis = tables.filter(|_| !has_vectors).map(|tables| StoredTrellis { tables, state_bits });
+        let raw_bits = if has_vectors || self.random.chance() { 0 } else { self.random.below(9) as u8 };
+        let (streams, strip_crcs, body) = match vectors {
+            Some(vectors) => self.vector_strips(self.elements(tensor), vectors),
+            None => self.strips(self.elements(tensor), raw_bits.into(), &|_| 0, 2, trellis, 1),
+        };
         let runs = self.elements(tensor).div_ceil(streams.run_elements as usize);
         let random = &mut self.random;
         let scales = random.chance().then(|| random.integers(runs, 40));
@@ -188,9 +336,28 @@ impl ArchiveWriter {
             },
         });
         let step = (random.normal() * 0.01).abs() + 1e-6;
-        let coding = Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, scales, means, prediction });
+        let coding = Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, prediction });
         let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
         Part { tensor, header, body }
+    }
+
+    /// Indices of codewords, which may be any bits.
+    fn vector_strips(&mut self, elements: usize, vectors: StoredVectors) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
+        let [first, second] = vectors.codebooks.map(|number| &self.codebooks[usize::from(number)]);
+        let (vector, bits) = (usize::from(first.elements), usize::from(first.index_bits + second.index_bits));
+        let random = &mut self.random;
+        let (run_elements, runs_per_strip) = (1 + random.below(150), 1 + random.below(9));
+        let (mut crcs, mut body) = (Vec::new(), Vec::new());
+        let runs: Vec<usize> =
+            (0..elements).step_by(run_elements).map(|start| run_elements.min(elements - start)).collect();
+        for strip in runs.chunks(runs_per_strip) {
+            let bytes: usize = strip.iter().map(|run| (run.div_ceil(vector) * bits).div_ceil(8)).sum();
+            let bytes = random.bytes(bytes);
+            crcs.push(crc32c::crc32c(&bytes));
+            body.extend(bytes);
+        }
+        let (run_elements, runs_per_strip) = (run_elements as u32, runs_per_strip as u32);
+        (SymbolStreams { run_elements, runs_per_strip, ..SymbolStreams::default() }, crcs, body)
     }
 
     /// Symbols drawn at random, their strips, and what the header says of them.
@@ -201,18 +368,34 @@ impl ArchiveWriter {
         zero_bits: &dyn Fn(usize) -> usize,
         exception_value_bytes: usize,
         trellis: Option<StoredTrellis>,
+        run_multiple: usize,
+    ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
+        let of_runs = &mut |tables: &[i32], _| (0..tables.len()).map(zero_bits).collect();
+        self.strips_of(elements, raw_bits, exception_value_bytes, trellis, run_multiple, of_runs)
+    }
+
+    /// The same, where the low bits that are not stored may depend on the table of each run; also told is how many there are.
+    fn strips_of(
+        &mut self,
+        elements: usize,
+        raw_bits: usize,
+        exception_value_bytes: usize,
+        trellis: Option<StoredTrellis>,
+        run_multiple: usize,
+        zero_bits_of_runs: &mut dyn FnMut(&[i32], usize) -> Vec<usize>,
     ) -> (SymbolStreams, Vec<u32>, Vec<u8>) {
         let random = &mut self.random;
         let pairs = trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs);
         let trellis = trellis.map(|trellis| Trellis::new(trellis.state_bits).expect("in range"));
         let numbers = (1 + random.below(3)) * if pairs { 2 } else { 1 };
         let tables: Vec<u16> = (0..numbers).map(|_| random.below(self.tables.len()) as u16).collect();
-        let run_elements = 1 + random.below(150);
+        let run_elements = run_multiple * (1 + random.below(150));
         let runs_per_strip = 1 + random.below(9);
         let lanes = 1 << random.below(6);
         let runs = elements.div_ceil(run_elements);
         let choices = numbers / if pairs { 2 } else { 1 };
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.below(choices) as i32).collect();
+        let zero_bits = zero_bits_of_runs(&table_of_run, choices);
         let (mut words, mut exceptions, mut crcs, mut body) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for strip in 0..runs.div_ceil(runs_per_strip) {
             let first = strip * runs_per_strip * run_elements;
@@ -235,7 +418,7 @@ impl ArchiveWriter {
             }
             let mut stored_raw = Vec::new();
             for (run, raw) in raw.chunks(run_elements).enumerate() {
-                write_raw(raw, raw_bits, zero_bits(strip * runs_per_strip + run), &mut stored_raw);
+                write_raw(raw, raw_bits, zero_bits[strip * runs_per_strip + run], &mut stored_raw);
             }
             let (mut bytes, strip_words) = encode_lanes(&coded, lanes);
             let positions: Vec<u16> = (0..symbols as u16).filter(|_| random.below(200) == 0).collect();
@@ -297,12 +480,16 @@ impl ArchiveWriter {
         self.body.extend(bodies.concat());
     }
 
-    fn bytes(&mut self, decoded_sha256: [u8; 32]) -> Vec<u8> {
+    /// The archive, with the digests of what it decodes to.
+    fn bytes(&mut self, decoded: &[u8]) -> Vec<u8> {
         let order: Vec<usize> = (0..self.tensors.len()).rev().collect();
         let mut header = safetensors_with(&self.tensors, &order, &[]);
         let data: usize = self.tensors.iter().map(|tensor| tensor.data.len()).sum();
         header.truncate(header.len() - data);
-        let file = FileEntry { name: "model.safetensors".into(), header, decoded_sha256, source_sha256: [0; 32] };
+        let (decoded_sha256, source_sha256) = (Sha256::digest(decoded).into(), [0; 32]);
+        let decoded_blake3 = self.layers.is_multiple_of(2).then(|| blake3::hash(decoded).into());
+        let name = "model.safetensors".into();
+        let file = FileEntry { name, header, decoded_sha256, source_sha256, decoded_blake3 };
         let index = Index {
             architecture: "random".into(),
             layers: self.layers,
@@ -310,9 +497,11 @@ impl ArchiveWriter {
             content_id: content_id(std::iter::once(decoded_sha256)),
             files: vec![file],
             tables: self.tables.clone(),
+            codebooks: self.codebooks.clone(),
             block_types: vec!["global".into(), "ffn".into()],
             records: self.records.clone(),
-            bases: Vec::new(),
+            bases: self.bases.clone(),
+            has_units: self.has_units,
             provenance: vec![("tool".into(), "dice".into())],
         };
         let (preamble, stored) = index.write(64 + self.body.len() as u64);
@@ -332,6 +521,14 @@ impl Random {
     fn integers(&mut self, count: usize, reach: i32) -> StoredIntegers {
         let reach = 1 + self.below(reach as usize);
         integers::encode(&(0..count).map(|_| self.below(2 * reach + 1) as i32 - reach as i32).collect::<Vec<_>>())
+    }
+
+    /// A codebook of finite numbers.
+    fn codebook(&mut self, elements: usize) -> StoredCodebook {
+        let index_bits = 1 + self.below(6);
+        let values = self.normals(elements << index_bits, 1.0).into_iter();
+        let values = values.map(|value| half::f16::from_f32(value).to_bits()).collect();
+        StoredCodebook { elements: elements as u8, index_bits: index_bits as u8, values }
     }
 
     /// A table that keeps the depth rule: boundaries drawn one by one, at most three in a bucket.

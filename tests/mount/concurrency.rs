@@ -1,14 +1,15 @@
 //! Many readers at once: page faults without a stall is requirement number one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
 
 use mcwcfs::fuse::MountOptions;
-use memmap2::MmapOptions;
+use memmap2::{Advice, MmapOptions};
 
 use crate::common::Random;
 use crate::support::{InMemory, TestMount, require_fuse};
@@ -17,26 +18,26 @@ const MODEL: &str = "model.safetensors";
 
 /// A door that decodes wait at until it is opened.
 #[derive(Default)]
-struct Door {
+pub struct Door {
     is_open: Mutex<bool>,
     moved: Condvar,
     waiting: Mutex<usize>,
 }
 
 impl Door {
-    fn pass(&self) {
+    pub fn pass(&self) {
         *self.waiting.lock().unwrap() += 1;
         self.moved.notify_all();
         let is_open = self.is_open.lock().unwrap();
         drop(self.moved.wait_while(is_open, |is_open| !*is_open).unwrap());
     }
 
-    fn open(&self) {
+    pub fn open(&self) {
         *self.is_open.lock().unwrap() = true;
         self.moved.notify_all();
     }
 
-    fn until_waiting(&self, count: usize) {
+    pub fn until_waiting(&self, count: usize) {
         while *self.waiting.lock().unwrap() < count {
             thread::yield_now();
         }
@@ -144,5 +145,89 @@ fn line_20_requests_that_wait_for_a_decode_occupy_no_worker_that_another_needs()
         assert!(fs::read(mount.path(MODEL)).unwrap() == fast_bytes);
         is_open.store(true, Ordering::SeqCst);
         door.open();
+    });
+}
+
+/// A door for each decode, by the offset where it begins.
+#[derive(Default)]
+struct Doors {
+    state: Mutex<DoorsState>,
+    moved: Condvar,
+}
+
+#[derive(Default)]
+struct DoorsState {
+    open: HashSet<u64>,
+    waiting: HashSet<u64>,
+}
+
+impl Doors {
+    fn pass(&self, offset: u64) {
+        let mut state = self.state.lock().unwrap();
+        state.waiting.insert(offset);
+        self.moved.notify_all();
+        let mut state = self.moved.wait_while(state, |state| !state.open.contains(&offset)).unwrap();
+        state.waiting.remove(&offset);
+    }
+
+    fn open(&self, offset: u64) {
+        self.state.lock().unwrap().open.insert(offset);
+        self.moved.notify_all();
+    }
+
+    fn until_waiting(&self, count: usize) {
+        let state = self.state.lock().unwrap();
+        drop(self.moved.wait_while(state, |state| state.waiting.len() < count).unwrap());
+    }
+}
+
+#[test]
+fn line_20_no_thread_waits_longer_than_the_decode_it_needs() {
+    require_fuse!();
+    const FAULTING: usize = 64;
+    const READING: usize = 16;
+    const APART: usize = 1 << 20;
+    let doors = Arc::new(Doors::default());
+    let checkpoint = InMemory::new(&[MODEL], (FAULTING + READING) * APART).before_decode({
+        let doors = Arc::clone(&doors);
+        move |_, offset| {
+            doors.pass(offset);
+            Ok(())
+        }
+    });
+    let bytes = checkpoint.bytes(0);
+    let mount = TestMount::of(checkpoint);
+    let file = mount.open(MODEL);
+    // Each thread needs one decode of its own: the kernel is not to read ahead.
+    // SAFETY: the descriptor is open.
+    assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) }, 0);
+    // SAFETY: nobody can change a file of a read-only mount.
+    let map = unsafe { MmapOptions::new().map(&file) }.unwrap();
+    map.advise(Advice::Random).unwrap();
+    thread::scope(|scope| {
+        let mut threads: Vec<_> = (1..=FAULTING + READING)
+            .map(|number| {
+                let (map, file, at) = (&map, &file, number * APART - 8192);
+                let read = move || {
+                    let mut page = [0; 4096];
+                    if number <= FAULTING {
+                        page.copy_from_slice(&map[at..][..4096]);
+                    } else {
+                        file.read_exact_at(&mut page, at as u64).unwrap();
+                    }
+                    page
+                };
+                (at, Some(scope.spawn(read)))
+            })
+            .collect();
+        doors.until_waiting(threads.len());
+        let order = Random::new(4).permutation(threads.len());
+        for (done, &number) in order.iter().enumerate() {
+            let (at, thread) = &mut threads[number];
+            doors.open(*at as u64);
+            // It ends although the decodes of all that are left still wait.
+            assert!(thread.take().unwrap().join().unwrap() == bytes[*at..][..4096]);
+            assert!(threads.iter().flat_map(|(_, thread)| thread).all(|thread| !thread.is_finished()), "after {done}");
+        }
     });
 }

@@ -214,3 +214,49 @@ fn fio_verifies_what_it_wrote_before_it_was_packed() {
     }
     mcwcfs_ok(["verify".into(), packed.path("packed/bert").into_os_string()]);
 }
+
+#[test]
+fn the_names_of_all_tensors_are_there_after_the_same_little_work_whatever_the_size_of_the_model() {
+    require_fuse!();
+    let decoded_for_names = |megabytes: usize| {
+        let tensors: Vec<_> = (0..megabytes)
+            .map(|number| Tensor::raw(&format!("{number:03}"), "U8", &[1 << 20], Random::new(1).bytes(1 << 20)))
+            .collect();
+        let packed = Packed::tensors(&tensors, &[]);
+        packed.mount(&[]);
+        let map = map(&File::open(packed.model()).unwrap());
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&map).unwrap();
+        assert_eq!(metadata.tensors().len(), megabytes);
+        counted(&packed, "mcwcfs_read_requests_total")
+    };
+    // What the kernel reads around the page that was asked for, and nothing more.
+    let [small, large] = [8, 64].map(decoded_for_names);
+    assert!(small == large && small <= 2, "{small} and {large} requests");
+}
+
+/// Runs a command of the shell on the mounted model, as `$1`, and the bytes it must have, as `$2`.
+const PLAIN_PROGRAMS: &str = r#"
+cp "$1" copy && cmp copy "$2"
+cat "$1" | cmp - "$2"
+test "$(sha256sum <"$1")" = "$(sha256sum <"$2")"
+dd if="$1" bs=1000003 2>/dev/null | cmp - "$2"
+dd if="$1" bs=64k iflag=direct 2>/dev/null | cmp - "$2"
+tail -c 100001 "$1" | cmp - "$3"
+tar -C "$(dirname "$1")" -cf - "$(basename "$1")" | tar -xOf - | cmp - "$2"
+"#;
+
+#[test]
+fn plain_programs_read_the_right_bytes() {
+    require_fuse!();
+    for (options, is_lossy) in [(&[][..], false), (&["--bpp", "4"][..], true)] {
+        let packed = large(options);
+        let expected = packed.expected(is_lossy);
+        fs::write(packed.path("expected"), &expected).unwrap();
+        fs::write(packed.path("expected-end"), &expected[expected.len() - 100_001..]).unwrap();
+        packed.mount(&[]);
+        let mut shell = Command::new("sh");
+        shell.args(["-euc", PLAIN_PROGRAMS, "sh"]).arg(packed.model()).current_dir(packed.path(""));
+        let output = shell.args([packed.path("expected"), packed.path("expected-end")]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}

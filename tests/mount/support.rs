@@ -80,6 +80,14 @@ impl InMemory {
         checkpoint
     }
 
+    /// One file of these bytes.
+    pub fn file(name: &str, bytes: Vec<u8>) -> Self {
+        let mut checkpoint = Self::new(&[name], bytes.len() - 24);
+        checkpoint.files[0].header = bytes[..24].to_vec();
+        checkpoint.bytes[0] = bytes;
+        checkpoint
+    }
+
     pub fn before_decode(mut self, before: impl Fn(&str, u64) -> Result<(), BoxError> + Send + Sync + 'static) -> Self {
         self.before_decode = Box::new(before);
         self
@@ -118,7 +126,7 @@ impl Checkpoint for InMemory {
         Ok(out.len())
     }
 
-    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64, _: Keeper) {
         self.ahead.lock().unwrap().push((file, offset_bytes, length_bytes));
     }
 }
@@ -216,8 +224,8 @@ impl Checkpoint for Shared {
         self.0.read(file, offset_bytes, keeper, out)
     }
 
-    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
-        self.0.decode_ahead(file, offset_bytes, length_bytes);
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64, keeper: Keeper) {
+        self.0.decode_ahead(file, offset_bytes, length_bytes, keeper);
     }
 }
 

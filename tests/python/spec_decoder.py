@@ -1,11 +1,12 @@
 """Decodes a .mcwc archive into its safetensors files, by src/format/SPEC.md alone.
 
-    python spec_decoder.py ARCHIVE DIRECTORY
+    python spec_decoder.py ARCHIVE DIRECTORY [BASE_ARCHIVE...]
 
 Section numbers are those of SPEC.md. Written to be read beside it, and to share nothing with the program that it checks:
 slow, whole tensors at a time, with every check that the text asks for. Prints one line per file once its SHA-256 is
 checked, then what the archive was made of; any error ends it with exit status 1. spec_format.py has sections 1 to 3,
-4.2 and 5, spec_permutation.py has section 8, this file the rest.
+4.2 and 5, spec_permutation.py has section 8,
+spec_based.py has sections 4.3, 7.7 and 7.8, this file the rest.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from spec_based import based_elements, read_based, references
+from spec_blake3 import blake3
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
 
@@ -55,11 +58,16 @@ def side_of(archive, record):
     return record.side
 
 
+CODINGS = {0: "raw", 1: "split", 2: "quantized", 3: "units", 4: "based"}
+
+
 class Part:
     def __init__(self, archive, record, side, tensor, reader):
         self.archive, self.record, self.tensor = archive, record, tensor
-        self.coding = ("raw", "split", "quantized")[reader.u8("part coding", below=3)]
-        self.trellis = self.reference = self.stored_zero_bits = None
+        number = reader.u8("part coding")
+        require(number in CODINGS, f"part coding {number}")
+        self.coding = CODINGS[number]
+        self.trellis = self.vectors = self.reference = self.stored_zero_bits = None
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
             self.carrier = reader.u8("carrier", below=3)
@@ -68,29 +76,67 @@ class Part:
             self.raw_bits = reader.u8("raw bits")
             require(1 <= self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
             self.stored_zero_bits = reader.blob("zero bits") if reader.u8("split flags", below=2) else None
+        if self.coding == "units":
+            self.read_units(reader)
+        if self.coding == "based":
+            read_based(self, reader)
+            self.bits = tensor.bits
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
-        if self.coding != "raw":
+        has_symbols = self.coding in ("split", "quantized") or self.coding == "based" and self.has_difference
+        if self.vectors:
+            self.read_layout(reader)
+        elif has_symbols:
             self.read_streams(reader)
         count = reader.count("strips")
         self.checksums = [reader.u32("strip checksums") for _ in range(count)]
         if self.coding == "raw":
             self.strips, self.length = -(-tensor.length // 131072), tensor.length
+        elif self.vectors:
+            self.lay_out_vectors()
+        elif not has_symbols:
+            self.strips = self.length = 0
         else:
             self.lay_out_strips()
         require(count == self.strips, f"strips: {count}, expected {self.strips}")
         if self.coding == "quantized":
             self.set_coefficients(per_run)
 
+    def read_units(self, reader):
+        require(self.archive.has_units, "part coding: units without feature 3")
+        self.bits, self.raw_bits = reader.u8("unit bits"), reader.u8("raw bits")
+        require(self.bits in (4, 8, 16, 32, 64), f"unit bits: {self.bits}")
+        require(8 * self.tensor.length % self.bits == 0, f"unit bits: {self.bits} in {self.tensor.length} bytes")
+        require(self.raw_bits <= min(56, self.bits), f"raw bits: {self.raw_bits}")
+        flags = reader.u8("units flags", below=4)
+        self.differences, self.values = flags & 2 != 0, None
+        if flags & 1:
+            require(self.raw_bits == 0, "units flags: values beside raw bits")
+            count = reader.count("values", 61)
+            require(count >= 1, "values: none")
+            size = -(-self.bits // 8)
+            self.values = [int.from_bytes(reader.take("value", size), "little") for _ in range(count)]
+            require(max(self.values) < 2**self.bits, "value")
+
+    def symbols(self):
+        """Symbols of the part: its elements, or its units."""
+        return 8 * self.tensor.length // self.bits if self.coding == "units" else self.tensor.elements
+
     def read_quantizer(self, reader, side):
         """The quantizer fields; arrays of one integer per run are given back, for the number of runs is read later."""
         require(self.tensor.dtype in ("F32", "F16", "BF16"), f"part coding: quantized {self.tensor.dtype}")
         self.step, self.raw_bits = reader.f32("step"), reader.u8("raw bits", below=9)
         require(self.step > 0, f"step: {self.step}")
-        flags, per_run = reader.u8("quantizer flags", below=16), []
+        flags, per_run = reader.u8("quantizer flags", below=32), []
         if flags & 8:
             self.trellis = reader.u8("trellis", below=2)
             self.state_bits = reader.u8("trellis state bits", below=9)
             require(self.state_bits >= 3, f"trellis state bits: {self.state_bits}")
+        if flags & 16:
+            require(not flags & 8 and self.raw_bits == 0, "quantizer flags: vectors beside others")
+            numbers = [reader.varint("vector codebook", 2**8 - 1) for _ in range(2)]
+            require(max(numbers) < len(self.archive.codebooks), f"vector codebook: {numbers}")
+            self.vectors = [self.archive.codebooks[number] for number in numbers]
+            require(self.vectors[0].elements == self.vectors[1].elements, "vector codebook: lengths")
         if flags & 1:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
@@ -135,27 +181,50 @@ class Part:
             require(len(numbers) % 2 == 0, "part tables: pairs of tables")
             self.tables = list(zip(self.tables[::2], self.tables[1::2]))
         choices = reader.blob("table of run") if len(numbers) > 1 else b"\0\0"
-        self.run_elements = reader.varint("run elements", 2**16)
-        self.runs_per_strip = reader.varint("runs per strip", 2**16)
-        require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        self.read_layout(reader)
         self.lanes = reader.u8("lanes")
         require(self.lanes in (1, 2, 4, 8, 16, 32), f"lanes: {self.lanes}")
-        self.runs = -(-self.tensor.elements // self.run_elements)
-        self.strips = -(-self.runs // self.runs_per_strip)
         require(self.tables or not self.runs, "part tables: none")
         zeros = b"\0\0" if self.stored_zero_bits is None else self.stored_zero_bits
-        self.zero_bits = integers(zeros, self.runs, 0, max(self.raw_bits - 1, 0), "zero bits").tolist()
-        MET["zero bits"] += any(self.zero_bits)
-        self.table_of_run = integers(choices, self.runs, 0, max(len(self.tables), 1) - 1, "table of run")
+        most = max(len(self.tables), 1) - 1
+        if self.coding == "based":
+            self.table_raw_bits = integers(self.stored_table_raw_bits, len(numbers), 0, self.bits, "table raw bits")
+            self.raw_bits = max(self.table_raw_bits.tolist(), default=0)
+            self.table_of_run = np.cumsum(integers(choices, self.runs, -most, most, "table of run"))
+            require(all(0 <= number <= most for number in self.table_of_run), "table of run: after a step")
+            self.zero_bits = [self.raw_bits - int(self.table_raw_bits[number]) for number in self.table_of_run]
+        else:
+            self.zero_bits = integers(zeros, self.runs, 0, max(self.raw_bits - 1, 0), "zero bits").tolist()
+            MET["zero bits"] += any(self.zero_bits)
+            self.table_of_run = integers(choices, self.runs, 0, most, "table of run")
         self.words = integers(reader.blob("strip words"), self.strips, 0, 2**17, "strip words")
         self.exceptions = integers(reader.blob("strip exceptions"), self.strips, 0, 2**16, "strip exceptions")
 
-    def lay_out_strips(self):
-        """Section 6: where the pieces of each strip lie, and how long the body is."""
-        self.exception_bytes = 2 if self.coding == "quantized" else self.bits // 8
+    def read_layout(self, reader):
+        self.run_elements = reader.varint("run elements", 2**16)
+        self.runs_per_strip = reader.varint("runs per strip", 2**16)
+        require(1 <= self.run_elements * self.runs_per_strip <= 2**16, "runs per strip")
+        require(self.coding != "units" or self.run_elements * self.bits % 8 == 0, "run elements: no whole bytes")
+        self.runs = -(-self.symbols() // self.run_elements)
+        self.strips = -(-self.runs // self.runs_per_strip)
+
+    def lay_out_vectors(self):
+        """Section 6.1: the lengths of each strip's runs in elements and in bytes, and where the strip begins."""
+        bits = sum(codebook.index_bits for codebook in self.vectors)
         full, self.layout, self.length = self.run_elements * self.runs_per_strip, [], 0
         for strip in range(self.strips):
-            symbols = min(full, self.tensor.elements - strip * full)
+            elements = min(full, self.tensor.elements - strip * full)
+            lengths = [min(self.run_elements, elements - at) for at in range(0, elements, self.run_elements)]
+            sizes = [-(-(-(-n // self.vectors[0].elements) * bits) // 8) for n in lengths]
+            self.layout.append((self.length, lengths, sizes))
+            self.length += sum(sizes)
+
+    def lay_out_strips(self):
+        """Section 6: where the pieces of each strip lie, and how long the body is."""
+        self.exception_bytes = 2 if self.coding == "quantized" else -(-self.bits // 8)
+        full, self.layout, self.length = self.run_elements * self.runs_per_strip, [], 0
+        for strip in range(self.strips):
+            symbols = min(full, self.symbols() - strip * full)
             lengths = [min(self.run_elements, symbols - at) for at in range(0, symbols, self.run_elements)]
             words, exceptions = int(self.words[strip]), int(self.exceptions[strip])
             require(exceptions <= symbols, f"strip exceptions: {exceptions}")
@@ -290,6 +359,49 @@ def split_elements(part):
     return bits if part.carrier == 0 else to_float(bits, "BF16" if part.carrier == 1 else "F16").view("<u4")
 
 
+def units(part):
+    """Section 7.2: the bytes of a part of units."""
+
+    def take(table, position, raw, _):
+        code = table.code[position]
+        if part.values is not None:
+            return part.values[code] if 0 <= code < len(part.values) else 0, 0
+        return (code * 2**part.raw_bits + raw) % 2**part.bits, 0
+
+    data = b""
+    for number in range(part.strips):
+        numbers, exceptions = decode_symbols(part, number, take)
+        for position, value in exceptions.items():
+            numbers[position] = int.from_bytes(value.tobytes(), "little") % 2**part.bits
+        if part.differences:
+            before = 0
+            for i in range(len(numbers)):
+                before = numbers[i] = (before + numbers[i]) % 2**part.bits
+        if part.bits == 4:
+            numbers = [low | high << 4 for low, high in zip(numbers[::2], numbers[1::2])]
+        data += b"".join(n.to_bytes(-(-part.bits // 8), "little") for n in numbers)
+    return data
+
+
+def vector_points(part):
+    """Section 7.3: what the vectors' codewords add up to, in steps."""
+    first, second = part.vectors
+    all_points = []
+    for number, (offset, lengths, sizes) in enumerate(part.layout):
+        stored = part.archive.data[part.at + offset : part.at + offset + sum(sizes)]
+        require(crc32c(stored) == part.checksums[number], f"strip {number}: checksum")
+        at = 0
+        for length, size in zip(lengths, sizes):
+            bits, run = int.from_bytes(stored[at : at + size], "little"), []
+            while len(run) < length:
+                i, bits = bits % 2**first.index_bits, bits >> first.index_bits
+                k, bits = bits % 2**second.index_bits, bits >> second.index_bits
+                run += (first.codewords[i] + second.codewords[k]).tolist()
+            all_points += run[:length]
+            at += size
+    return np.array(all_points, FLOAT)
+
+
 def points(part):
     """What every code of the part stands for, in steps."""
 
@@ -314,7 +426,7 @@ def points(part):
 
 def quantized_elements(part):
     run = np.arange(part.tensor.elements) // part.run_elements
-    values = points(part) * part.steps[run]
+    values = (vector_points if part.vectors else points)(part) * part.steps[run]
     if part.means is not None:
         values = values + part.means[run]
     if part.reference:
@@ -338,6 +450,11 @@ def decoded(part):
             for number, checksum in enumerate(part.checksums):
                 strip = part.bytes[131072 * number : 131072 * (number + 1)]
                 require(crc32c(strip) == checksum, f"strip {number}: checksum")
+        elif part.coding == "units":
+            part.bytes = units(part)
+        elif part.coding == "based":
+            start = references(part, decoded, to_float, from_float)
+            part.bytes = based_elements(part, start, decode_symbols).tobytes()
         else:
             part.bytes = (split_elements if part.coding == "split" else quantized_elements)(part).tobytes()
         count(part)
@@ -349,6 +466,14 @@ def count(part):
     MET[part.coding] += 1
     if part.coding == "split":
         MET[f"carrier {part.carrier}"] += 1
+    if part.coding == "units":
+        MET[f"units of {part.bits} bits"] += 1
+        MET["unit values"] += part.values is not None
+        MET["unit differences"] += part.differences
+    if part.coding == "based":
+        MET["difference" if part.has_difference else "no difference"] += 1
+        MET["low rank"] += part.factors is not None
+        MET["other rows"] += part.base.files[part.base_place[0]][2][part.base_place[1]].shape != part.tensor.shape
     if part.coding == "quantized":
         MET["predicted"] += part.reference is not None
         MET["moved"] += part.reference is not None and part.axis is not None
@@ -359,18 +484,34 @@ def count(part):
         MET["means"] += part.means is not None
         MET["scales"] += len(set(part.steps.tolist())) > 1
         MET["raw bits"] += part.raw_bits > 0
-        MET["points"] += any(table.point.any() for table in np.ravel(part.tables))
+        MET["vectors"] += part.vectors is not None
+        MET["points"] += not part.vectors and any(table.point.any() for table in np.ravel(part.tables))
 
 
-def main(path, directory):
+def opened(path, others, depth=0):
+    """An archive with its bases, found among `others`, and the part of every tensor."""
     archive = Archive(Path(path).read_bytes())
-    part_of = {}
+    require(depth <= 4, "bases: more than 4 below one another")
+    archive.bases = []
+    for content_id in archive.base_ids:
+        found = [other for other in others if Archive(Path(other).read_bytes()).content_id == content_id]
+        require(found, f"base {content_id.hex()}: not given")
+        archive.bases.append(opened(found[0], others, depth + 1))
+    archive.part_of = {}
     for record in archive.records:
         for (file, tensor, _), part in zip(record.parts, side_of(archive, record).parts):
-            part_of[file, tensor] = part
-    for file, (name, header, tensors, sha256) in enumerate(archive.files):
+            archive.part_of[file, tensor] = part
+    return archive
+
+
+def main(path, directory, *others):
+    archive = opened(path, others)
+    part_of = archive.part_of
+    for file, (name, header, tensors, sha256, tree) in enumerate(archive.files):
         data = header + b"".join(decoded(part_of[file, tensor]) for tensor in range(len(tensors)))
         require(hashlib.sha256(data).digest() == sha256, f"{name}: decoded SHA-256")
+        require(tree is None or blake3(data) == tree, f"{name}: decoded BLAKE3")
+        MET["tree digests"] += tree is not None
         (Path(directory) / name).write_bytes(data)
         print(f"{name}: {len(data)} bytes, SHA-256 as stated")
     print("; ".join(f"{what}: {times}" for what, times in sorted(MET.items()) if times))

@@ -204,6 +204,17 @@ class Table:
         self.owner = [k for k, frequency in enumerate(self.frequency) for _ in range(frequency)]
 
 
+class Codebook:
+    def __init__(self, reader):
+        self.elements = reader.u8("codebook elements", below=17)
+        require(self.elements >= 2, f"codebook elements: {self.elements}")
+        self.index_bits = reader.u8("codebook index bits", below=13)
+        require(self.index_bits >= 1, "codebook index bits: 0")
+        values = reader.take("codewords", 2 * self.elements << self.index_bits)
+        self.codewords = np.frombuffer(values, "<f2").astype(np.float32).reshape(-1, self.elements)
+        require(np.isfinite(self.codewords).all(), "codewords: not finite")
+
+
 class Record:
     def __init__(self, reader, records, layers, block_types):
         layer = reader.varint("record layer", 2**20)
@@ -234,7 +245,9 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features == 0, f"required features: {features:#x}, none is known")
+        require(features & ~15 == 0, f"required features: {features:#x}")
+        self.features = features
+        self.has_tree_digests = features & 1 != 0
         require(length == len(data), "file length")
         require(64 <= index_offset <= length, "index offset")
         stored = data[index_offset:]
@@ -244,9 +257,9 @@ class Archive:
         inflater = zlib.decompressobj(wbits=-15)
         index = inflater.decompress(stored, index_length + 1)
         require(len(index) == index_length and inflater.eof and not inflater.unused_data, "index: deflate stream")
-        self.read_index(Reader("index", index), index_offset)
+        self.read_index(Reader("index", index), index_offset, features)
 
-    def read_index(self, reader, index_offset):
+    def read_index(self, reader, index_offset, features):
         reader.text("architecture")
         layers = reader.varint("layers", 2**20)
         reader.varint("keyframe interval", 256)
@@ -255,16 +268,24 @@ class Archive:
         for _ in range(reader.count("files", 2**16)):
             name, header = reader.text("file name"), reader.blob("file header", 100_000_008)
             require(name not in ("", ".", "..") and "/" not in name and "\0" not in name, f"file name {name!r}")
-            self.files.append((name, header, tensors_of(header), reader.digest("decoded SHA-256")))
-            reader.digest("source SHA-256")
+            decoded, _ = reader.digest("decoded SHA-256"), reader.digest("source SHA-256")
+            tree = reader.digest("decoded BLAKE3") if self.has_tree_digests else None
+            self.files.append((name, header, tensors_of(header), decoded, tree))
         require(len({file[0] for file in self.files}) == len(self.files), "file name: comes twice")
         require(content_id == hashlib.sha256(b"".join(file[3] for file in self.files)).digest(), "content id")
         self.tables = [Table(reader) for _ in range(reader.count("tables", 2**12))]
+        self.has_units = features & 8 != 0
+        self.codebooks = []
+        if features & 2:
+            self.codebooks = [Codebook(reader) for _ in range(reader.count("codebooks", 2**8))]
         block_types = [reader.text("block type") for _ in range(reader.count("block types", 256))]
         self.records = []
         for _ in range(reader.count("records", 2**20)):
             self.records.append(Record(reader, self.records, layers, len(block_types)))
-        require(reader.count("bases", 2**16) == 0, "bases: none in version 1")
+        self.content_id, self.base_ids = content_id, []
+        for _ in range(reader.count("bases", 16)):
+            self.base_ids.append(reader.digest("base content id")), reader.text("base name")
+        require(bool(self.base_ids) == bool(self.features & 4), "bases: announced by feature 2")
         for _ in range(reader.count("provenance", 2**10)):
             reader.text("provenance key"), reader.text("provenance value")
         reader.end()

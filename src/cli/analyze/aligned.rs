@@ -73,7 +73,7 @@ pub(super) fn write(
 }
 
 /// Aligns layer by layer and follows the chain down to its first layer: which tensors move, and how.
-fn moves(checkpoint: &Checkpoint, plan: &CheckpointPlan, progress: &ProgressBar) -> HashMap<(usize, usize), Move> {
+fn moves(checkpoint: &Checkpoint, plan: &CheckpointPlan, progress: &ProgressBar) -> HashMap<(usize, usize), Vec<Move>> {
     let pairs = pairs(checkpoint, plan);
     progress.set_length(pairs.len() as u64);
     progress.set_position(0);
@@ -93,10 +93,13 @@ fn moves(checkpoint: &Checkpoint, plan: &CheckpointPlan, progress: &ProgressBar)
         // Place `to_first[i]` takes block i.
         let from = to_first.inverse();
         for part in &record.parts {
-            let Some(placement) = part.placement else { continue };
             let shape = &checkpoint.files[part.file].header.tensors[part.tensor].shape;
-            let layout = AxisLayout::new(shape, placement.axis).expect("the planner has checked the placement");
-            moves.insert((part.file, part.tensor), Move { layout, map: placement.index_map(&from) });
+            let placements = part.placement.into_iter().chain(part.conjugated.into_iter().flatten());
+            let of_part = placements.map(|placement| {
+                let layout = AxisLayout::new(shape, placement.axis).expect("the planner has checked the placement");
+                Move { layout, map: placement.index_map(&from) }
+            });
+            moves.insert((part.file, part.tensor), of_part.collect());
         }
         chained.insert((layer, block_type), to_first);
         release(checkpoint, previous);
@@ -107,7 +110,7 @@ fn moves(checkpoint: &Checkpoint, plan: &CheckpointPlan, progress: &ProgressBar)
 fn write_file(
     file: &SourceFile,
     number: usize,
-    moves: &HashMap<(usize, usize), Move>,
+    moves: &HashMap<(usize, usize), Vec<Move>>,
     path: &Path,
 ) -> Result<(), io::Error> {
     let mut output = BufWriter::new(File::create_new(path)?);
@@ -115,10 +118,13 @@ fn write_file(
     for tensor in 0..file.header.tensors.len() {
         let bytes = file.tensor_bytes(tensor);
         match moves.get(&(number, tensor)) {
-            Some(Move { layout, map }) => {
+            Some(moves) => {
                 let elements = file.header.tensors[tensor].elements().max(1) as usize;
-                let mut moved = vec![0; bytes.len()];
-                gather_bytes(bytes, &mut moved, *layout, bytes.len() / elements, map);
+                let mut moved = bytes.to_vec();
+                for Move { layout, map } in moves {
+                    let source = moved.clone();
+                    gather_bytes(&source, &mut moved, *layout, bytes.len() / elements, map);
+                }
                 output.write_all(&moved)?;
             }
             None => output.write_all(bytes)?,

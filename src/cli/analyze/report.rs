@@ -1,5 +1,6 @@
 //! The numbers of an analysis and their table.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use indicatif::ProgressBar;
@@ -101,12 +102,12 @@ pub(super) fn analyze(checkpoint: &Checkpoint, plan: &CheckpointPlan, seed: u64,
     let pairs = pairs(checkpoint, plan);
     progress.set_length(pairs.len() as u64);
     progress.set_message("layers compared");
-    let block_types = [BlockType::Attention, BlockType::Ffn]
-        .into_iter()
-        .filter_map(|block_type| {
+    let names = BlockType::NAMES.iter().copied();
+    let block_types = names
+        .filter_map(|name| {
             let pairs: Vec<Pair<'_>> =
-                pairs.iter().filter(|(record, _)| record.block_type == block_type).copied().collect();
-            type_report(checkpoint, block_type, &pairs, seed, progress)
+                pairs.iter().filter(|(record, _)| record.block_type.name() == name).copied().collect();
+            type_report(checkpoint, name, &pairs, seed, progress)
         })
         .collect();
     Report {
@@ -123,9 +124,9 @@ pub(super) fn analyze(checkpoint: &Checkpoint, plan: &CheckpointPlan, seed: u64,
 pub(super) fn pairs<'a>(checkpoint: &Checkpoint, plan: &'a CheckpointPlan) -> Vec<Pair<'a>> {
     let files = checkpoint.plan_files();
     let mut pairs = Vec::new();
-    let mut last: [Option<&RecordPlan>; BlockType::ALL.len()] = [None; BlockType::ALL.len()];
+    let mut last: BTreeMap<BlockType, &RecordPlan> = BTreeMap::new();
     for record in plan.records.iter().filter(|record| record.symmetry.is_some()) {
-        let previous = last[record.block_type as usize].replace(record);
+        let previous = last.insert(record.block_type, record);
         if let Some(previous) = previous.filter(|previous| record.follows(previous, &files)) {
             pairs.push((record, previous));
         }
@@ -157,7 +158,7 @@ pub(super) fn release(checkpoint: &Checkpoint, record: &RecordPlan) {
 
 fn type_report(
     checkpoint: &Checkpoint,
-    block_type: BlockType,
+    block_type: &'static str,
     pairs: &[Pair<'_>],
     seed: u64,
     progress: &ProgressBar,
@@ -166,6 +167,7 @@ fn type_report(
     for (record, previous) in pairs {
         let layer = record.layer.unwrap_or_default();
         if let (Some(upper), Some(lower)) = (vectors(checkpoint, record), vectors(checkpoint, previous)) {
+            let block_type = record.block_type;
             found.add(block_type, layer, &lower, &upper);
             // A layer's noise is the same as the upper of one pair and the lower of the next.
             let noise = |layer: u32| seed.wrapping_mul(1 << 32).wrapping_add(u64::from(layer));
@@ -178,7 +180,7 @@ fn type_report(
     let symmetry: Symmetry = pairs.first()?.0.symmetry?;
     let pairs = found.after.len() as u32;
     (pairs > 0).then(|| TypeReport {
-        block_type: block_type.name(),
+        block_type,
         groups: symmetry.groups,
         members: symmetry.members,
         pairs,

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::streams::StreamBytes;
 use crate::archive::{Archive, ArchiveError, PartAddress};
+use crate::format::difference::BasedInfo;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredPredictor};
 use crate::format::preamble::VERSION;
 use crate::tensor::total_elements;
@@ -112,7 +113,19 @@ pub fn mode(header: &PartHeader) -> &'static str {
         Coding::Split { carrier: Carrier::Own, .. } => "split",
         Coding::Split { carrier: Carrier::Bf16, .. } => "split as BF16",
         Coding::Split { carrier: Carrier::F16, .. } => "split as F16",
+        Coding::Units(info) if !info.values.is_empty() => "few values",
+        Coding::Units(info) if info.unit_bits == 4 => "units of 4 bits",
+        Coding::Units(_) => "integers",
+        Coding::Based(BasedInfo { low_rank, difference, .. }) => match (low_rank, difference) {
+            (None, None) => "the base's",
+            (None, Some(_)) => "difference",
+            (Some(_), None) => "low rank",
+            (Some(_), Some(_)) => "low rank and difference",
+        },
         Coding::Quantized(info) => {
+            if info.vectors.is_some() {
+                return if info.prediction.is_some() { "predicted, vectors" } else { "keyframe, vectors" };
+            }
             let predictor = info.prediction.as_ref().map(|prediction| &prediction.predictor);
             match (predictor, info.trellis.is_some()) {
                 (None, false) => "keyframe",
@@ -185,7 +198,7 @@ impl Report {
             if with_parts {
                 let step = match &header.coding {
                     Coding::Quantized(info) => Some(info.step),
-                    Coding::Raw | Coding::Split { .. } => None,
+                    Coding::Raw | Coding::Split { .. } | Coding::Units(_) | Coding::Based(_) => None,
                 };
                 self.parts.push(PartReport {
                     record,

@@ -13,7 +13,7 @@ use crate::format::record::{RecordEntry, SideInformation};
 pub struct StreamBytes {
     /// Codes of quantized parts that stand alone.
     pub keyframe_codes: u64,
-    /// Codes of quantized parts that are predicted.
+    /// Codes of quantized parts that are predicted, and differences to a base.
     pub residual_codes: u64,
     /// Permutations of blocks.
     pub permutations: u64,
@@ -65,7 +65,8 @@ impl StreamBytes {
 
     fn codes_of(&mut self, header: &PartHeader) -> &mut u64 {
         match &header.coding {
-            Coding::Raw | Coding::Split { .. } => &mut self.verbatim,
+            Coding::Raw | Coding::Split { .. } | Coding::Units(_) => &mut self.verbatim,
+            Coding::Based(_) => &mut self.residual_codes,
             Coding::Quantized(info) if info.prediction.is_some() => &mut self.residual_codes,
             Coding::Quantized(_) => &mut self.keyframe_codes,
         }
@@ -106,6 +107,7 @@ mod tests {
             step: 1.0,
             raw_bits: 0,
             trellis: None,
+            vectors: None,
             scales: None,
             means: None,
             prediction,

@@ -1,14 +1,12 @@
 //! BERT and the encoders that name their tensors alike. `Linear` weights are `[outputs, inputs]`.
 
 use super::BlockType;
-use super::rules::{BlockRule, Family, bias, columns, rows};
+use super::rules::{BlockRule, Family, PLAIN, bias, columns, rows};
 
 pub(super) const BERT: Family = Family {
     name: "bert",
     model_types: &["bert", "roberta", "xlm-roberta", "camembert", "electra"],
     layers: "encoder.layer.",
-    grouped_queries: false,
-    head_widths: &[],
     blocks: &[
         BlockRule {
             block_type: BlockType::Attention,
@@ -48,4 +46,5 @@ pub(super) const BERT: Family = Family {
             ],
         },
     ],
+    ..PLAIN
 };

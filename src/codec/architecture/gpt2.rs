@@ -1,14 +1,12 @@
 //! GPT-2: `Conv1D` weights are `[inputs, outputs]`, and one projection holds all queries, then all keys, then all values.
 
 use super::BlockType;
-use super::rules::{BlockRule, Family, bias, columns, rows};
+use super::rules::{BlockRule, Family, PLAIN, bias, columns, rows};
 
 pub(super) const GPT2: Family = Family {
     name: "gpt2",
     model_types: &["gpt2"],
     layers: "h.",
-    grouped_queries: false,
-    head_widths: &[],
     blocks: &[
         BlockRule {
             block_type: BlockType::Attention,
@@ -31,4 +29,5 @@ pub(super) const GPT2: Family = Family {
             unmoved: &["mlp.c_proj.bias"],
         },
     ],
+    ..PLAIN
 };

@@ -1,14 +1,12 @@
 //! GPT-NeoX and Pythia: one projection holds, head by head, its query, its key and its value.
 
 use super::BlockType;
-use super::rules::{BlockRule, Family, bias, columns, rows};
+use super::rules::{BlockRule, Family, PLAIN, bias, columns, rows};
 
 pub(super) const GPT_NEOX: Family = Family {
     name: "gpt_neox",
     model_types: &["gpt_neox"],
     layers: "layers.",
-    grouped_queries: false,
-    head_widths: &[],
     blocks: &[
         BlockRule {
             block_type: BlockType::Attention,
@@ -37,4 +35,5 @@ pub(super) const GPT_NEOX: Family = Family {
             unmoved: &["mlp.dense_4h_to_h.bias"],
         },
     ],
+    ..PLAIN
 };

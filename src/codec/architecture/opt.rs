@@ -1,14 +1,12 @@
 //! OPT: separate projections with biases, ReLU between `fc1` and `fc2`.
 
 use super::BlockType;
-use super::rules::{BlockRule, Family, bias, columns, rows};
+use super::rules::{BlockRule, Family, PLAIN, bias, columns, rows};
 
 pub(super) const OPT: Family = Family {
     name: "opt",
     model_types: &["opt"],
     layers: "decoder.layers.",
-    grouped_queries: false,
-    head_widths: &[],
     blocks: &[
         BlockRule {
             block_type: BlockType::Attention,
@@ -31,4 +29,5 @@ pub(super) const OPT: Family = Family {
             unmoved: &["fc2.bias"],
         },
     ],
+    ..PLAIN
 };

@@ -1,16 +1,40 @@
 //! Applies a family's rules to the tensors of a checkpoint.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::rules::{BlockRule, Family, PartRule};
-use super::{BlockType, CheckpointPlan, PartPlan, PlanFile, RecordPlan, bert, gpt_neox, gpt2, llama, opt, vit};
+use super::{BlockType, CheckpointPlan, PartPlan, PlanFile, RecordPlan};
+use super::{
+    bert, cait, convnext, gpt_neox, gpt2, llama, mixtral, mlp_mixer, opt, phi, swin, switch_transformers, t5, vit,
+};
 use crate::codec::blocks::{Placement, Symmetry};
 use crate::safetensors::ModelConfig;
 use crate::tensor::TensorInfo;
 
 /// Every family, the first of equally good matches first.
-const FAMILIES: [Family; 7] =
-    [bert::BERT, vit::HUGGING_FACE, vit::TIMM, gpt2::GPT2, gpt_neox::GPT_NEOX, opt::OPT, llama::LLAMA];
+const FAMILIES: [Family; 20] = [
+    bert::BERT,
+    vit::HUGGING_FACE,
+    vit::TIMM,
+    gpt2::GPT2,
+    gpt_neox::GPT_NEOX,
+    opt::OPT,
+    llama::LLAMA,
+    mixtral::MIXTRAL,
+    mixtral::QWEN_MOE,
+    phi::PHI,
+    phi::PHI3,
+    t5::T5,
+    t5::GATED,
+    switch_transformers::SWITCH_TRANSFORMERS,
+    swin::HUGGING_FACE,
+    swin::TIMM,
+    convnext::HUGGING_FACE,
+    convnext::TIMM,
+    mlp_mixer::MLP_MIXER,
+    cait::CAIT,
+];
 
 /// Outside the layers, a tensor with one of these in its path is an embedding.
 const EMBEDDINGS: [&str; 13] = [
@@ -83,21 +107,18 @@ fn detect(tensors: &[Located<'_>], config: &ModelConfig) -> Option<&'static Fami
         Some(model_type) => family.model_types.contains(&model_type.as_str()),
         None => true,
     };
-    let needed = |family: &Family| {
-        let needed = |name: &str| {
-            let parts = family.blocks.iter().flat_map(|block| block.parts);
-            parts.into_iter().any(|part| !part.optional && part.tensor == name)
-        };
-        tensors
-            .iter()
-            .filter(|located| {
-                split_at_layer(&located.info.name, family.layers).is_some_and(|(_, _, name)| needed(name))
-            })
-            .count()
+    // By the tensors that its rules need, and where those are as many, by those that they know.
+    let fits = |family: &Family| {
+        let parts = family.blocks.iter().flat_map(|rule| rule.parts).filter(|part| !part.optional);
+        let needed: BTreeSet<Cow<'_, str>> = parts.map(|part| part.name(0)).collect();
+        let known = |name: &str| family.blocks.iter().any(|rule| rule.unmoved.contains(&name));
+        let names = || tensors.iter().filter_map(|located| split_at_layer(&located.info.name, family.layers));
+        let count = |found: &dyn Fn(&str) -> bool| names().filter(|(_, _, name)| found(name)).count();
+        (count(&|name| needed.contains(name)), count(&known))
     };
-    let mut best = (0, None);
+    let mut best = ((0, usize::MAX), None);
     for family in FAMILIES.iter().filter(admitted) {
-        let fits = needed(family);
+        let fits = fits(family);
         if fits > best.0 {
             best = (fits, Some(family));
         }
@@ -173,16 +194,28 @@ fn plan_layer(
             records.push(RecordPlan { stack: counts.stacks, layer: Some(counts.layers), block_type, symmetry, parts });
         }
     };
-    for rule in family.iter().flat_map(|family| family.blocks) {
-        let family = family.expect("the rule is its");
-        let symmetry = symmetry(family, rule, &layer, config);
-        let mut parts = Vec::new();
-        for part in rule.parts {
-            let Some(located) = layer.remove(part.tensor) else { continue };
-            let placement = symmetry.map(|(symmetry, width)| part.placement(symmetry, width));
-            parts.push(PartPlan { placement, ..located.unmoved(part.role) });
+    let rules = family.iter().flat_map(|family| family.blocks.iter().map(move |rule| (*family, rule)));
+    for (family, rule) in rules {
+        for expert in 0..rule.instances(&layer) {
+            let symmetry = symmetry(family, rule, expert, &layer, config);
+            let mut parts = Vec::new();
+            for part in rule.parts {
+                let Some(located) = layer.remove(&*part.name(expert)) else { continue };
+                let unmoved = located.unmoved(part.role);
+                let placement = symmetry.map(|(symmetry, width)| part.placement(symmetry, width));
+                parts.push(match placement {
+                    Some(rows) if part.conjugated => {
+                        PartPlan { conjugated: Some([rows, Placement { axis: 1, ..rows }]), ..unmoved }
+                    }
+                    placement => PartPlan { placement, ..unmoved },
+                });
+            }
+            let block_type = match rule.block_type {
+                BlockType::Expert(_) => BlockType::Expert(expert),
+                block_type => block_type,
+            };
+            add(block_type, symmetry.map(|(symmetry, _)| symmetry), parts);
         }
-        add(rule.block_type, symmetry.map(|(symmetry, _)| symmetry), parts);
     }
     add(BlockType::Layer, None, layer.iter().map(|(name, located)| located.unmoved(name)).collect());
 }
@@ -190,17 +223,43 @@ fn plan_layer(
 impl Located<'_> {
     /// The tensor as a part that no permutation moves.
     fn unmoved(&self, role: &str) -> PartPlan {
-        PartPlan { file: self.file, tensor: self.tensor, role: role.to_owned(), placement: None }
+        PartPlan { file: self.file, tensor: self.tensor, role: role.to_owned(), placement: None, conjugated: None }
+    }
+}
+
+impl BlockRule {
+    /// How often the rule applies to a layer: once, or once for each expert, which are numbered from 0.
+    fn instances(&self, layer: &BTreeMap<&str, Located<'_>>) -> u16 {
+        match self.block_type {
+            BlockType::Expert(_) => {
+                let is_there = |expert: &u16| layer.contains_key(&*self.parts[0].name(*expert));
+                (0..u16::MAX).take_while(is_there).count() as u16
+            }
+            _ => 1,
+        }
+    }
+}
+
+/// The name that a rule writes with `{}` for the number of an expert.
+fn numbered(name: &'static str, expert: u16) -> Cow<'static, str> {
+    match name.split_once("{}") {
+        Some((before, after)) => Cow::Owned(format!("{before}{expert}{after}")),
+        None => Cow::Borrowed(name),
     }
 }
 
 impl PartRule {
+    /// Name after the layer's number, of this expert where it is one's.
+    fn name(&self, expert: u16) -> Cow<'static, str> {
+        numbered(self.tensor, expert)
+    }
+
     fn placement(&self, symmetry: Symmetry, width: u32) -> Placement {
         let mut placement = Placement {
             axis: self.axis,
             repeat: self.repeat,
             per_member: self.per_member,
-            unit: self.fused.saturating_mul(width),
+            unit: if self.single { 1 } else { self.fused.saturating_mul(width) },
         };
         placement.per_member &= symmetry.members > 1; // groups of one are their members
         placement
@@ -212,25 +271,31 @@ impl PartRule {
     }
 }
 
-/// The symmetry of a block type in this layer and the width of a block, or `None` where anything is in doubt.
+/// The symmetry of a block type in this layer and the width of a block, or `None` where anything is in doubt. `expert` is
+/// the number of one, where the rule is for experts.
 fn symmetry(
     family: &Family,
     rule: &BlockRule,
+    expert: u16,
     layer: &BTreeMap<&str, Located<'_>>,
     config: &ModelConfig,
 ) -> Option<(Symmetry, u32)> {
-    let known = |name: &str| rule.unmoved.contains(&name) || rule.parts.iter().any(|part| part.tensor == name);
-    let of_module = |name: &str| rule.modules.iter().any(|module| name.starts_with(module));
+    let known = |name: &str| rule.unmoved.contains(&name) || rule.parts.iter().any(|part| part.name(expert) == name);
+    let of_module = |name: &str| rule.modules.iter().any(|module| name.starts_with(&*numbered(module, expert)));
     let stranger = layer.keys().any(|name| of_module(name) && !known(name));
-    let missing = rule.parts.iter().any(|part| !part.optional && !layer.contains_key(part.tensor));
-    if stranger || missing {
+    let found = |part: &PartRule| layer.get(&*part.name(expert));
+    let missing = rule.parts.iter().any(|part| !part.optional && found(part).is_none());
+    if stranger || missing || family.fixed.contains(&rule.block_type) {
         return None;
     }
     let first = &rule.parts[0];
-    let first_extent = first.extent(layer[first.tensor].info)?;
-    let symmetry = match rule.block_type {
-        BlockType::Attention => heads(family, config, first_extent / u64::from(first.repeat))?,
-        _ => Symmetry::free(u32::try_from(first_extent / u64::from(first.repeat)).ok()?),
+    let first_extent = first.extent(found(first)?.info)?;
+    let symmetry = if rule.block_type.is_attention() {
+        let single = rule.parts.iter().find(|part| part.single);
+        let counted = single.and_then(|part| u32::try_from(part.extent(found(part)?.info)?).ok());
+        heads(family, config, counted, first_extent / u64::from(first.repeat))?
+    } else {
+        Symmetry::free(u32::try_from(first_extent / u64::from(first.repeat)).ok()?)
     };
     let blocks_of_first = if first.per_member { symmetry.blocks().ok()? } else { symmetry.groups };
     let width = first_extent / u64::from(first.repeat) / u64::from(first.fused) / u64::from(blocks_of_first.max(1));
@@ -239,21 +304,26 @@ fn symmetry(
         return None;
     }
     for part in rule.parts {
-        let Some(located) = layer.get(part.tensor) else { continue };
+        let Some(located) = found(part) else { continue };
         part.extent(located.info)?;
-        part.placement(symmetry, width).check(symmetry, &located.info.shape).ok()?;
+        let placement = part.placement(symmetry, width);
+        placement.check(symmetry, &located.info.shape).ok()?;
+        if part.conjugated {
+            Placement { axis: 1, ..placement }.check(symmetry, &located.info.shape).ok()?;
+        }
     }
     Some((symmetry, width))
 }
 
-/// Attention heads by groups, as the configuration counts them; `rows` is the first projection's extent without repeats.
-fn heads(family: &Family, config: &ModelConfig, rows: u64) -> Option<Symmetry> {
+/// Attention heads by groups, as the configuration counts them; `counted` is how many a tensor has an element for, which
+/// differs by stage, and `rows` is the first projection's extent without repeats.
+fn heads(family: &Family, config: &ModelConfig, counted: Option<u32>, rows: u64) -> Option<Symmetry> {
     let by_width = || {
         let architecture = config.timm_architecture.as_deref()?;
         let &(_, width) = family.head_widths.iter().find(|(prefix, _)| architecture.starts_with(prefix))?;
         u32::try_from(rows / u64::from(width)).ok()
     };
-    let heads = config.attention_heads.or_else(by_width)?;
+    let heads = counted.or(config.attention_heads).or_else(by_width)?;
     let groups = if family.grouped_queries { config.key_value_heads.unwrap_or(heads) } else { heads };
     if groups == 0 || heads == 0 || !heads.is_multiple_of(groups) {
         return None;
@@ -263,7 +333,7 @@ fn heads(family: &Family, config: &ModelConfig, rows: u64) -> Option<Symmetry> {
 
 /// Whether the configuration names a head width other than the one the shapes give.
 fn config_disagrees(rule: &BlockRule, config: &ModelConfig, width: u32) -> bool {
-    rule.block_type == BlockType::Attention && config.head_width.is_some_and(|expected| expected != width)
+    rule.block_type.is_attention() && config.head_width.is_some_and(|expected| expected != width)
 }
 
 /// Splits `bert.encoder.layer.3.output.dense.weight` at `encoder.layer.` into `bert.`, 3 and `output.dense.weight`.

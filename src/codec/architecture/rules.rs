@@ -15,11 +15,24 @@ pub(super) struct Family {
     pub grouped_queries: bool,
     /// Head width by the prefix of timm's `architecture`, for configurations that do not count heads.
     pub head_widths: &'static [(&'static str, u32)],
-    /// The block types with a symmetry.
+    /// Block types that no permutation may move, because layers share what tells their blocks apart.
+    pub fixed: &'static [BlockType],
+    /// The block types.
     pub blocks: &'static [BlockRule],
 }
 
-/// One block type of a family.
+/// What most families have in common: the rest of a family whose own traits are named.
+pub(super) const PLAIN: Family = Family {
+    name: "",
+    model_types: &[],
+    layers: "",
+    grouped_queries: false,
+    head_widths: &[],
+    fixed: &[],
+    blocks: &[],
+};
+
+/// One block type of a family. The rule of [`BlockType::Expert`] is that of every expert: `{}` in names is its number.
 #[derive(Debug)]
 pub(super) struct BlockRule {
     pub block_type: BlockType,
@@ -46,6 +59,10 @@ pub(super) struct PartRule {
     pub repeat: u32,
     /// Widths of one block that lie together: 3 where query, key and value of a head do.
     pub fused: u32,
+    /// One element for each block, whatever its width: its extent is the number of blocks.
+    pub single: bool,
+    /// Blocks lie on both axes: the tensor mixes them.
+    pub conjugated: bool,
     /// Query heads, where those of keys and values may be fewer.
     pub per_member: bool,
     /// Biases may be absent.
@@ -54,7 +71,18 @@ pub(super) struct PartRule {
 
 /// A weight whose rows belong to blocks: `[blocks, inputs]`.
 pub(super) const fn rows(role: &'static str, tensor: &'static str) -> PartRule {
-    PartRule { role, tensor, dimensions: 2, axis: 0, repeat: 1, fused: 1, per_member: false, optional: false }
+    PartRule {
+        role,
+        tensor,
+        dimensions: 2,
+        axis: 0,
+        repeat: 1,
+        fused: 1,
+        single: false,
+        conjugated: false,
+        per_member: false,
+        optional: false,
+    }
 }
 
 /// A weight whose columns belong to blocks: `[outputs, blocks]`.
@@ -65,6 +93,21 @@ pub(super) const fn columns(role: &'static str, tensor: &'static str) -> PartRul
 /// A bias whose elements belong to blocks. Models without biases have none.
 pub(super) const fn bias(role: &'static str, tensor: &'static str) -> PartRule {
     PartRule { dimensions: 1, optional: true, ..rows(role, tensor) }
+}
+
+/// A table with a column for each block: `[entries, blocks]`.
+pub(super) const fn column_per_block(role: &'static str, tensor: &'static str) -> PartRule {
+    PartRule { single: true, ..columns(role, tensor) }
+}
+
+/// A matrix that mixes the blocks: `[blocks, blocks]`.
+pub(super) const fn mixing(role: &'static str, tensor: &'static str) -> PartRule {
+    PartRule { single: true, conjugated: true, ..rows(role, tensor) }
+}
+
+/// A bias with an element for each block.
+pub(super) const fn element_per_block(role: &'static str, tensor: &'static str) -> PartRule {
+    PartRule { single: true, ..bias(role, tensor) }
 }
 
 impl PartRule {

@@ -1,15 +1,13 @@
 //! Vision Transformers and DeiT, as Hugging Face and as timm name their tensors.
 
 use super::BlockType;
-use super::rules::{BlockRule, Family, bias, columns, rows};
+use super::rules::{BlockRule, Family, PLAIN, bias, columns, rows};
 
 /// `vit.encoder.layer.N.attention.attention.query.weight`
 pub(super) const HUGGING_FACE: Family = Family {
     name: "vit",
     model_types: &["vit", "deit", "vit_mae", "vit_msn"],
     layers: "encoder.layer.",
-    grouped_queries: false,
-    head_widths: &[],
     blocks: &[
         BlockRule {
             block_type: BlockType::Attention,
@@ -36,6 +34,7 @@ pub(super) const HUGGING_FACE: Family = Family {
             unmoved: &["output.dense.bias"],
         },
     ],
+    ..PLAIN
 };
 
 /// `blocks.N.attn.qkv.weight`: all queries, then all keys, then all values.
@@ -43,7 +42,6 @@ pub(super) const TIMM: Family = Family {
     name: "vit-timm",
     model_types: &["vit", "deit"],
     layers: "blocks.",
-    grouped_queries: false,
     head_widths: &[
         ("vit_tiny_", 64),
         ("vit_small_", 64),
@@ -67,11 +65,15 @@ pub(super) const TIMM: Family = Family {
             ],
             unmoved: &["attn.proj.bias"],
         },
-        BlockRule {
-            block_type: BlockType::Ffn,
-            modules: &["mlp."],
-            parts: &[rows("up", "mlp.fc1.weight"), columns("down", "mlp.fc2.weight"), bias("up_bias", "mlp.fc1.bias")],
-            unmoved: &["mlp.fc2.bias"],
-        },
+        TIMM_FFN,
     ],
+    ..PLAIN
+};
+
+/// The FFN that timm's vision models share.
+pub(super) const TIMM_FFN: BlockRule = BlockRule {
+    block_type: BlockType::Ffn,
+    modules: &["mlp."],
+    parts: &[rows("up", "mlp.fc1.weight"), columns("down", "mlp.fc2.weight"), bias("up_bias", "mlp.fc1.bias")],
+    unmoved: &["mlp.fc2.bias"],
 };

@@ -1,8 +1,8 @@
 //! A table as fast decoders look it up: padded to 64 positions for byte and word permutations, or one entry per slot.
 //!
 //! The depth rule (SPEC.md section 5) is what makes the first form possible: no aligned bucket of 32 slots has more than
-//! three boundaries inside it, so the position of a slot is the bucket's first position and at most three more, found with
-//! two comparisons.
+//! three boundaries inside it, so the position of a slot is the bucket's first position and as many more as it has passed
+//! boundaries: three comparisons, none of which waits for another.
 
 use super::coding_table::CodingTable;
 use crate::codec::trellis::multiple;
@@ -11,6 +11,8 @@ use crate::format::table::{BUCKET, TOTAL};
 /// Positions of a padded table.
 pub const PADDED: usize = 64;
 const BUCKETS: usize = (TOTAL / BUCKET) as usize;
+/// Boundaries inside a bucket at most.
+pub const BOUNDARIES: usize = 3;
 
 /// What one lookup of a vector decoder needs, each array a whole number of 512-bit registers.
 #[derive(Clone, Debug)]
@@ -18,10 +20,9 @@ const BUCKETS: usize = (TOTAL / BUCKET) as usize;
 pub struct DecodingTable {
     /// The position that the first slot of each bucket belongs to.
     pub first: [u8; BUCKETS],
-    /// First slot of the position after the next: cum\[p + 2\]; past the table's end, a slot that none reaches.
-    pub after_next: [u16; PADDED],
-    /// First slot of the next position: cum\[p + 1\].
-    pub next: [u16; PADDED],
+    /// The boundaries inside each bucket, in order: how far into it the last slot before each lies, and 31, behind which
+    /// no slot lies, where there are fewer.
+    pub before_boundary: [[u8; BUCKETS]; BOUNDARIES],
     /// First slot of each position: cum\[p\].
     pub start: [u16; PADDED],
     /// Slots of each position.
@@ -40,12 +41,9 @@ impl DecodingTable {
     /// Lays a table out for lookups.
     pub fn new(table: &CodingTable) -> Self {
         let positions = table.positions();
-        // No slot reaches this, so no comparison passes it.
-        let mut cumulative = [u16::MAX; PADDED + 2];
         let mut laid_out = Self {
             first: std::array::from_fn(|bucket| table.position_of_slot(bucket as u32 * BUCKET)),
-            after_next: [0; PADDED],
-            next: [0; PADDED],
+            before_boundary: [[BUCKET as u8 - 1; BUCKETS]; BOUNDARIES],
             start: [0; PADDED],
             frequency: [0; PADDED],
             odd: [0; PADDED],
@@ -57,7 +55,12 @@ impl DecodingTable {
             let (start, slots) = table.interval(position);
             let code = table.code(position);
             let index = usize::from(position);
-            cumulative[index] = start as u16;
+            let (bucket, within) = ((start / BUCKET) as usize, start % BUCKET);
+            if within > 0 {
+                let order = usize::from(position - laid_out.first[bucket]) - 1;
+                laid_out.before_boundary[order][bucket] = within as u8 - 1;
+            }
+            laid_out.start[index] = start as u16;
             laid_out.frequency[index] = slots as u16;
             laid_out.codes[index] = code;
             laid_out.points[index] = table.points()[index];
@@ -67,23 +70,15 @@ impl DecodingTable {
                 laid_out.trellis_points[usize::from(quantizer)][index] = multiple as f32 + table.point_offset(position);
             }
         }
-        laid_out.start.copy_from_slice(&cumulative[..PADDED]);
-        laid_out.next.copy_from_slice(&cumulative[1..=PADDED]);
-        laid_out.after_next.copy_from_slice(&cumulative[2..]);
         laid_out
     }
 
     /// The position of a slot, as vector decoders find it.
     #[inline]
     pub fn position_of_slot(&self, slot: u16) -> u8 {
-        let mut position = self.first[usize::from(slot) / BUCKET as usize % BUCKETS];
-        if slot >= self.after_next[usize::from(position) % PADDED] {
-            position += 2;
-        }
-        if slot >= self.next[usize::from(position) % PADDED] {
-            position += 1;
-        }
-        position
+        let (bucket, within) = (usize::from(slot) / BUCKET as usize % BUCKETS, slot as u8 % BUCKET as u8);
+        let passed = self.before_boundary.iter().filter(|before| within > before[bucket]).count();
+        self.first[bucket] + passed as u8
     }
 }
 
@@ -126,7 +121,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_slot_is_found_with_two_comparisons(table in tables()) {
+        fn every_slot_is_found_by_the_boundaries_it_has_passed(table in tables()) {
             let laid_out = DecodingTable::new(&table);
             let slots = SlotTable::new(&table);
             for slot in 0..4096_u16 {

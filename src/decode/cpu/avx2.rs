@@ -6,7 +6,7 @@
 
 use core::arch::x86_64::*;
 
-use super::kernels::{Output, RunJob};
+use super::kernels::{Output, RunJob, Words};
 use super::portable;
 use crate::codec::entropy::PADDED;
 use crate::format::strip::LANES;
@@ -18,8 +18,9 @@ const GROUPS: usize = LANES / GROUP;
 const ONE_TABLE: usize = 0;
 const TRELLIS_TABLES: usize = 2;
 
-/// Strips decoded in one call. The four groups of one strip hide one another's latency.
-pub const STRIPS: usize = 1;
+/// Strips in lockstep. The four groups of one strip hide most of one another's latency, those of two the rest: gathers are
+/// what is left.
+pub const STRIPS: usize = 2;
 
 /// For each set of lanes, which of the next words each of them takes.
 static SPREAD: [[u32; GROUP]; 256] = spread();
@@ -142,48 +143,96 @@ impl WordTables {
 /// The CPU has AVX2, BMI and POPCNT.
 #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
 pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
-    for job in jobs {
-        let whole = job.out.len() / LANES * LANES;
-        if whole > 0 {
-            whole_vectors::<TABLE_USE, O>(job, whole);
+    portable::with_rest::<TABLE_USE, O>(jobs, |jobs, symbols| {
+        for group in jobs.chunks_mut(STRIPS) {
+            // Variables and no array of strips: LLVM would keep that in memory.
+            match group {
+                [a, b] => {
+                    let (mut first, mut second) =
+                        (Strip::start::<TABLE_USE, O>(a, symbols), Strip::start::<TABLE_USE, O>(b, symbols));
+                    for vector in 0..symbols / LANES {
+                        // SAFETY: so many symbols both were started for.
+                        unsafe {
+                            first.step::<TABLE_USE, O>(vector);
+                            second.step::<TABLE_USE, O>(vector);
+                        }
+                    }
+                    first.store(a);
+                    second.store(b);
+                }
+                _ => {
+                    for job in group {
+                        let mut strip = Strip::start::<TABLE_USE, O>(job, symbols);
+                        for vector in 0..symbols / LANES {
+                            // SAFETY: so many symbols it was started for.
+                            unsafe { strip.step::<TABLE_USE, O>(vector) };
+                        }
+                        strip.store(job);
+                    }
+                }
+            }
         }
-        if whole < job.out.len() {
-            let RunJob { words, tables, values, trellis, .. } = *job;
-            let rest = RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, out: &mut job.out[whole..] };
-            // SAFETY: it is for any CPU.
-            unsafe { portable::run::<TABLE_USE, O>(&mut [rest]) };
-        }
-    }
+    });
 }
 
-/// Decodes the first `symbols` symbols of a job, a multiple of 32.
-#[inline]
-#[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
-fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, symbols: usize) {
-    let wide = size_of::<O>() == 4;
-    assert!(symbols <= job.out.len() && (wide || size_of::<O>() == 2), "room for every value");
-    let slots = job.tables.map(|table| table.slots().0.as_ptr().cast::<i32>());
-    let low_tables = WordTables::new::<TABLE_USE>(&job.values.low);
-    let high_tables = if wide { WordTables::new::<TABLE_USE>(&job.values.high) } else { low_tables };
-    let [a, b] = job.tables.map(|table| &table.decoding().odd);
-    let odd = [ByteTable::new::<0>(a), ByteTable::new::<0>(b)];
-    let [from_second, from_odd] =
-        [job.trellis.from_second, job.trellis.from_odd].map(|bits| _mm256_set1_epi8(bits as i8));
-    let one = _mm256_set1_epi8(1);
-    let twelve_bits = _mm256_set1_epi32(0xfff);
+/// One strip in registers.
+struct Strip<'a> {
+    states: [__m256i; GROUPS],
+    trellis: __m256i,
+    from_second: __m256i,
+    from_odd: __m256i,
+    used: usize,
+    words: Words<'a>,
+    slots: [*const i32; 2],
+    odd: [ByteTable; 2],
+    low_values: WordTables,
+    high_values: WordTables,
+    out: *mut u8,
+}
 
-    let mut states: [__m256i; GROUPS] = std::array::from_fn(|group| {
-        let states: [u32; GROUP] = std::array::from_fn(|lane| job.lanes.state(GROUP * group + lane));
-        // SAFETY: eight states are a register.
-        unsafe { _mm256_loadu_si256(states.as_ptr().cast()) }
-    });
-    let trellis_bytes = job.lanes.trellis.map(|state| state as u8);
-    // SAFETY: 32 bytes are a register, here and below.
-    let mut trellis = unsafe { _mm256_loadu_si256(trellis_bytes.as_ptr().cast()) };
-    let mut used = job.lanes.used;
-    let out = job.out.as_mut_ptr().cast::<u8>();
+impl<'a> Strip<'a> {
+    /// Starts a run; its first `symbols` symbols are to be decoded, a multiple of 32.
+    #[inline]
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+    fn start<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'a, O>, symbols: usize) -> Self {
+        let wide = size_of::<O>() == 4;
+        assert!(symbols <= job.out.len() && (wide || size_of::<O>() == 2), "room for every value");
+        let low_values = WordTables::new::<TABLE_USE>(&job.values.low);
+        let [a, b] = job.tables.map(|table| &table.decoding().odd);
+        let [from_second, from_odd] =
+            [job.trellis.from_second, job.trellis.from_odd].map(|bits| _mm256_set1_epi8(bits as i8));
+        let trellis_bytes = job.lanes.trellis.map(|state| state as u8);
+        Self {
+            states: std::array::from_fn(|group| {
+                let states: [u32; GROUP] = std::array::from_fn(|lane| job.lanes.state(GROUP * group + lane));
+                // SAFETY: eight states are a register.
+                unsafe { _mm256_loadu_si256(states.as_ptr().cast()) }
+            }),
+            // SAFETY: 32 bytes are a register.
+            trellis: unsafe { _mm256_loadu_si256(trellis_bytes.as_ptr().cast()) },
+            from_second,
+            from_odd,
+            used: job.lanes.used,
+            words: job.words,
+            slots: job.tables.map(|table| table.slots().0.as_ptr().cast::<i32>()),
+            odd: [ByteTable::new::<0>(a), ByteTable::new::<0>(b)],
+            low_values,
+            high_values: if wide { WordTables::new::<TABLE_USE>(&job.values.high) } else { low_values },
+            out: job.out.as_mut_ptr().cast::<u8>(),
+        }
+    }
 
-    for vector in 0..symbols / LANES {
+    /// Decodes the run's vector of 32 symbols of this number.
+    ///
+    /// # Safety
+    /// The vector is one of the symbols that `start` was told.
+    #[inline]
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+    unsafe fn step<const TABLE_USE: usize, O: Output>(&mut self, vector: usize) {
+        let wide = size_of::<O>() == 4;
+        let one = _mm256_set1_epi8(1);
+        let twelve_bits = _mm256_set1_epi32(0xfff);
+        let trellis = self.trellis;
         // All ones where the second quantizer is in use.
         let second = match TABLE_USE {
             ONE_TABLE => _mm256_setzero_si256(),
@@ -203,13 +252,13 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
         };
         let mut positions = [_mm256_setzero_si256(); GROUPS];
         for group in 0..GROUPS {
-            let state = states[group];
+            let state = self.states[group];
             let slot = _mm256_and_si256(state, twelve_bits);
             // SAFETY: slots have 12 bits, and their tables 4096 entries.
-            let mut entry = unsafe { _mm256_i32gather_epi32::<4>(slots[0], slot) };
+            let mut entry = unsafe { _mm256_i32gather_epi32::<4>(self.slots[0], slot) };
             if TABLE_USE == TRELLIS_TABLES {
                 // SAFETY: see above.
-                let other = unsafe { _mm256_i32gather_epi32::<4>(slots[1], slot) };
+                let other = unsafe { _mm256_i32gather_epi32::<4>(self.slots[1], slot) };
                 entry = _mm256_blendv_epi8(entry, other, second_of_group[group]);
             }
             positions[group] = _mm256_srli_epi32::<24>(entry);
@@ -222,12 +271,12 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
             let set = _mm256_movemask_ps(_mm256_castsi256_ps(ran_low)) as usize;
             // SAFETY: `Words::pointer` has 64 bytes behind it; an entry of `SPREAD` is a register.
             let (words, order) = unsafe {
-                (_mm_loadu_si128(job.words.pointer(used).cast()), _mm256_loadu_si256(SPREAD[set].as_ptr().cast()))
+                (_mm_loadu_si128(self.words.pointer(self.used).cast()), _mm256_loadu_si256(SPREAD[set].as_ptr().cast()))
             };
             let words = _mm256_permutevar8x32_epi32(_mm256_cvtepu16_epi32(words), order);
             let refilled = _mm256_or_si256(_mm256_slli_epi32::<16>(next), words);
-            states[group] = _mm256_blendv_epi8(next, refilled, ran_low);
-            used += set.count_ones() as usize;
+            self.states[group] = _mm256_blendv_epi8(next, refilled, ran_low);
+            self.used += set.count_ones() as usize;
         }
         // One byte per lane. Packing works in halves and leaves four positions of each group in each.
         let words = [_mm256_packus_epi32(positions[0], positions[1]), _mm256_packus_epi32(positions[2], positions[3])];
@@ -236,11 +285,11 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
             _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7),
         ));
 
-        let low = low_tables.look_up::<TABLE_USE>(second, position);
+        let low = self.low_values.look_up::<TABLE_USE>(second, position);
         // SAFETY: `symbols` values are so many vectors of values, and there is room for them.
-        let out = unsafe { out.add(LANES * size_of::<O>() * vector) };
+        let out = unsafe { self.out.add(LANES * size_of::<O>() * vector) };
         if wide {
-            let high = high_tables.look_up::<TABLE_USE>(second, position);
+            let high = self.high_values.look_up::<TABLE_USE>(second, position);
             for half in 0..2 {
                 let (a, b) =
                     (_mm256_unpacklo_epi16(low[half], high[half]), _mm256_unpackhi_epi16(low[half], high[half]));
@@ -260,27 +309,32 @@ fn whole_vectors<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, sym
         }
         if TABLE_USE != ONE_TABLE {
             let odd = match TABLE_USE {
-                TRELLIS_TABLES => ByteTable::look_up_either::<TABLE_USE>(&odd[0], &odd[1], second, position),
-                _ => odd[0].look_up(position),
+                TRELLIS_TABLES => ByteTable::look_up_either::<TABLE_USE>(&self.odd[0], &self.odd[1], second, position),
+                _ => self.odd[0].look_up(position),
             };
             // As `Trellis::next_state` has it, a byte per state.
             let halved = _mm256_and_si256(_mm256_srli_epi16::<1>(trellis), _mm256_set1_epi8(0x7f));
-            let leaps = _mm256_xor_si256(_mm256_and_si256(second, from_second), _mm256_and_si256(odd, from_odd));
-            trellis = _mm256_xor_si256(halved, leaps);
+            let leaps =
+                _mm256_xor_si256(_mm256_and_si256(second, self.from_second), _mm256_and_si256(odd, self.from_odd));
+            self.trellis = _mm256_xor_si256(halved, leaps);
         }
     }
 
-    for (group, state) in states.into_iter().enumerate() {
-        let mut of_group = [0_u32; GROUP];
-        // SAFETY: eight states are a register.
-        unsafe { _mm256_storeu_si256(of_group.as_mut_ptr().cast(), state) };
-        for (lane, state) in of_group.into_iter().enumerate() {
-            job.lanes.set_state(GROUP * group + lane, state);
+    #[inline]
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+    fn store<O>(self, job: &mut RunJob<'_, O>) {
+        for (group, state) in self.states.into_iter().enumerate() {
+            let mut of_group = [0_u32; GROUP];
+            // SAFETY: eight states are a register.
+            unsafe { _mm256_storeu_si256(of_group.as_mut_ptr().cast(), state) };
+            for (lane, state) in of_group.into_iter().enumerate() {
+                job.lanes.set_state(GROUP * group + lane, state);
+            }
         }
+        let mut trellis_bytes = [0_u8; LANES];
+        // SAFETY: 32 bytes are a register.
+        unsafe { _mm256_storeu_si256(trellis_bytes.as_mut_ptr().cast(), self.trellis) };
+        job.lanes.trellis = trellis_bytes.map(u16::from);
+        job.lanes.used = self.used;
     }
-    let mut trellis_bytes = [0_u8; LANES];
-    // SAFETY: 32 bytes are a register.
-    unsafe { _mm256_storeu_si256(trellis_bytes.as_mut_ptr().cast(), trellis) };
-    job.lanes.trellis = trellis_bytes.map(u16::from);
-    job.lanes.used = used;
 }

@@ -4,9 +4,11 @@
 //! hide one another's latency. What a symbol turns into is a table too ([`RunValues`]), so that a kernel knows nothing of
 //! exponents, weights or rounding.
 
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
-use super::{finish, portable};
+use super::{differences, finish, portable};
 use crate::codec::entropy::{CodingTable, LaneError, PADDED, STATE_LOW};
 use crate::codec::trellis::Trellis;
 use crate::format::part::TrellisTables;
@@ -133,6 +135,15 @@ impl RunValues {
     pub const ZERO: Self = Self { low: [[0; PADDED]; 2], high: [[0; PADDED]; 2] };
 }
 
+/// The raw bits of a run's symbols as a strip has them (SPEC.md section 6): byte planes one after another, then bit planes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StoredRaw<'a> {
+    /// The planes.
+    pub planes: &'a [u8],
+    /// Raw bits of each symbol.
+    pub bits: u32,
+}
+
 /// One run of one strip. `O` is two or four bytes: a position's 16 or 32 bits, little-endian.
 #[derive(Debug)]
 pub struct RunJob<'a, O> {
@@ -146,6 +157,8 @@ pub struct RunJob<'a, O> {
     pub values: &'a RunValues,
     /// How lanes go from quantizer to quantizer, where they do.
     pub trellis: Trellis,
+    /// The run's raw bits; of kernels that do not join them, none.
+    pub raw: StoredRaw<'a>,
     /// One per symbol; all jobs of one call have equally many.
     pub out: &'a mut [O],
 }
@@ -178,6 +191,16 @@ impl TableUse {
 /// The CPU has the instructions of the kernel's level.
 pub type RunKernel<O> = unsafe fn(&mut [RunJob<'_, O>]);
 
+/// Kernels that join the raw bits of split elements to their symbols on the way, instead of after it: values are magnitude
+/// bits in their place. Runs are whole vectors of 32 symbols with one table.
+#[derive(Debug)]
+pub struct Joined {
+    /// Elements of 16 bits, 1 to 15 of them raw.
+    pub narrow: RunKernel<[u8; 2]>,
+    /// Elements of 32 bits, 17 to 31 of them raw.
+    pub wide: RunKernel<[u8; 4]>,
+}
+
 /// One implementation of everything that is worth having per instruction set. Filled once, chosen by `decode::select`.
 #[derive(Debug)]
 pub struct Kernels {
@@ -189,8 +212,12 @@ pub struct Kernels {
     pub narrow: [RunKernel<[u8; 2]>; 3],
     /// Symbols to 32 bits, by `TableUse`.
     pub wide: [RunKernel<[u8; 4]>; 3],
+    /// Split elements in one go, where the level has it.
+    pub joined: Option<Joined>,
     /// What is done with values after entropy decoding.
     pub finish: finish::Kernels,
+    /// What is done with differences to a base.
+    pub differences: differences::Kernels,
 }
 
 /// Any CPU.
@@ -199,7 +226,9 @@ pub static PORTABLE: Kernels = Kernels {
     strips_at_once: 1,
     narrow: [portable::run::<0, [u8; 2]>, portable::run::<1, [u8; 2]>, portable::run::<2, [u8; 2]>],
     wide: [portable::run::<0, [u8; 4]>, portable::run::<1, [u8; 4]>, portable::run::<2, [u8; 4]>],
+    joined: None,
     finish: finish::PORTABLE,
+    differences: differences::PORTABLE,
 };
 
 /// x86-64 with AVX2: nearly all of them.
@@ -209,17 +238,33 @@ pub static AVX2: Kernels = Kernels {
     strips_at_once: avx2::STRIPS,
     narrow: [avx2::run::<0, [u8; 2]>, avx2::run::<1, [u8; 2]>, avx2::run::<2, [u8; 2]>],
     wide: [avx2::run::<0, [u8; 4]>, avx2::run::<1, [u8; 4]>, avx2::run::<2, [u8; 4]>],
+    joined: None,
     finish: finish::AVX2,
+    differences: differences::AVX2,
 };
 
-/// x86-64 with AVX-512 F, BW, VL, VBMI and VBMI2: Ice Lake, Zen 4 and later.
+/// x86-64 with AVX-512 F, BW, VL, VBMI, VBMI2 and GFNI: Ice Lake, Zen 4 and later.
 #[cfg(target_arch = "x86_64")]
 pub static AVX512: Kernels = Kernels {
     name: "avx512",
     strips_at_once: avx512::STRIPS,
     narrow: [avx512::narrow::<0>, avx512::narrow::<1>, avx512::narrow::<2>],
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
-    finish: finish::AVX512,
+    joined: Some(Joined { narrow: avx512::narrow_joined, wide: avx512::wide_joined }),
+    finish: finish::Kernels { dequantize_trellis: avx512::dequantize_trellis, ..finish::AVX512 },
+    differences: differences::AVX512,
+};
+
+/// Any aarch64.
+#[cfg(target_arch = "aarch64")]
+pub static NEON: Kernels = Kernels {
+    name: "neon",
+    strips_at_once: neon::STRIPS,
+    narrow: [neon::run::<0, [u8; 2]>, neon::run::<1, [u8; 2]>, neon::run::<2, [u8; 2]>],
+    wide: [neon::run::<0, [u8; 4]>, neon::run::<1, [u8; 4]>, neon::run::<2, [u8; 4]>],
+    joined: None,
+    finish: finish::PORTABLE, // compilers vectorize it: NEON is part of the architecture
+    differences: differences::PORTABLE,
 };
 
 /// Two or four bytes that a symbol turns into.
@@ -228,6 +273,8 @@ pub trait Output: Copy + Sized + 'static {
     fn of(values: &RunValues, quantizer: usize, position: usize) -> Self;
     /// The kernel that makes these.
     fn kernel(kernels: &Kernels, table_use: TableUse) -> RunKernel<Self>;
+    /// The kernel that makes these and joins raw bits.
+    fn joined_kernel(joined: &Joined) -> RunKernel<Self>;
     /// Bytes as values; a rest that is no whole value is left out.
     fn slice(bytes: &mut [u8]) -> &mut [Self];
 }
@@ -240,6 +287,10 @@ impl Output for [u8; 2] {
 
     fn kernel(kernels: &Kernels, table_use: TableUse) -> RunKernel<Self> {
         kernels.narrow[table_use as usize]
+    }
+
+    fn joined_kernel(joined: &Joined) -> RunKernel<Self> {
+        joined.narrow
     }
 
     fn slice(bytes: &mut [u8]) -> &mut [Self] {
@@ -256,6 +307,10 @@ impl Output for [u8; 4] {
 
     fn kernel(kernels: &Kernels, table_use: TableUse) -> RunKernel<Self> {
         kernels.wide[table_use as usize]
+    }
+
+    fn joined_kernel(joined: &Joined) -> RunKernel<Self> {
+        joined.wide
     }
 
     fn slice(bytes: &mut [u8]) -> &mut [Self] {

@@ -6,15 +6,18 @@ mod finishing;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::kernels::{Kernels, Lanes, Output, PORTABLE, RunJob, RunValues, TableUse, WORDS_PADDING, Words};
+use super::kernels::{
+    Joined, Kernels, Lanes, Output, PORTABLE, RunJob, RunKernel, RunValues, StoredRaw, TableUse, WORDS_PADDING, Words,
+};
 use super::stages::{Stage, StageClock};
 use super::values::Meaning;
 use crate::codec::entropy::CodingTable;
 use crate::codec::trellis::Trellis;
+use crate::codec::units::UnitCoding;
 use crate::decode::prepared::{PartKind, Prediction, PreparedPart, Quantizer, Symbols};
 use crate::decode::{DecodeError, StripJob};
 use crate::format::part::{Carrier, TrellisTables};
-use crate::format::strip::{LANES, StripLayout};
+use crate::format::strip::{LANES, StripLayout, raw_bytes_of_run};
 
 /// Tables whose values are kept for a whole call; a part that lists more has them made run by run.
 const KEPT_TABLES: usize = 64;
@@ -32,14 +35,20 @@ enum Place {
 /// How the values of a run become elements.
 #[derive(Clone, Copy, Debug)]
 enum Path<'a> {
+    /// Split elements of 16 or 32 bits, which a kernel joins with their raw bits.
+    Joined { kernels: &'static Joined, raw_bits: u32 },
     /// Split elements of 16 bits.
     Split16 { carrier: Carrier },
     /// Split elements of 32 bits.
     Split32,
     /// Split elements of any other width.
     SplitAny { width: u32 },
+    /// Values are codes of units.
+    Units { units: &'a UnitCoding },
     /// Values are elements already.
     Final,
+    /// Values are symbols of differences to a base, in coded order.
+    Difference { zero_bits: u32 },
     /// Values are binary32 residuals.
     Residual { prediction: &'a Prediction },
     /// Values are codes, or positions under a trellis, with raw bits below them.
@@ -57,6 +66,8 @@ pub struct PartDecoder<'a> {
     /// Of quantized parts.
     quantizer: Option<&'a Quantizer>,
     reference: Option<&'a [u8]>,
+    /// The strip that the reference begins with, where the part starts from a base.
+    first_strip: usize,
     path: Path<'a>,
     table_use: TableUse,
     /// Of parts without one, any.
@@ -92,20 +103,29 @@ struct Strip<'a> {
 }
 
 impl<'a> PartDecoder<'a> {
-    /// Prepares to decode strips of `part`, which is not raw. `reference` is there if the part is predicted.
+    /// Prepares to decode strips of `part`, which has symbols. `reference` is there if the part is predicted, or starts from
+    /// a base; then with the number of the strip that it begins with.
     /// `clock` adds up the time of stages, where somebody wants to know.
     pub fn new(
         kernels: &'static Kernels,
         part: &'a PreparedPart,
-        reference: Option<&'a [u8]>,
+        (reference, first_strip): (Option<&'a [u8]>, usize),
         clock: Option<&'a StageClock>,
     ) -> Self {
         let dtype = part.dtype();
         let (symbols, quantizer, path, table_use, meaning) = match part.kind() {
             PartKind::Raw => unreachable!("raw parts have no symbols"),
             PartKind::Split { carrier, carrier_bits, symbols } => {
-                let (path, meaning) = split_path(*carrier, *carrier_bits, symbols.raw_bits);
+                let joined =
+                    kernels.joined.as_ref().filter(|_| *carrier == Carrier::Own && can_be_joined(part, symbols));
+                let (path, meaning) = split_path(*carrier, *carrier_bits, symbols.raw_bits, joined);
                 (symbols, None, path, TableUse::One, meaning)
+            }
+            PartKind::Units { units, symbols } => (symbols, None, Path::Units { units }, TableUse::One, Meaning::Code),
+            PartKind::Based(based) => {
+                let difference = based.difference.as_ref().expect("the part has symbols");
+                let path = Path::Difference { zero_bits: difference.zero_bits };
+                (&difference.symbols, None, path, TableUse::One, Meaning::Code)
             }
             PartKind::Quantized { symbols, quantizer, prediction } => {
                 let prediction = prediction.as_ref();
@@ -135,6 +155,7 @@ impl<'a> PartDecoder<'a> {
             symbols,
             quantizer,
             reference,
+            first_strip,
             path,
             table_use,
             trellis: quantizer
@@ -170,7 +191,9 @@ impl<'a> PartDecoder<'a> {
         for (number, values) in kept.iter_mut().enumerate() {
             self.fill(values, number, 0);
         }
-        self.is_one_table = numbers == 1 && self.symbols.run_elements.is_multiple_of(LANES);
+        // Byte planes and bit planes of a run lie one behind the other, unless there is only one of the two.
+        let is_raw_continuous = !matches!(self.path, Path::Joined { raw_bits, .. } if raw_bits > 8);
+        self.is_one_table = numbers == 1 && self.symbols.run_elements.is_multiple_of(LANES) && is_raw_continuous;
         self.kept_values = kept;
     }
 
@@ -231,17 +254,25 @@ impl<'a> PartDecoder<'a> {
     /// Decodes the same elements of the first `count` strips.
     fn decode_piece<const N: usize>(&self, strips: &mut [Strip<'_>; N], count: usize, elements: Range<usize>) {
         match self.path {
-            Path::Split16 { carrier: Carrier::Own } => {
+            Path::Joined { .. } if self.element_bytes == 4 => {
+                self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Output);
+            }
+            Path::Joined { .. } | Path::Split16 { carrier: Carrier::Own } => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
             }
-            Path::Final if self.element_bytes == 2 => {
+            Path::Final | Path::Difference { .. } if self.element_bytes == 2 => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Output);
             }
             Path::Final => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Output),
             Path::Residual { .. } => self.decode_symbols::<N, [u8; 4]>(strips, count, &elements, Place::Scratch),
             // The trellis and its two tables go hand in hand.
             Path::Raw { trellis: Some((TrellisTables::Pairs, _)), .. } => {}
-            Path::Split16 { .. } | Path::Split32 | Path::SplitAny { .. } | Path::Raw { .. } => {
+            Path::Split16 { .. }
+            | Path::Split32
+            | Path::SplitAny { .. }
+            | Path::Units { .. }
+            | Path::Difference { .. }
+            | Path::Raw { .. } => {
                 self.decode_symbols::<N, [u8; 2]>(strips, count, &elements, Place::Scratch);
             }
         }
@@ -307,7 +338,15 @@ impl<'a> PartDecoder<'a> {
                 let has_run = left > 0;
                 left = left.saturating_sub(1);
                 let run = self.run_of_part(strip, if has_run { run } else { 0 });
-                let Strip { lanes, words, values, out, scratch, .. } = strip;
+                let Strip { lanes, words, values, out, scratch, raw, .. } = strip;
+                let raw = match self.path {
+                    Path::Joined { raw_bits, .. } if has_run => {
+                        let (planes, later) = raw.split_at(raw_bytes_of_run(end - start, raw_bits as usize));
+                        *raw = later;
+                        StoredRaw { planes, bits: raw_bits }
+                    }
+                    _ => StoredRaw::default(),
+                };
                 let out = match place {
                     _ if !has_run => &mut [],
                     Place::Output => &mut O::slice(out)[start..end],
@@ -318,10 +357,17 @@ impl<'a> PartDecoder<'a> {
                 };
                 let number = self.symbols.table_number_of_run(run);
                 let values = self.kept_values.get(number).unwrap_or(values);
-                RunJob { lanes, words: *words, tables: self.tables(number), values, trellis: self.trellis, out }
+                RunJob { lanes, words: *words, tables: self.tables(number), values, trellis: self.trellis, raw, out }
             });
             // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-            unsafe { O::kernel(self.entropy_kernels, self.table_use)(&mut jobs[..count]) }
+            unsafe { self.kernel::<O>()(&mut jobs[..count]) }
+        }
+    }
+
+    fn kernel<O: Output>(&self) -> RunKernel<O> {
+        match self.path {
+            Path::Joined { kernels, .. } => O::joined_kernel(kernels),
+            _ => O::kernel(self.entropy_kernels, self.table_use),
         }
     }
 
@@ -336,11 +382,23 @@ impl<'a> PartDecoder<'a> {
     }
 }
 
-/// How split elements of a width are decoded.
-fn split_path<'a>(carrier: Carrier, width: u32, raw_bits: u32) -> (Path<'a>, Meaning) {
-    match width {
-        16 => (Path::Split16 { carrier }, Meaning::Magnitude { low_bits: raw_bits - 1 }),
-        32 => (Path::Split32, Meaning::Code),
+/// Whether vectors of 32 symbols can be joined with their raw bits as they are stored.
+fn can_be_joined(part: &PreparedPart, symbols: &Symbols) -> bool {
+    let elements = part.length_bytes() * 8 / part.dtype().bits().unwrap_or(8);
+    symbols.lanes == LANES
+        && symbols.run_elements.is_multiple_of(LANES)
+        && elements.is_multiple_of(LANES as u64)
+        && symbols.stores_all_raw_bits()
+}
+
+/// How split elements of a width are decoded. `joined` where kernels may join them.
+fn split_path<'a>(carrier: Carrier, width: u32, raw_bits: u32, joined: Option<&'static Joined>) -> (Path<'a>, Meaning) {
+    let magnitude = Meaning::Magnitude { width, low_bits: raw_bits - 1 };
+    match (width, joined) {
+        (16, Some(kernels)) if raw_bits < 16 => (Path::Joined { kernels, raw_bits }, magnitude),
+        (32, Some(kernels)) if (17..32).contains(&raw_bits) => (Path::Joined { kernels, raw_bits }, magnitude),
+        (16, _) => (Path::Split16 { carrier }, magnitude),
+        (32, _) => (Path::Split32, Meaning::Code),
         _ => (Path::SplitAny { width }, Meaning::Code),
     }
 }

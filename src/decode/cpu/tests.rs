@@ -12,7 +12,7 @@ use crate::codec::quantizer::join_code;
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::select::cpu_engines;
-use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
 use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
@@ -20,6 +20,7 @@ use crate::format::part::{
 };
 use crate::format::strip::LANES;
 use crate::format::table::{Table, first_overfull_bucket};
+use crate::format::units::UnitsInfo;
 use crate::tensor::{Dtype, TensorInfo};
 
 /// A random part: what its header says, and its strips.
@@ -35,7 +36,8 @@ struct RandomPart {
 
 impl RandomPart {
     fn prepared(&self) -> PreparedPart {
-        PreparedPart::new(&self.tensor, &self.header, &self.tables, self.motion.clone()).expect("a sound header")
+        let pools = Pools { tables: &self.tables, ..Pools::default() };
+        PreparedPart::new(&self.tensor, &self.header, pools, self.motion.clone()).expect("a sound header")
     }
 
     /// Changes bytes and states the checksums of the changed strips, so that engines decode them.
@@ -126,6 +128,12 @@ struct Recipe {
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Split(Carrier, u8),
+    Units {
+        unit_bits: u8,
+        raw_bits: u8,
+        values: usize,
+        has_differences: bool,
+    },
     Quantized {
         raw_bits: u8,
         trellis: Option<StoredTrellis>,
@@ -156,7 +164,12 @@ fn recipes() -> impl Strategy<Value = Recipe> {
         .prop_map(|(dtype, raw_bits, trellis, (prediction, motion_axis), sides)| {
             (dtype, Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides })
         });
-    let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized];
+    let units = (select(vec![4_u8, 4, 8, 8, 16, 32, 64]), 0_u8..=56, select(vec![0_usize, 0, 1, 7, 61]), 0..4)
+        .prop_map(|(unit_bits, raw_bits, values, differences)| {
+            let raw_bits = if values > 0 { 0 } else { raw_bits % unit_bits.min(57) };
+            (Dtype::U8, Kind::Units { unit_bits, raw_bits, values, has_differences: differences == 0 })
+        });
+    let kinds = prop_oneof![2 => own, 1 => whole_bytes, 2 => carried, 6 => quantized, 3 => units];
     let columns = prop_oneof![1_usize..300, select(vec![32_usize, 64, 256, 2000])];
     let run_elements = prop_oneof![3 => Just(None), 1 => (1_usize..700).prop_map(Some)];
     (kinds, 1_usize..40, columns, run_elements, (1_usize..12, 0..12), any::<bool>(), any::<u64>()).prop_map(
@@ -171,12 +184,15 @@ fn recipes() -> impl Strategy<Value = Recipe> {
 impl Recipe {
     fn make(&self) -> RandomPart {
         let random = &mut fastrand::Rng::with_seed(self.seed);
-        let elements = self.rows * self.columns;
+        // Runs of units have whole bytes.
+        let pairs = if matches!(self.coding, Kind::Units { unit_bits: 4, .. }) { 2 } else { 1 };
+        let elements = self.rows * self.columns * pairs;
         let element_bytes = self.dtype.bits().expect("a known type") as usize / 8;
-        let run_elements = self.run_elements.unwrap_or(self.columns);
+        let run_elements = self.run_elements.unwrap_or(self.columns) * pairs;
         let runs = elements.div_ceil(run_elements);
         let (raw_bits, value_bytes, trellis) = match self.coding {
             Kind::Split(carrier, raw_bits) => (raw_bits, if carrier == Carrier::Own { element_bytes } else { 2 }, None),
+            Kind::Units { unit_bits, raw_bits, .. } => (raw_bits, usize::from(unit_bits.div_ceil(8)), None),
             Kind::Quantized { raw_bits, trellis, .. } => (raw_bits, 2, trellis),
         };
         let per_number = if trellis.is_some_and(|trellis| trellis.tables == TrellisTables::Pairs) { 2 } else { 1 };
@@ -186,7 +202,8 @@ impl Recipe {
         let table_of_run: Vec<i32> = (0..runs).map(|_| random.i32(0..numbers as i32)).collect();
 
         let is_split = matches!(self.coding, Kind::Split(..));
-        let zeros = if is_split && self.exceptions { i32::from(raw_bits) } else { 1 };
+        let has_zero_bits = is_split && self.exceptions && random.bool();
+        let zeros = if has_zero_bits { i32::from(raw_bits) } else { 1 };
         let zero_bits: Vec<i32> = (0..runs).map(|_| random.i32(0..zeros)).collect();
 
         let (mut words, mut exceptions, mut body, mut strip_crcs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -224,8 +241,12 @@ impl Recipe {
         let mut motion = None;
         let coding = match self.coding {
             Kind::Split(carrier, raw_bits) => {
-                let zero_bits = self.exceptions.then(|| integers::encode(&zero_bits));
+                let zero_bits = has_zero_bits.then(|| integers::encode(&zero_bits));
                 Coding::Split { carrier, raw_bits, zero_bits }
+            }
+            Kind::Units { unit_bits, raw_bits, values, has_differences } => {
+                let values = (0..values).map(|_| random.u64(..) >> (64 - unit_bits)).collect();
+                Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
             }
             Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides } => {
                 let mut each =
@@ -252,18 +273,33 @@ impl Recipe {
                     random.shuffle(&mut source);
                     motion = Motion::new(&shape.map(|length| length as u64), axis.into(), source);
                 }
-                Coding::Quantized(QuantizerInfo { step: 0.013, raw_bits, trellis, scales, means, prediction })
+                Coding::Quantized(QuantizerInfo {
+                    step: 0.013,
+                    raw_bits,
+                    trellis,
+                    vectors: None,
+                    scales,
+                    means,
+                    prediction,
+                })
             }
         };
         let is_predicted = matches!(self.coding, Kind::Quantized { prediction: Some(_), .. });
+        let (shape, length_bytes) = match self.coding {
+            Kind::Units { unit_bits, .. } => {
+                let bytes = (elements * usize::from(unit_bits) / 8) as u64;
+                (vec![bytes], bytes)
+            }
+            _ => (vec![self.rows as u64, self.columns as u64], (elements * element_bytes) as u64),
+        };
         let reference = is_predicted.then(|| (0..elements * element_bytes).map(|_| random.u8(..)).collect());
         RandomPart {
             tensor: TensorInfo {
                 name: "weight".into(),
                 dtype: self.dtype.clone(),
-                shape: vec![self.rows as u64, self.columns as u64],
+                shape,
                 offset_bytes: 0,
-                length_bytes: (elements * element_bytes) as u64,
+                length_bytes,
             },
             header: PartHeader {
                 coding,
@@ -351,6 +387,26 @@ trait ConcatAll {
 impl ConcatAll for Vec<Result<Vec<u8>, DecodeError>> {
     fn concat_all(self) -> Vec<u8> {
         self.into_iter().flat_map(|strip| strip.expect("a sound strip")).collect()
+    }
+}
+
+#[test]
+fn elements_are_joined_with_any_number_of_raw_bits() {
+    let rows = if cfg!(miri) { 2 } else { 40 };
+    for (dtype, most) in [(Dtype::BF16, 16), (Dtype::F32, 32)] {
+        for (raw_bits, columns) in (1..=most).flat_map(|raw_bits| [(raw_bits, 96), (raw_bits, 100)]) {
+            let coding = Kind::Split(Carrier::Own, raw_bits);
+            let dtype = dtype.clone();
+            let (run_elements, runs_per_strip, lanes) = (None, 3, LANES);
+            let (exceptions, seed) = (false, raw_bits.into());
+            let recipe = Recipe { dtype, coding, rows, columns, run_elements, runs_per_strip, lanes, exceptions, seed };
+            let random = recipe.make();
+            let expected = decode_together(&ReferenceEngine, &random).expect("sound strips");
+            for engine in cpu_engines() {
+                let found = decode_together(&engine, &random);
+                assert_eq!(found.as_ref(), Ok(&expected), "{}: {recipe:?}", engine.name());
+            }
+        }
     }
 }
 

@@ -14,8 +14,10 @@ pub enum Meaning {
     Code,
     /// The position itself.
     Position,
-    /// The code in the magnitude bits above `low_bits`, of elements 16 bits wide.
+    /// The code in the magnitude bits above `low_bits`.
     Magnitude {
+        /// Bits of an element, 16 or 32.
+        width: u32,
         /// Bits below the symbol.
         low_bits: u32,
     },
@@ -57,8 +59,10 @@ impl Meaning {
             match self {
                 Self::Code => *low = table.codes.map(|code| code as u16),
                 Self::Position => *low = std::array::from_fn(|position| position as u16),
-                Self::Magnitude { low_bits } => {
-                    *low = table.codes.map(|code| (u32::from(code as u16) << low_bits) as u16 & (u16::MAX >> 1));
+                Self::Magnitude { width, low_bits } => {
+                    let bits = table.codes.map(|code| u32::from(code as u16) << low_bits & u32::MAX >> (33 - width));
+                    *low = bits.map(|bits| bits as u16);
+                    *high = bits.map(|bits| (bits >> 16) as u16);
                 }
                 Self::Bf16 => *low = points.map(|point| bf16_from_f32(dequantize(point, step, mean))),
                 Self::F16 => *low = points.map(|point| f16_from_f32(dequantize(point, step, mean))),

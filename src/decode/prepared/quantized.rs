@@ -1,19 +1,24 @@
 //! Side information of quantized parts, decoded and checked: steps, means, predictors.
 
+use std::sync::Arc;
+
 use super::{PartKind, Symbols, decode_integers, inconsistent};
 use crate::codec::integers::Integers;
 use crate::codec::motion::Motion;
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
 use crate::codec::trellis::Trellis;
+use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
 use crate::decode::DecodeError;
-use crate::format::part::{QuantizerInfo, StoredPredictor, TrellisTables};
+use crate::format::part::{QuantizerInfo, StoredPredictor, StoredVectors, TrellisTables};
 
 /// Quantizer side information, decoded.
 #[derive(Debug)]
 pub struct Quantizer {
     /// Present where codes are trellis-coded.
     pub trellis: Option<(TrellisTables, Trellis)>,
+    /// Present where there are indices of codewords in place of codes.
+    pub vectors: Option<VectorQuantizer>,
     step: f32,
     scales: Option<Integers>,
     means: Option<(f32, Integers)>,
@@ -75,6 +80,7 @@ pub(super) const COEFFICIENT_RANGE: (i32, i32) = (-(1 << 24), 1 << 24);
 pub(super) fn prepare_quantized(
     info: &QuantizerInfo,
     symbols: Symbols,
+    codebooks: &[Arc<Codebook>],
     motion: Option<Motion>,
     runs: u64,
 ) -> Result<PartKind, DecodeError> {
@@ -133,5 +139,19 @@ pub(super) fn prepare_quantized(
         },
         None => None,
     };
-    Ok(PartKind::Quantized { symbols, quantizer: Quantizer { trellis, step: info.step, scales, means }, prediction })
+    let vectors = info.vectors.map(|stored| prepare_vectors(stored, codebooks)).transpose()?;
+    let quantizer = Quantizer { trellis, vectors, step: info.step, scales, means };
+    Ok(PartKind::Quantized { symbols, quantizer, prediction })
+}
+
+fn prepare_vectors(stored: StoredVectors, codebooks: &[Arc<Codebook>]) -> Result<VectorQuantizer, DecodeError> {
+    let codebook = |number: u16| {
+        let codebook = codebooks.get(usize::from(number)).cloned();
+        codebook.ok_or_else(|| inconsistent("vector codebook", number, format!("less than {}", codebooks.len())))
+    };
+    let [first, second] = stored.codebooks;
+    let elements = |codebook: &Codebook| format!("codewords of {} elements", codebook.elements());
+    let (first, second) = (codebook(first)?, codebook(second)?);
+    VectorQuantizer::new([Arc::clone(&first), Arc::clone(&second)])
+        .ok_or_else(|| inconsistent("vector codebook", elements(&second), elements(&first)))
 }

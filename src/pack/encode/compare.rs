@@ -11,16 +11,19 @@ use super::super::quantize::values_of;
 use super::super::survey::ProbedPart;
 use super::{Encoder, PackError, quantized_tensors};
 use crate::archive::Archive;
-use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
+use crate::materialize::{MaterializeOptions, Materializer};
 
 /// Bytes decoded at once when the finished archive is compared with its source.
 const COMPARE_WINDOW: usize = 8 << 20;
 /// Cache of that comparison beside the tensors that predictions start from: strips at the edges of windows.
 const COMPARE_CACHE: u64 = 8 << 20;
+
 /// What comparing the decoded archive with its source found.
+#[derive(Default)]
 pub(super) struct Compared {
     pub(super) decoded: Vec<[u8; 32]>,
     pub(super) sources: Vec<[u8; 32]>,
+    pub(super) decoded_blake3: Vec<[u8; 32]>,
     /// Per file, per tensor: squared error and energy.
     pub(super) errors: Vec<Vec<(f64, f64)>>,
 }
@@ -35,17 +38,21 @@ impl Encoder<'_> {
     ) -> Result<Compared, PackError> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
-        let archive = Arc::new(Archive::open(&path)?);
+        let mut archive = Archive::open(&path)?;
+        archive.attach_bases(self.base.iter().map(|base| Arc::clone(base.archive())).collect())?;
+        let archive = Arc::new(archive);
         let materializer = Materializer::new(MaterializeOptions {
             cache_bytes: self.compare_cache(),
             ..MaterializeOptions::default()
         });
         let quantized = quantized_tensors(&self.plan, parts);
-        let mut compared = Compared { decoded: Vec::new(), sources: Vec::new(), errors: Vec::new() };
+        let mut compared = Compared::default();
         let mut window = Vec::new();
         for (file, source) in self.checkpoint.files.iter().enumerate() {
             let header_bytes = source.header.bytes.len() as u64;
             let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
+            let mut decoded_tree = blake3::Hasher::new();
+            decoded_tree.update(&source.header.bytes);
             let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
             let mut errors = Vec::new();
             for (number, tensor) in source.header.tensors.iter().enumerate() {
@@ -57,8 +64,9 @@ impl Encoder<'_> {
                     window.resize(chunk.len(), 0);
                     let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
                     self.check_interrupted(out)?;
-                    read_in_parallel(&materializer, &archive, file, first, &mut window)?;
+                    materializer.read_in_parallel(&archive, file, first, &mut window)?;
                     decoded_hash.update(&window);
+                    decoded_tree.update(&window);
                     source_hash.update(chunk);
                     is_equal &= window == chunk;
                     if is_quantized {
@@ -79,6 +87,7 @@ impl Encoder<'_> {
             }
             compared.decoded.push(decoded_hash.finalize().into());
             compared.sources.push(source_hash.finalize().into());
+            compared.decoded_blake3.push(decoded_tree.finalize().into());
             compared.errors.push(errors);
             log::debug!("compared: {} in {}", source.name, out.display());
         }
@@ -89,7 +98,8 @@ impl Encoder<'_> {
     fn compare_cache(&self) -> u64 {
         let in_layers = self.plan.records.iter().filter(|record| self.may_be_a_reference(record));
         let lengths = in_layers.flat_map(|record| &record.parts).map(|part| self.tensor(part.file, part.tensor).0);
-        COMPARE_CACHE + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
+        let of_base = if self.base.is_some() { COMPARE_WINDOW as u64 } else { 0 };
+        COMPARE_CACHE + of_base + 2 * lengths.map(|tensor| tensor.length_bytes).max().unwrap_or(0)
     }
 }
 
@@ -99,26 +109,4 @@ impl Compared {
         let errors = tensors.iter().map(|&(file, tensor)| self.errors[file][tensor]);
         errors.fold((0.0, 0.0), |sum, error| (sum.0 + error.0, sum.1 + error.1))
     }
-}
-
-/// Fills `out` from `offset` on, on as many threads as there are.
-fn read_in_parallel(
-    materializer: &Materializer,
-    archive: &Arc<Archive>,
-    file: usize,
-    offset: u64,
-    out: &mut [u8],
-) -> Result<(), MaterializeError> {
-    let piece_bytes = out.len().div_ceil(rayon::current_num_threads()).max(1 << 20);
-    std::thread::scope(|scope| {
-        let readers: Vec<_> = out
-            .chunks_mut(piece_bytes)
-            .enumerate()
-            .map(|(piece, out)| {
-                let first = offset + (piece * piece_bytes) as u64;
-                scope.spawn(move || materializer.read(archive, file, first, out).map(drop))
-            })
-            .collect();
-        readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
-    })
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::super::base::BaseError;
 use super::super::calibration::CalibrationError;
 use super::super::part::SelfCheckError;
 use super::super::source::SourceError;
@@ -14,6 +15,9 @@ pub enum PackError {
     /// The checkpoint cannot be read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The base cannot be read.
+    #[error(transparent)]
+    Base(#[from] BaseError),
     /// The output cannot be written.
     #[error("{path}: {source}")]
     Output {
@@ -33,6 +37,21 @@ pub enum PackError {
     Rate {
         /// Bits per parameter asked for.
         wanted: f64,
+        /// What is in the way.
+        reason: String,
+    },
+    /// The checkpoint was quantized before.
+    #[error(
+        "{tensor} is quantized already: expected --lossless; --force-requantize packs the other tensors with losses and this \
+         one bit-exact"
+    )]
+    AlreadyQuantized {
+        /// A tensor that shows it.
+        tensor: String,
+    },
+    /// Residual vector quantization cannot do what is asked.
+    #[error("--quantization residual-vector: {reason}")]
+    Vectors {
         /// What is in the way.
         reason: String,
     },

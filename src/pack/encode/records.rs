@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
-use std::sync::Arc;
 
 use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
@@ -16,11 +15,14 @@ use super::Encoder;
 use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
-use crate::codec::entropy::CodingTable;
+use crate::decode::Pools;
+use crate::format::bytes::crc32c;
+use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
 use crate::forward::ForwardError;
+use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// An archive's records, written.
@@ -40,6 +42,7 @@ pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
     Forward(ForwardError),
+    Base(MaterializeError),
     Interrupted,
 }
 
@@ -52,6 +55,12 @@ impl From<std::io::Error> for WriteError {
 impl From<ForwardError> for WriteError {
     fn from(error: ForwardError) -> Self {
         Self::Forward(error)
+    }
+}
+
+impl From<MaterializeError> for WriteError {
+    fn from(error: MaterializeError) -> Self {
+        Self::Base(error)
     }
 }
 
@@ -83,6 +92,8 @@ impl Encoder<'_> {
         let pool = &plan.pool;
         let mut numbers: BTreeMap<usize, u16> = BTreeMap::new();
         let pool_tables = pool.coding_tables();
+        let pools = Pools { tables: &pool_tables, codebooks: pool.codebooks() };
+        written.index.codebooks = stored_codebooks(pool);
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let encoder = RecordEncoder { pool, options: self.options };
@@ -95,11 +106,13 @@ impl Encoder<'_> {
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
             let step_factor = steering.step_factor();
             let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
-                .map(|(&(tensor, bytes), part)| {
-                    let step_factor = if part.follows_step { step_factor } else { 1.0 };
-                    Drafted::new(part.decision, tensor, bytes, step_factor, self.options)
+                .zip(&record.parts)
+                .map(|((&(tensor, bytes), planned), part)| {
+                    let step_factor = if planned.follows_step { step_factor } else { 1.0 };
+                    let start = self.start(part.file, part.tensor)?;
+                    Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
                 })
-                .collect();
+                .collect::<Result<_, MaterializeError>>()?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
             let feedback = match &mut statistics {
@@ -119,7 +132,7 @@ impl Encoder<'_> {
             written.parts.push(parts);
 
             if self.may_be_a_reference(record) {
-                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), &pool_tables)?;
+                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), pools)?;
                 let permutation = encoded.grouped;
                 let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
                 contexts.insert(record.block_type, context);
@@ -139,7 +152,7 @@ impl Encoder<'_> {
         drafts: &[Drafted<'_>],
         encoded: &EncodedRecord,
         context: Option<&Context>,
-        tables: &[Arc<CodingTable>],
+        pools: Pools<'_>,
     ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
@@ -148,7 +161,7 @@ impl Encoder<'_> {
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
                 let reference = context.and_then(|context| context.decoded[ordinal].as_deref());
-                decode_part(&*self.engine, tensor, &encoded.parts[ordinal], tables, motion, reference).map(Some)
+                decode_part(&*self.engine, tensor, &encoded.parts[ordinal], pools, motion, reference).map(Some)
             })
             .collect()
     }
@@ -160,6 +173,7 @@ impl Encoder<'_> {
                 header: file.header.bytes.clone(),
                 decoded_sha256: [0; 32],
                 source_sha256: [0; 32],
+                decoded_blake3: Some([0; 32]),
             })
             .collect();
         let layers = self.plan.records.iter().filter_map(|record| record.layer).max().map_or(0, |layer| layer + 1);
@@ -170,9 +184,11 @@ impl Encoder<'_> {
             content_id: content_id(files.iter().map(|file| file.decoded_sha256)),
             files,
             tables: Vec::new(),
-            block_types: BlockType::ALL.iter().map(|block_type| block_type.name().to_owned()).collect(),
+            codebooks: Vec::new(),
+            block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
-            bases: Vec::new(),
+            bases: self.base.iter().map(|base| base.reference()).collect(),
+            has_units: false,
             provenance: {
                 let calibration = self.calibration.as_ref().map(Calibration::description);
                 let calibration = calibration.map(|text| ("calibration".to_owned(), text.to_owned()));
@@ -185,9 +201,10 @@ impl Encoder<'_> {
     pub(super) fn index_bits(&self, plan: &Probe) -> f64 {
         let mut index = self.empty_index();
         index.tables = plan.pool.coding_tables().iter().map(|table| table.table().clone()).collect();
+        index.codebooks = stored_codebooks(&plan.pool);
         for (record, parts) in self.plan.records.iter().zip(&plan.parts) {
             let mut entry = record_entry(record, parts.iter().map(|part| (part.bits / 8.0) as u64));
-            entry.side_crc = crc32c::crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
+            entry.side_crc = crc32c(&index.records.len().to_le_bytes()); // no two alike, as in the real index
             index.records.push(entry);
         }
         let (_, stored) = index.write(0);
@@ -202,9 +219,13 @@ fn quantized_layouts<'a>(
 ) -> Vec<(&'a TensorInfo, Option<RunLayout>)> {
     let layout = |draft: &Drafted<'_>| match draft {
         Drafted::Quantized { layout, .. } => Some(*layout),
-        Drafted::Raw(_) | Drafted::Split(..) => None,
+        Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
     };
     source.iter().zip(drafts).map(|(&(tensor, _), draft)| (tensor, layout(draft))).collect()
+}
+
+fn stored_codebooks(pool: &TablePool) -> Vec<StoredCodebook> {
+    pool.codebooks().iter().map(|codebook| codebook.stored()).collect()
 }
 
 /// Writes one record, adds it to the index, and returns its length in bytes.
@@ -225,12 +246,13 @@ fn write_record(
         })
     };
     let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
+    index.has_units |= encoded.parts.iter().any(EncodedPart::is_of_units);
     let side = SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
     let side = side.write();
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));
     entry.reference = reference;
     entry.side_bytes = side.len() as u64;
-    entry.side_crc = crc32c::crc32c(&side);
+    entry.side_crc = crc32c(&side);
     let bytes = entry.bytes();
     index.records.push(entry);
     out.write_all(&side)?;
@@ -244,7 +266,7 @@ fn write_record(
 fn record_entry(record: &RecordPlan, body_bytes: impl Iterator<Item = u64>) -> RecordEntry {
     RecordEntry {
         layer: record.layer,
-        block_type: record.block_type as u8,
+        block_type: record.block_type.number(),
         reference: None,
         side_bytes: 0,
         side_crc: 0,
@@ -268,6 +290,7 @@ fn written_parts(
             decision: match draft {
                 Drafted::Quantized { quantizer, .. } => Decision::Quantized(quantizer.choice),
                 Drafted::Split(split, ..) => Decision::Split(*split),
+                Drafted::Based { choice, .. } => Decision::Based(*choice),
                 Drafted::Raw(_) => Decision::Raw,
             },
             bits: 8.0 * encoded.body.len() as f64 + side_bits,

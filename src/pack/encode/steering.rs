@@ -209,7 +209,7 @@ mod tests {
     fn another_encoding_has_one_step_for_all_that_meets_the_budget() {
         let quantized = |step, bits, squared_error| {
             let rounding = Rounding { trellis: None, lambda: 0.0, own_table: None };
-            let choice = QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square: 1.0 };
+            let choice = QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square: 1.0, vectors: None };
             ProbedPart { decision: Decision::Quantized(choice), bits, squared_error, ..part(0.0) }
         };
         let planned = [vec![quantized(1.0, 5000.0, 1.0), quantized(0.5, 5000.0, 0.25)]];

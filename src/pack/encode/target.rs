@@ -4,9 +4,10 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use super::super::options::Target;
+use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
+use super::super::treatment::Treatment;
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
 use super::steering::{Steering, replan};
@@ -25,14 +26,17 @@ const PROBE_TOLERANCE: f64 = 0.002;
 pub(super) struct StepPlan {
     pub(super) probe: Probe,
     /// Bits that a weight saves per octave of step.
-    slope: f64,
+    pub(super) slope: f64,
     /// What the records may take: bits, or squared error.
-    budget: f64,
+    pub(super) budget: f64,
 }
 
 impl Encoder<'_> {
     /// The step to encode with.
     pub(super) fn find_step(&self, survey: &mut Survey<'_>) -> Result<StepPlan, PackError> {
+        if self.options.quantization == Quantization::ResidualVector && survey.samples().next().is_some() {
+            return self.plan_vectors(survey);
+        }
         let (following, energy) = survey.energy();
         if following == 0 || energy == 0.0 {
             if let Target::BitsPerParameter(wanted) = self.options.target
@@ -125,9 +129,10 @@ impl Encoder<'_> {
             let least = 0.1 * following;
             if budget - fixed < least {
                 let needed = (wanted * parameters - budget + fixed + least) / parameters;
-                let reason = format!(
-                    "tensors that are always bit-exact and the headers leave too little: at least {needed:.2} is needed"
-                );
+                let mut reason = format!("what is not quantized leaves too little: at least {needed:.2} is needed");
+                if let Some(largest) = self.largest_exact(&probe) {
+                    reason.push_str(&largest);
+                }
                 return Err(PackError::Rate { wanted, reason });
             }
             let excess = bits + fixed - budget;
@@ -141,6 +146,21 @@ impl Encoder<'_> {
             log::debug!("step tried: {octaves:.3} octaves, {excess:.0} bits above the budget");
             probe = survey.probe(step, Some(&probe));
         }
+    }
+
+    /// The bit-exact tensor that takes most, what it takes, and why it is bit-exact where that is a matter of the rate.
+    fn largest_exact(&self, probe: &Probe) -> Option<String> {
+        let planned = self.plan.records.iter().flat_map(|record| &record.parts);
+        let parts = planned.zip(self.treatments.iter().flatten()).zip(probe.parts.iter().flatten());
+        let exact = parts.filter(|(_, probed)| !probed.decision.is_quantized());
+        let ((part, treatment), probed) = exact.max_by(|(_, a), (_, b)| a.bits.total_cmp(&b.bits))?;
+        let name = &self.tensor(part.file, part.tensor).0.name;
+        let bits = probed.bits / probed.elements.max(1) as f64;
+        let why = match treatment {
+            Treatment::Quantized(_) => ", because quantizing it as finely as the rest would not be shorter",
+            _ => "",
+        };
+        Some(format!("; of bit-exact tensors {name} takes most, {bits:.2} bits per element{why}"))
     }
 
     /// Encodes until the target is met on what was serialized.
@@ -162,6 +182,7 @@ impl Encoder<'_> {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
                 WriteError::Forward(error) => PackError::Calibration(error.into()),
+                WriteError::Base(error) => PackError::Base(error.into()),
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;
@@ -173,7 +194,8 @@ impl Encoder<'_> {
                     let bits = 8.0 * bytes as f64;
                     let off = (bits / (wanted * parameters) - 1.0).abs();
                     if off < tolerance || settled {
-                        let missed = (off >= tolerance && is_steered)
+                        let is_of_vectors = self.options.quantization == Quantization::ResidualVector;
+                        let missed = (off >= tolerance && (is_steered || is_of_vectors))
                             .then(|| format!("{:.3} bits per parameter after {attempt} encodings", bits / parameters));
                         let compared = self.compare(file, out, &written.parts)?;
                         return Ok((written, compared, missed));

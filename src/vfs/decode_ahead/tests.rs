@@ -40,7 +40,7 @@ impl Checkpoint for Shards {
         unreachable!("nothing is read here")
     }
 
-    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64) {
+    fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64, _: Keeper) {
         self.ahead.lock().unwrap().push((file, offset_bytes, length_bytes));
     }
 }
@@ -69,7 +69,7 @@ impl Readers {
     }
 
     fn read(&self, inode: Inode, offset: u64, length: u64) {
-        self.follower.follow(inode, &self.checkpoint, 0, offset, length);
+        self.follower.follow(inode, &self.checkpoint, 0, offset, length, Keeper::Reader);
     }
 
     /// What is queued, as ranges of files that lie side by side.
@@ -128,6 +128,25 @@ fn threads_that_take_turns_are_one_stream() {
 }
 
 #[test]
+fn pieces_end_where_the_requests_that_follow_do() {
+    let readers = Readers::new(DecodeAhead::File);
+    let ends = || -> Vec<u64> {
+        let pieces = readers.follower.shared.lock().queue.drain(..).collect::<Vec<_>>();
+        pieces.iter().map(|piece| piece.end).collect()
+    };
+    // As the kernel begins to read ahead: each request is longer than the one before, up to a mebibyte.
+    readers.read(INODE, 0, MIB / 4);
+    readers.read(INODE, MIB / 4, MIB / 2);
+    ends();
+    let mut from = 3 * MIB / 4;
+    for _ in 0..20 {
+        readers.read(INODE, from, MIB);
+        from += MIB;
+        assert!(ends().iter().all(|end| end % MIB == 3 * MIB / 4));
+    }
+}
+
+#[test]
 fn random_reads_are_not_followed() {
     let readers = Readers::new(DecodeAhead::Model);
     readers.read(INODE, 40 * MIB, 4096);
@@ -153,12 +172,12 @@ fn a_window_ends_with_the_file_or_goes_on_into_the_next() {
 #[test]
 fn a_window_ends_with_the_last_file() {
     let readers = Readers::new(DecodeAhead::Model);
-    readers.follower.follow(INODE, &readers.checkpoint, 1, 60 * MIB, MIB);
+    readers.follower.follow(INODE, &readers.checkpoint, 1, 60 * MIB, MIB, Keeper::Reader);
     assert_eq!(readers.queued(), [(1, 61 * MIB, 64 * MIB)]);
 }
 
 #[test]
-fn all_windows_together_stay_within_half_of_the_cache() {
+fn all_windows_together_stay_within_what_they_may_take() {
     let readers = Readers::new(DecodeAhead::File);
     for inode in 0..20 {
         readers.read(Inode(inode), MIB, MIB);
@@ -180,7 +199,7 @@ fn what_a_reader_has_passed_is_skipped() {
 fn threads_decode_what_is_queued_and_end_with_the_follower() {
     let Readers { shards, checkpoint, .. } = Readers::new(DecodeAhead::File);
     let follower = Follower::start(DecodeAhead::File, 2, 1 << 30).unwrap().unwrap();
-    follower.follow(INODE, &checkpoint, 0, MIB, MIB);
+    follower.follow(INODE, &checkpoint, 0, MIB, MIB, Keeper::Reader);
     let until = |is_so: &dyn Fn() -> bool| {
         while !is_so() {
             thread::yield_now();

@@ -18,7 +18,7 @@ fn changed_names(changes: &Changes) -> Vec<&str> {
 
 fn read(vfs: &Vfs, inode: Inode) -> Vec<u8> {
     let mut out = vec![0; vfs.attributes(inode).unwrap().length_bytes as usize];
-    assert_eq!(vfs.read(inode, 0, Keeper::Reader, &mut out).unwrap(), out.len());
+    assert_eq!(fill(vfs, inode, 0, &mut out).unwrap(), out.len());
     out
 }
 
@@ -60,7 +60,7 @@ fn who_has_a_file_open_reads_its_old_bytes_until_it_is_released() {
     expected.sort_unstable();
     assert_eq!(retired, expected);
     vfs.release(old);
-    assert!(matches!(vfs.read(old, 0, Keeper::Reader, &mut [0]), Err(VfsError::NoSuchInode(_))));
+    assert!(matches!(fill(&vfs, old, 0, &mut [0]), Err(VfsError::NoSuchInode(_))));
     replace(source.path(), "gone.mcwc", "gone=1");
     vfs.rescan().unwrap();
     assert_eq!(find(&vfs, "gone").unwrap().inode, gone, "the same content has the same number");
@@ -157,7 +157,7 @@ fn what_is_asked_of_an_archive_is_counted() {
     let (_source, vfs) = tree(&[("a/m.mcwc", "model=12345"), ("config.json", "{}")]);
     let model = find(&vfs, "a/model").unwrap().inode;
     vfs.open_file(model).unwrap();
-    vfs.read(model, 6, Keeper::Reader, &mut [0; 100]).unwrap();
+    fill(&vfs, model, 6, &mut [0; 100]).unwrap();
     let [status] = vfs.archives().try_into().unwrap();
     let expected = ArchiveStatus {
         path: "a/m.mcwc".into(),

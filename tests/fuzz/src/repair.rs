@@ -17,14 +17,14 @@ const BODY_START: usize = PREAMBLE_BYTES as usize;
 
 /// libFuzzer's custom mutator: changes `data[..size]` in place, within `max_size`, and returns the new size.
 pub fn mutate(data: &mut [u8], size: usize, max_size: usize, seed: u32) -> usize {
-    let Some((fields, records)) = take_apart(&data[..size]) else {
+    let Some((features, fields, records)) = take_apart(&data[..size]) else {
         return fuzzer_mutate(data, size, max_size);
     };
     // One change in eight is left as it is: the checks themselves are to be tried, too.
     let archive = match seed % 8 {
         0 => return fuzzer_mutate(data, size, max_size),
-        1..=3 => put_together(&grown(&fields, max_size), &records),
-        _ => put_together(&fields, &grown(&records, max_size)),
+        1..=3 => put_together(features, &grown(&fields, max_size), &records),
+        _ => put_together(features, &fields, &grown(&records, max_size)),
     };
     let archive = if seed & 8 == 0 { repair(archive) } else { archive };
     if archive.len() > max_size {
@@ -44,23 +44,23 @@ fn grown(bytes: &[u8], max_size: usize) -> Vec<u8> {
     buffer
 }
 
-/// The index before deflation, and the records.
-fn take_apart(bytes: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+/// The required features, the index before deflation, and the records.
+fn take_apart(bytes: &[u8]) -> Option<(u64, Vec<u8>, Vec<u8>)> {
     let preamble = Preamble::parse(bytes.get(..BODY_START)?, bytes.len() as u64).ok()?;
     let (records, stored) = bytes[BODY_START..].split_at(preamble.index_offset as usize - BODY_START);
     let mut fields = Vec::new();
     DeflateDecoder::new(stored).take(INFLATED_BYTES).read_to_end(&mut fields).ok()?;
-    Some((fields, records.to_vec()))
+    Some((preamble.required_features, fields, records.to_vec()))
 }
 
 /// An archive whose preamble fits these parts.
-fn put_together(fields: &[u8], records: &[u8]) -> Vec<u8> {
+fn put_together(required_features: u64, fields: &[u8], records: &[u8]) -> Vec<u8> {
     let mut encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(fields).expect("a vector takes every byte");
     let stored = encoder.finish().expect("a vector takes every byte");
     let index_offset = PREAMBLE_BYTES + records.len() as u64;
     let preamble = Preamble {
-        required_features: 0,
+        required_features,
         file_bytes: index_offset + stored.len() as u64,
         index_offset,
         index_inflated_bytes: fields.len() as u64,

@@ -352,3 +352,92 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn heads_of_t5_stay_where_layers_share_the_position_bias() {
+    let attention =
+        |name: &'static str| ["q", "k", "v", "o"].map(|tensor| (format!("{name}.{tensor}.weight"), vec![12_u64, 12]));
+    let mut layer: Vec<(String, Vec<u64>)> = attention("layer.0.SelfAttention").to_vec();
+    layer.extend(attention("layer.1.EncDecAttention"));
+    layer.push(("layer.2.DenseReluDense.wi.weight".into(), vec![20, 12]));
+    layer.push(("layer.2.DenseReluDense.wo.weight".into(), vec![12, 20]));
+    let layer: Vec<(&str, &[u64])> = layer.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
+    let plan = planned(&model("decoder.block.", &layer, &[]), Some(&config("t5", 3, None)));
+    assert_eq!(plan.family, Some("t5"));
+    let symmetry = |block_type| record(&plan, 1, block_type).symmetry;
+    assert_eq!(symmetry(BlockType::Attention), None);
+    assert_eq!(symmetry(BlockType::CrossAttention), Some(Symmetry::free(3)));
+    assert_eq!(symmetry(BlockType::Ffn), Some(Symmetry::free(20)));
+}
+
+#[test]
+fn stages_do_not_follow_one_another_and_count_their_own_heads() {
+    let stage = |number: u32, width: u64, heads: u64| -> Vec<(String, Vec<u64>)> {
+        let block = |block| {
+            [
+                ("attn.relative_position_bias_table", vec![9, heads]),
+                ("attn.qkv.weight", vec![3 * width, width]),
+                ("attn.proj.weight", vec![width, width]),
+                ("mlp.fc1.weight", vec![4 * width, width]),
+                ("mlp.fc2.weight", vec![width, 4 * width]),
+            ]
+            .map(|(name, shape)| (format!("layers.{number}.blocks.{block}.{name}"), shape))
+        };
+        [block(0), block(1)].concat()
+    };
+    let tensors = tensors(&[stage(0, 8, 2), stage(1, 16, 4)].concat());
+    let plan = planned(&tensors, None);
+    assert_eq!(plan.family, Some("swin-timm"));
+    let groups = [0, 1, 2, 3].map(|layer| record(&plan, layer, BlockType::Attention).symmetry.unwrap().groups);
+    assert_eq!(groups, [2, 2, 4, 4]);
+    let table =
+        placements(record(&plan, 2, BlockType::Attention)).into_iter().find(|(role, _)| *role == "position_bias");
+    assert_eq!(table, Some(("position_bias", Some((1, 1, 1, false)))));
+    let files = [PlanFile { model: 0, tensors: &tensors }];
+    let follows =
+        |layer| record(&plan, layer, BlockType::Ffn).follows(record(&plan, layer - 1, BlockType::Ffn), &files);
+    assert_eq!([1, 2, 3].map(follows), [true, false, true]);
+}
+
+#[test]
+fn talking_heads_have_their_mixing_matrices_conjugated() {
+    let layer: [(&str, &[u64]); 6] = [
+        ("attn.qkv.weight", &[24, 8]),
+        ("attn.proj.weight", &[8, 8]),
+        ("attn.proj_l.weight", &[4, 4]),
+        ("attn.proj_w.weight", &[4, 4]),
+        ("mlp.fc1.weight", &[32, 8]),
+        ("mlp.fc2.weight", &[8, 32]),
+    ];
+    let plan = planned(&model("blocks.", &layer, &[]), None);
+    assert_eq!(plan.family, Some("cait"));
+    let attention = record(&plan, 0, BlockType::Attention);
+    assert_eq!(attention.symmetry, Some(Symmetry::free(4)));
+    let mixing: Vec<_> = attention.parts.iter().filter_map(|part| part.conjugated).collect();
+    let axis = |axis| Placement { axis, repeat: 1, per_member: false, unit: 1 };
+    assert_eq!(mixing, [[axis(0), axis(1)]; 2]);
+    let without: Vec<_> = layer.iter().filter(|(name, _)| !name.starts_with("attn.proj_")).copied().collect();
+    assert_eq!(planned(&model("blocks.", &without, &[]), None).family, Some("vit-timm"));
+}
+
+#[test]
+fn an_expert_follows_the_one_of_its_number() {
+    let mut layer: Vec<(String, Vec<u64>)> =
+        LLAMA_LAYER[..4].iter().map(|(name, shape)| ((*name).to_owned(), shape.to_vec())).collect();
+    for expert in 0..3 {
+        let name = |tensor| format!("block_sparse_moe.experts.{expert}.{tensor}.weight");
+        layer.extend([(name("w1"), vec![20, 12]), (name("w2"), vec![12, 20]), (name("w3"), vec![20, 12])]);
+    }
+    layer.push(("block_sparse_moe.gate.weight".into(), vec![3, 12]));
+    let layer: Vec<(&str, &[u64])> = layer.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())).collect();
+    let tensors = model("model.layers.", &layer, &[]);
+    let plan = planned(&tensors, Some(&config("mixtral", 6, Some(2))));
+    assert_eq!(plan.family, Some("mixtral"));
+    let expert = |layer, number| record(&plan, layer, BlockType::Expert(number));
+    assert_eq!(expert(0, 2).symmetry, Some(Symmetry::free(20)));
+    let files = [PlanFile { model: 0, tensors: &tensors }];
+    assert!(expert(1, 2).follows(expert(0, 2), &files));
+    assert!(!expert(1, 2).follows(expert(0, 1), &files));
+    let router = record(&plan, 0, BlockType::Layer);
+    assert_eq!(placements(router), [("block_sparse_moe.gate.weight", None)]);
+}

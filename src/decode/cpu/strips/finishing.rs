@@ -8,11 +8,13 @@ use crate::codec::motion::Motion;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::DecodeError;
+use crate::decode::cpu::differences;
 use crate::decode::cpu::finish::{RunPrediction, join_any};
 use crate::decode::cpu::raw_bits::RawBits;
 use crate::decode::cpu::stages::Stage;
+use crate::decode::cpu::units::{join_units, replace_unit};
 use crate::decode::cpu::values::Meaning;
-use crate::decode::prepared::{PartKind, Prediction};
+use crate::decode::prepared::{Based, Difference, PartKind, Prediction};
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::raw_bytes_of_run;
 use crate::tensor::Dtype;
@@ -20,7 +22,13 @@ use crate::tensor::Dtype;
 impl<'a> PartDecoder<'a> {
     /// What is left to do with the runs that fill `elements`, whose values are there.
     pub(super) fn finish(&self, strip: &mut Strip<'_>, elements: Range<usize>) {
-        if matches!(self.path, Path::Final) {
+        let is_final = match self.path {
+            Path::Final | Path::Joined { .. } => true,
+            // Sixteen-bit symbols are differences already where nothing lies below them.
+            Path::Difference { zero_bits } => self.element_bytes == 2 && zero_bits == 0 && self.symbols.raw_bits == 0,
+            _ => false,
+        };
+        if is_final {
             return;
         }
         let mut values = std::mem::take(&mut strip.scratch);
@@ -37,7 +45,10 @@ impl<'a> PartDecoder<'a> {
     fn finish_run(&self, strip: &mut Strip<'_>, elements: Range<usize>, values: &mut [u8]) {
         let finish = &self.kernels.finish;
         let run_of_part = self.run_of_part(strip, elements.start / self.symbols.run_elements);
-        let bytes = elements.start * self.element_bytes..elements.end * self.element_bytes;
+        let bytes = match self.path {
+            Path::Units { units } => units.bytes_of(elements.start)..units.bytes_of(elements.end),
+            _ => elements.start * self.element_bytes..elements.end * self.element_bytes,
+        };
         let mut bit_planes = std::mem::take(&mut strip.bit_planes);
         let stored_bits = self.symbols.stored_raw_bits(run_of_part);
         let (raw, later) = strip.raw.split_at(raw_bytes_of_run(elements.len(), stored_bits.0 as usize));
@@ -45,7 +56,19 @@ impl<'a> PartDecoder<'a> {
         let raw = RawBits::of_run(raw, elements.len(), stored_bits, finish.spread, &mut bit_planes);
         // SAFETY of every call below: whoever chose the kernels made sure that the CPU has their instructions.
         match self.path {
-            Path::Final => {}
+            Path::Final | Path::Joined { .. } => {}
+            Path::Difference { zero_bits } => match self.element_bytes {
+                2 if raw.planes().is_empty() => {
+                    differences::shift_in_place(strip.out[bytes].as_chunks_mut().0, zero_bits);
+                }
+                2 => {
+                    let out = &mut strip.out[bytes];
+                    let symbols = out.as_chunks().0.to_vec();
+                    differences::join::<u16>(&symbols, &raw, zero_bits, out);
+                }
+                1 => differences::join::<u8>(values.as_chunks().0, &raw, zero_bits, &mut strip.out[bytes]),
+                _ => differences::join::<u32>(values.as_chunks().0, &raw, zero_bits, &mut strip.out[bytes]),
+            },
             Path::Split16 { carrier: Carrier::Own } => {
                 // SAFETY: see above.
                 unsafe { (finish.join_16)(&raw, strip.out[bytes].as_chunks_mut().0) }
@@ -66,6 +89,7 @@ impl<'a> PartDecoder<'a> {
             Path::SplitAny { width } => {
                 join_any(values.as_chunks().0, &raw, width, &mut strip.out[bytes]);
             }
+            Path::Units { units } => join_units(values.as_chunks().0, &raw, units, &mut strip.out[bytes]),
             Path::Residual { prediction } => {
                 let first = self.first_element(strip) + elements.start;
                 let elements = first..first + elements.len();
@@ -94,9 +118,7 @@ impl<'a> PartDecoder<'a> {
                         }
                     }
                 }
-                if prediction.is_some() {
-                    self.ended(Stage::RawBits);
-                }
+                self.ended(Stage::RawBits);
                 let first = self.first_element(strip) + elements.start;
                 let prediction = prediction.and_then(|prediction| {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
@@ -204,9 +226,34 @@ impl<'a> PartDecoder<'a> {
                 return Err(DecodeError::ExceptionPosition { strip: number, position, symbols: layout.symbols });
             }
             least = index + 1;
+            if let Path::Units { units } = self.path {
+                replace_unit(units, index, value, out);
+                continue;
+            }
             self.patch(number, index, value, &mut out[index * self.element_bytes..][..self.element_bytes]);
         }
+        if let PartKind::Based(Based { difference: Some(difference), .. }) = self.part.kind() {
+            match self.element_bytes {
+                1 => self.add_differences(difference, number, out, differences::add::<u8>),
+                2 => self.add_differences(difference, number, out, self.kernels.differences.add_16),
+                _ => self.add_differences(difference, number, out, differences::add::<u32>),
+            }
+        }
         Ok(())
+    }
+
+    /// Replaces the differences of a strip, in coded order, by its elements.
+    fn add_differences(&self, difference: &Difference, strip: usize, out: &mut [u8], add: differences::Add) {
+        let reference = self.part.reference_of(strip, self.first_strip, self.reference);
+        let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
+        let predicted = self.part.predicted_strip(strip, reference);
+        let first_element = strip * self.symbols.runs_per_strip * self.symbols.run_elements;
+        let mut differences = Vec::with_capacity(out.len() + differences::PADDING);
+        differences.extend_from_slice(out);
+        differences.resize(out.len() + differences::PADDING, 0);
+        // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+        unsafe { add(&difference.classes, first_element, &predicted, &differences, out) }
+        self.ended(Stage::Prediction);
     }
 
     /// Writes the element that an exception stands for.

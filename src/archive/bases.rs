@@ -1,0 +1,172 @@
+//! Finding the archives that an archive starts from, by their content ids, among the archives of some directories.
+
+use std::collections::HashMap;
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::{Archive, ArchiveError, UNFINISHED_PREFIX};
+use crate::format::index::BaseReference;
+use crate::format::limits::BASE_CHAIN;
+
+/// Which file it was: device, inode, length, time of the last change of any kind.
+type Identity = (u64, u64, u64, i64, i64);
+
+/// Opens archives together with the bases they need. Whoever opens the same file twice gets the same [`Archive`], so that
+/// all variants of a base share what is decoded of it.
+#[derive(Debug, Default)]
+pub struct Bases {
+    places: Vec<Place>,
+    known: Mutex<HashMap<Identity, Known>>,
+}
+
+/// Where bases are looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// A directory, or an archive.
+    pub path: PathBuf,
+    /// How many levels of directories below it are looked into.
+    pub levels: usize,
+}
+
+impl Place {
+    /// A directory and all below it.
+    pub fn tree(path: &Path) -> Self {
+        Self { path: path.to_owned(), levels: usize::MAX }
+    }
+}
+
+/// What is known of a file.
+#[derive(Debug)]
+enum Known {
+    /// An archive: its content id, and itself while anybody holds it.
+    Archive([u8; 32], Weak<Archive>),
+    /// None, or a damaged one.
+    Nothing,
+}
+
+impl Bases {
+    /// Bases are looked for in these places, in the order given; of two in one directory that are equally good the first in
+    /// byte order is taken.
+    pub fn new(places: Vec<Place>) -> Self {
+        Self { places, known: Mutex::default() }
+    }
+
+    /// Opens the archive at `path`, and what it starts from.
+    ///
+    /// # Errors
+    /// When an archive cannot be opened, or a base is in none of the places.
+    pub fn open(&self, path: &Path) -> Result<Arc<Archive>, ArchiveError> {
+        self.open_below(path, 0)
+    }
+
+    fn open_below(&self, path: &Path, depth: usize) -> Result<Arc<Archive>, ArchiveError> {
+        let io = |source| ArchiveError::Io { path: path.to_owned(), source };
+        let identity = identity_of(&fs::metadata(path).map_err(io)?);
+        if let Some(Known::Archive(_, known)) = self.lock().get(&identity)
+            && let Some(archive) = known.upgrade()
+            && archive.bases().iter().all(|base| base.is_still_there())
+        {
+            return Ok(archive);
+        }
+        let mut archive = Archive::open(path)?;
+        let wanted = archive.index().bases.clone();
+        if !wanted.is_empty() && depth + 1 > BASE_CHAIN {
+            return Err(ArchiveError::Inconsistent {
+                path: path.to_owned(),
+                field: "bases",
+                found: format!("a chain of more than {BASE_CHAIN} bases"),
+                expected: "a base that stands alone".into(),
+            });
+        }
+        let bases = wanted.iter().map(|base| self.find(path, base, depth + 1)).collect::<Result<Vec<_>, _>>()?;
+        archive.attach_bases(bases)?;
+        let archive = Arc::new(archive);
+        self.lock().insert(identity, Known::Archive(archive.content_id(), Arc::downgrade(&archive)));
+        Ok(archive)
+    }
+
+    /// The archive with the content that `path` starts from.
+    fn find(&self, path: &Path, base: &BaseReference, depth: usize) -> Result<Arc<Archive>, ArchiveError> {
+        for place in &self.places {
+            let Ok(root) = place.path.canonicalize() else { continue };
+            if root.is_file() && self.has_content(&root, base.content_id) {
+                return self.open_below(&root, depth);
+            }
+            let mut waiting = vec![(root.clone(), 0)];
+            while let Some((directory, level)) = waiting.pop() {
+                // What cannot be listed has no base; the error at the end says which one is missing.
+                let Ok(entries) = fs::read_dir(&directory) else { continue };
+                let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+                names.sort_unstable();
+                for name in names {
+                    let candidate = directory.join(&name);
+                    let Ok(link) = fs::symlink_metadata(&candidate) else { continue };
+                    if link.is_dir() {
+                        if level < place.levels {
+                            waiting.push((candidate, level + 1));
+                        }
+                    } else if is_archive_name(&candidate)
+                        && candidate.canonicalize().is_ok_and(|real| real.starts_with(&root))
+                        && self.has_content(&candidate, base.content_id)
+                    {
+                        return self.open_below(&candidate, depth);
+                    }
+                }
+            }
+        }
+        Err(ArchiveError::BaseMissing {
+            path: path.to_owned(),
+            name: base.name.clone(),
+            content_id: hex(&base.content_id),
+            places: self.places.iter().map(|place| place.path.clone()).collect(),
+        })
+    }
+
+    /// Whether the file is an archive that decodes to this content. Each file is looked at once.
+    fn has_content(&self, path: &Path, content_id: [u8; 32]) -> bool {
+        let Ok(metadata) = fs::metadata(path) else { return false };
+        let identity = identity_of(&metadata);
+        if let Some(known) = self.lock().get(&identity) {
+            return matches!(known, Known::Archive(found, _) if *found == content_id);
+        }
+        let (known, is_it) = match Archive::open(path) {
+            Ok(archive) => (Known::Archive(archive.content_id(), Weak::new()), archive.content_id() == content_id),
+            Err(ArchiveError::Io { .. }) => return false, // which may pass
+            Err(_) => (Known::Nothing, false),
+        };
+        self.lock().insert(identity, known);
+        is_it
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Identity, Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Archive {
+    /// Whether the archive, and every base it starts from, is still the file that was opened.
+    pub fn is_still_there(&self) -> bool {
+        let is_it = || -> io::Result<bool> {
+            let Some(opened) = self.opened_file() else { return Ok(true) };
+            Ok(identity_of(&opened.metadata()?) == identity_of(&fs::metadata(self.path())?))
+        };
+        is_it().unwrap_or(false) && self.bases().iter().all(|base| base.is_still_there())
+    }
+}
+
+fn identity_of(metadata: &Metadata) -> Identity {
+    (metadata.dev(), metadata.ino(), metadata.len(), metadata.ctime(), metadata.ctime_nsec())
+}
+
+fn is_archive_name(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    !name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes()) && path.extension().is_some_and(|end| end == "mcwc")
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
