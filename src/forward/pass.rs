@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, Axis, s};
 
 use super::attention::Projected;
 use super::families::{Arrangement, Embedding, Projections};
@@ -13,7 +13,7 @@ use super::{ForwardError, Weights};
 
 /// Told what linear maps are multiplied with: the names of the tensors that share these inputs, and the inputs,
 /// `[tokens, inputs]`.
-pub type Watch<'a> = dyn FnMut(&[String], ArrayView2<'_, f32>) + 'a;
+pub type Watch<'a> = dyn FnMut(&[String], &Array2<f32>) + 'a;
 
 /// A model on its way through its layers.
 pub struct Pass<'a> {
@@ -110,13 +110,13 @@ impl<'a> Pass<'a> {
         }
         let exists = |name: &&&str| self.weights.shape(&format!("{name}.weight")).is_some();
         if let Some(head) = self.model.family.heads.iter().find(exists) {
-            watch(&[format!("{head}.weight")], hidden.view());
-            return self.linear(head, hidden.view(), None);
+            watch(&[format!("{head}.weight")], &hidden);
+            return self.linear(head, &hidden, None);
         }
         match self.model.family.embedding {
             // A language model without a head of its own uses its embedding.
             Embedding::Tokens { tokens, .. } if self.model.is_causal() => {
-                self.linear(&self.full(tokens), hidden.view(), None)
+                self.linear(&self.full(tokens), &hidden, None)
             }
             _ => Ok(hidden),
         }
@@ -125,7 +125,7 @@ impl<'a> Pass<'a> {
     fn attend(&self, inputs: &Array2<f32>, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
         let (model, layer) = (self.model, self.next_layer);
         let names = model.projections(layer);
-        watch(&weights_of(&names), inputs.view());
+        watch(&weights_of(&names), inputs);
         let attention = &model.attention;
         let outputs = |which: usize| match model.family.projections {
             Projections::PerHead(_) => 3 * attention.heads * attention.width,
@@ -133,7 +133,7 @@ impl<'a> Pass<'a> {
             Projections::Split(_) => attention.key_value_heads * attention.width,
         };
         let projected: Vec<Array2<f32>> = (names.iter().enumerate())
-            .map(|(which, name)| self.linear(name, inputs.view(), Some(outputs(which))))
+            .map(|(which, name)| self.linear(name, inputs, Some(outputs(which))))
             .collect::<Result<_, ForwardError>>()?;
         let projected = match <[Array2<f32>; 3]>::try_from(projected) {
             Ok(projected) => Projected::Split(projected),
@@ -142,8 +142,8 @@ impl<'a> Pass<'a> {
         let gathered = attention.apply(&projected, &self.sequences);
         drop(projected);
         let output = model.in_layer(layer, model.family.attention_output);
-        watch(&weights_of(std::slice::from_ref(&output)), gathered.view());
-        self.linear(&output, gathered.view(), Some(inputs.ncols()))
+        watch(&weights_of(std::slice::from_ref(&output)), &gathered);
+        self.linear(&output, &gathered, Some(inputs.ncols()))
     }
 
     fn feed_forward(&self, inputs: &Array2<f32>, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
@@ -151,18 +151,18 @@ impl<'a> Pass<'a> {
         let name = |name| model.in_layer(layer, name);
         let (up, gate, down) = (name(model.family.up), model.family.gate.map(name), name(model.family.down));
         let sharing: Vec<String> = gate.iter().chain([&up]).cloned().collect();
-        watch(&weights_of(&sharing), inputs.view());
-        let mut units = self.linear(&up, inputs.view(), None)?;
+        watch(&weights_of(&sharing), inputs);
+        let mut units = self.linear(&up, inputs, None)?;
         match &gate {
             Some(gate) => {
-                let mut gates = self.linear(gate, inputs.view(), Some(units.ncols()))?;
+                let mut gates = self.linear(gate, inputs, Some(units.ncols()))?;
                 model.activation.apply(&mut gates);
                 units *= &gates;
             }
             None => model.activation.apply(&mut units),
         }
-        watch(&weights_of(std::slice::from_ref(&down)), units.view());
-        self.linear(&down, units.view(), Some(inputs.ncols()))
+        watch(&weights_of(std::slice::from_ref(&down)), &units);
+        self.linear(&down, &units, Some(inputs.ncols()))
     }
 
     fn embed_tokens(
@@ -239,7 +239,7 @@ impl<'a> Pass<'a> {
             let pixels = images.slice(s![image, .., top..top + side, left..left + side]);
             patch.iter_mut().zip(pixels.iter()).for_each(|(element, pixel)| *element = *pixel);
         }
-        watch(&[format!("{projection}.weight")], patches.view());
+        watch(&[format!("{projection}.weight")], &patches);
         let weight = self.joined(projection)?;
         if weight.ncols() != patches.ncols() {
             let found = format!("images of {channels} channels");
@@ -254,7 +254,7 @@ impl<'a> Pass<'a> {
             let expected = format!("as many patches as there are positions ({})", positions.nrows());
             return Err(ForwardError::Inputs { found, expected });
         }
-        let projected = Linear { weight, bias }.apply(patches.view());
+        let projected = Linear { weight, bias }.apply(&patches);
         self.hidden = Array2::zeros((count * tokens, projected.ncols()));
         for image in 0..count {
             let mut rows = self.hidden.slice_mut(s![image * tokens..(image + 1) * tokens, ..]);
@@ -281,12 +281,7 @@ impl<'a> Pass<'a> {
     }
 
     /// Applies a linear map, which must take such inputs and give so many outputs.
-    fn linear(
-        &self,
-        name: &str,
-        inputs: ArrayView2<'_, f32>,
-        outputs: Option<usize>,
-    ) -> Result<Array2<f32>, ForwardError> {
+    fn linear(&self, name: &str, inputs: &Array2<f32>, outputs: Option<usize>) -> Result<Array2<f32>, ForwardError> {
         let tensor = format!("{name}.weight");
         let linear = Linear { weight: self.matrix(&tensor)?, bias: self.vector(&format!("{name}.bias")) };
         let outputs = outputs.unwrap_or(linear.weight.nrows());

@@ -125,7 +125,7 @@ impl<'a> Calibration<'a> {
     /// # Errors
     /// When a tensor is missing or has a wrong shape.
     pub fn outputs(&self) -> Result<Array2<f32>, ForwardError> {
-        let watch = &mut |_: &[String], _: ndarray::ArrayView2<'_, f32>| ();
+        let watch = &mut |_: &[String], _: &Array2<f32>| ();
         let mut pass = Pass::new(&self.model, &self.weights, &self.inputs, watch)?;
         while pass.next_layer() < self.model.layers {
             pass.layer(watch)?;
@@ -200,9 +200,9 @@ impl InputStatistics<'_> {
         }
         let Calibration { model, weights, inputs, .. } = self.calibration;
         self.hessians.clear();
-        let mut ignore = |_: &[String], _: ndarray::ArrayView2<'_, f32>| ();
+        let mut ignore = |_: &[String], _: &Array2<f32>| ();
         let hessians = &mut self.hessians;
-        let mut keep = |names: &[String], inputs: ndarray::ArrayView2<'_, f32>| {
+        let mut keep = |names: &[String], inputs: &Array2<f32>| {
             let feedback = std::sync::Mutex::default();
             let shared = Arc::new(Hessian { matrix: hessian(inputs), feedback });
             hessians.extend(names.iter().map(|name| (name.clone(), Arc::clone(&shared))));

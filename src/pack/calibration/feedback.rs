@@ -75,7 +75,7 @@ mod tests {
         let inputs = Array2::from_shape_fn((3 * columns, columns), |(_, column)| {
             (random.f32() - 0.5) * (1.0 + column as f32) + random.f32()
         });
-        super::super::hessian::hessian(inputs.view())
+        super::super::hessian::hessian(&inputs)
     }
 
     #[test]
