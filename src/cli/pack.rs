@@ -13,6 +13,7 @@ use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
 use crate::pack::base::Base;
+use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
@@ -30,6 +31,8 @@ pub struct PackArgs {
     output: PathBuf,
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// What single tensors get instead: `PATTERN=lossless`, or `PATTERN=BITS` per element. PATTERN is a glob on tensor names
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
@@ -103,6 +106,28 @@ struct TargetArgs {
     /// Greatest squared error over squared weights, over all quantized tensors together.
     #[arg(long, value_name = "E", value_parser = below_one)]
     max_rel_mse: Option<f64>,
+}
+
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+struct CalibrationArgs {
+    /// Run the model on these inputs and quantize so that its outputs, not its weights, stay near: text for the
+    /// checkpoint's `tokenizer.json`, or a `.safetensors` file with `input_ids` (and `attention_mask`) or `pixel_values`, or
+    /// a `.npy` array of either. A few thousand tokens of what the model is for will do; none of what it is judged by.
+    #[arg(long, value_name = "FILE", conflicts_with = "lossless")]
+    calibration: Option<PathBuf>,
+    /// The same with a small text that comes with the program.
+    #[arg(long, conflicts_with = "lossless")]
+    calibrate: bool,
+}
+
+impl CalibrationArgs {
+    fn source(&self) -> Option<CalibrationSource> {
+        match &self.calibration {
+            Some(path) => Some(CalibrationSource::File(path.clone())),
+            None => self.calibrate.then_some(CalibrationSource::BuiltIn),
+        }
+    }
 }
 
 /// A tensor with more relative squared error than this is worth a warning.
@@ -204,7 +229,10 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     }
     let progress = Bar::new()?;
     let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
-    let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
+    let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
+    if let Some(source) = args.calibration.source() {
+        encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);
+    }
     if args.dry_run {
         let plan = encoder.dry_run()?;
         progress.bar.finish_and_clear();
@@ -409,6 +437,9 @@ fn print_report(
         writeln!(output, "  decoded and compared: every byte is the original's")?;
     } else {
         writeln!(output, "  decoded and compared: relative squared error {:.3e}", report.relative_squared_error)?;
+        if let Some(error) = report.relative_squared_error_of_changes {
+            writeln!(output, "  of what changed from the base: relative squared error {error:.3e}")?;
+        }
     }
     writeln!(
         output,
@@ -417,6 +448,9 @@ fn print_report(
     )?;
     if let Some(sidecars) = sidecars {
         writeln!(output, "  {sidecars} other files copied")?;
+    }
+    if let Some(calibration) = &report.calibration {
+        writeln!(output, "  calibrated with {calibration}")?;
     }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;
