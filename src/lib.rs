@@ -38,7 +38,8 @@
 //! | strip | whole runs coded together: the entropy coder's independent piece |
 //! | chain | records of one block type from a keyframe to the next |
 //! | segment | the layers from one keyframe to the next |
-//! | reference | what a prediction starts from: the decoded part one layer below |
+//! | base, variant | an archive, and one whose parts start from its tensors: a fine-tune of it |
+//! | reference | what a prediction starts from: the decoded part one layer below, or a tensor of the base |
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |
 

@@ -6,7 +6,7 @@
 //!
 //! Decoded bytes are kept in the cache where somebody else may need them. A reader that keeps what it is given (the kernel
 //! does, in its page cache) gets its strips decoded in place, and the cache keeps what it left over of them until it has
-//! taken that too. What is decoded ahead of such a reader lies ready in [`pieces`], to be handed on without a copy.
+//! taken that too. What is decoded ahead of such a reader lies ready in `pieces`, to be handed on without a copy.
 //!
 //! # Waiting
 //!
@@ -451,8 +451,8 @@ impl Materializer {
     ) -> Result<(), MaterializeError> {
         let bytes: usize = outs.iter().map(|out| out.len()).sum();
         let last = first + outs.len() - 1;
-        let of_base = match part.based() {
-            Some(based) => Some(self.base_bytes(archive, based.reference, part.output_range(first..last + 1))?),
+        let of_base = match part.base() {
+            Some(reference) => Some(self.base_bytes(archive, reference, part.output_range(first..last + 1))?),
             None => None,
         };
         let reference = of_base.as_deref().or(reference);
@@ -499,7 +499,7 @@ fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
     match part.kind() {
         PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => false,
-        PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
+        PartKind::Quantized { .. } => part.prediction().is_some() || archive.is_referenced(address.record),
     }
 }
 

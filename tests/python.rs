@@ -342,6 +342,7 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         "no difference",
         "low rank",
         "other rows",
+        "quantized from a base",
     ] {
         assert!(said.contains(&format!("{what}: ")), "met no {what}:\n{said}");
     }

@@ -311,8 +311,8 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
                 references.get(&PartAddress { record: below?, part: prediction.reference_part }).map(Vec::as_slice)
             });
             // The base's decoding is the base's.
-            let of_base = match part.based() {
-                Some(based) => Some(base.base_bytes(archive, based.reference, 0..part.length_bytes())?),
+            let of_base = match part.base() {
+                Some(reference) => Some(base.base_bytes(archive, reference, 0..part.length_bytes())?),
                 None => None,
             };
             let reference = of_base.as_deref().or(reference);

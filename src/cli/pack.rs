@@ -447,6 +447,9 @@ fn print_report(
         writeln!(output, "  decoded and compared: every byte is the original's")?;
     } else {
         writeln!(output, "  decoded and compared: relative squared error {:.3e}", report.relative_squared_error)?;
+        if let Some(error) = report.relative_squared_error_of_changes {
+            writeln!(output, "  of what changed from the base: relative squared error {error:.3e}")?;
+        }
     }
     writeln!(
         output,

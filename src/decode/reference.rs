@@ -70,7 +70,11 @@ fn decode_strip(
         PartKind::Units { units, symbols } => strip.decode_units(symbols, units, out),
         PartKind::Quantized { symbols, quantizer, prediction } => {
             let prediction = prediction.as_ref().map(|prediction| {
-                (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
+                let reference = reference.expect("a predicted part is decoded with its reference at hand");
+                // That of a base begins with the strip.
+                let first =
+                    if part.base().is_some() { strip.first_run(symbols) * strip.layout.run_elements } else { 0 };
+                (prediction, reference, first)
             });
             strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
         }
@@ -287,7 +291,7 @@ impl StripView<'_> {
         &self,
         symbols: &Symbols,
         quantizer: &Quantizer,
-        prediction: Option<(&Prediction, &[u8])>,
+        prediction: Option<(&Prediction, &[u8], usize)>,
         dtype: &Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
@@ -306,9 +310,12 @@ impl StripView<'_> {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
             // Eqs. 68-69: the keyframe value or the residual.
             let mut value = dequantize(point, quantizer.step_of_run(run), quantizer.mean_of_run(run));
-            if let Some((prediction, reference)) = prediction {
+            if let Some((prediction, reference, first_of_reference)) = prediction {
                 let element = first_element + index;
-                let source = prediction.motion.as_ref().map_or(element, |motion| motion.reference_of(element));
+                let source = prediction
+                    .motion
+                    .as_ref()
+                    .map_or(element - first_of_reference, |motion| motion.reference_of(element));
                 let reference = read_element(dtype, &reference[source * element_bytes..][..element_bytes]);
                 value += prediction.of_run(run).predict(reference); // Eqs. 70-71
             }

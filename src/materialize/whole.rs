@@ -60,7 +60,7 @@ impl Materializer {
     /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
     /// chain are of one length, and never more than two of them are held.
     pub(super) fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
-        self.memory_for(part.length_bytes(), part.prediction().is_some())
+        self.memory_for(part.length_bytes(), part.prediction().is_some() || part.base().is_some())
     }
 
     fn memory_for(&self, length_bytes: u64, is_predicted: bool) -> u64 {

@@ -23,12 +23,12 @@ use super::base::{Base, BaseError};
 use super::calibration::Calibration;
 use super::keep::{Keep, kept};
 use super::low_rank::FoundProduct;
-use super::options::{PackOptions, PredictorChoice};
+use super::options::{PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized};
+use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized, is_near};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
@@ -115,6 +115,10 @@ impl<'a> Encoder<'a> {
                     if let Some((choice, product)) = chosen {
                         treatment = Treatment::Based(choice);
                         encoder.based.insert((part.file, part.tensor), (reference, product));
+                    } else if options.quantization != Quantization::ResidualVector
+                        && is_near(treatment, tensor, bytes, &decoded)
+                    {
+                        encoder.based.insert((part.file, part.tensor), (reference, None));
                     }
                 }
                 treatments.push(treatment);
@@ -135,7 +139,11 @@ impl<'a> Encoder<'a> {
         if let Some(found) = product {
             found.product.add(&info.dtype, 0, &mut predicted);
         }
-        Ok(Some(Start { predicted, low_rank: product.as_ref().map(|found| found.stored.clone()) }))
+        Ok(Some(Start {
+            reference: *reference,
+            predicted,
+            low_rank: product.as_ref().map(|found| found.stored.clone()),
+        }))
     }
 
     /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
@@ -308,6 +316,7 @@ impl<'a> Encoder<'a> {
             lossless: compared.decoded == compared.sources,
             relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
             calibration: self.calibration.as_ref().map(|calibration| calibration.description().to_owned()),
+            relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,

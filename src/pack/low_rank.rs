@@ -374,8 +374,9 @@ impl Eigen for Vec<Vec<f64>> {
                     for row in &mut self {
                         (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
                     }
-                    for k in 0..size {
-                        (self[p][k], self[q][k]) = (c * self[p][k] - s * self[q][k], s * self[p][k] + c * self[q][k]);
+                    let (upper, lower) = self.split_at_mut(q);
+                    for (a, b) in upper[p].iter_mut().zip(&mut lower[0]) {
+                        (*a, *b) = (c * *a - s * *b, s * *a + c * *b);
                     }
                     for row in &mut vectors {
                         (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);

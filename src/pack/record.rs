@@ -22,7 +22,7 @@ use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
 use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
-use crate::format::difference::BasedInfo;
+use crate::format::difference::{BaseTensor, BasedInfo};
 use crate::format::part::{Coding, QuantizerInfo, StoredPlacement, StoredPrediction};
 use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
@@ -164,7 +164,7 @@ impl RecordEncoder<'_> {
                 let encoded = EncodedPart::symbols(symbols.coding(), &*symbols, self.pool);
                 encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
             }
-            Drafted::Quantized { values, layout, quantizer } => {
+            Drafted::Quantized { values, layout, quantizer, base } => {
                 let stored = prediction.map(|prediction| StoredPrediction {
                     reference_part: ordinal,
                     placement: plan.placement.filter(|_| prediction.moved).map(|placement| StoredPlacement {
@@ -177,20 +177,21 @@ impl RecordEncoder<'_> {
                 });
                 match quantizer.choice.vectors {
                     Some(codebooks) => self.encode_vectors(values, *layout, quantizer, codebooks, prediction, stored),
-                    None => self.encode_codes(values, *layout, quantizer, prediction, stored, feedback),
+                    None => self.encode_codes((values, *base), *layout, quantizer, feedback, prediction, stored),
                 }
             }
         }
     }
 
+    /// Codes of values, or of what they differ by from a tensor of the base.
     fn encode_codes(
         &self,
-        values: &[f32],
+        (values, base): (&[f32], Option<BaseTensor>),
         layout: RunLayout,
         quantizer: &PartQuantizer,
+        feedback: Option<&ColumnFeedback>,
         prediction: Option<&PartPrediction>,
         stored: Option<StoredPrediction>,
-        feedback: Option<&ColumnFeedback>,
     ) -> EncodedPart {
         let mut rounding = match prediction {
             // By the scale of what is left of the part.
@@ -217,7 +218,11 @@ impl RecordEncoder<'_> {
             rounding,
             feedback,
         };
-        EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
+        let coding = match base {
+            Some(reference) => Coding::QuantizedFromBase(reference, info),
+            None => Coding::Quantized(info),
+        };
+        EncodedPart::symbols(coding, &symbols, self.pool)
             .expect("quantized symbols were counted before tables were fitted")
     }
 
@@ -276,7 +281,7 @@ impl RecordEncoder<'_> {
         let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
         for (ordinal, draft) in drafts.iter().enumerate() {
             let (mut in_place, mut moved) = (None, None);
-            if let (Drafted::Quantized { values, layout, quantizer }, Some(decoded)) =
+            if let (Drafted::Quantized { values, layout, quantizer, base: None }, Some(decoded)) =
                 (draft, &context.decoded[ordinal])
             {
                 let decoded = values_of(&source[ordinal].0.dtype, decoded);
@@ -397,8 +402,8 @@ fn align_record(
     let compared = || {
         let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
         parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
-            Drafted::Quantized { .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
-            Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
+            Drafted::Quantized { base: None, .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
+            _ => None,
         })
     };
     let current =

@@ -50,6 +50,9 @@ pub struct PackReport {
     pub relative_squared_error: f64,
     /// What the model was run on, where it was calibrated.
     pub calibration: Option<String>,
+    /// The same over the squares of what changed from the base, over the tensors that are quantized as changes; absent where
+    /// none is.
+    pub relative_squared_error_of_changes: Option<f64>,
     /// Why the target was not met, where it was not.
     pub target_missed: Option<String>,
     /// Records coded without prediction.

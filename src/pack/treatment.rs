@@ -18,6 +18,8 @@ const FEW_VALUES: usize = 32;
 
 /// Elements below which a tensor that differs from the base's stands alone: its header takes more than it could save.
 const LEAST_DIFFERENCES: u64 = 192;
+/// Energy of a change over that of the weights above which a quantized tensor stands alone: less than half a bit is to be won.
+const NEAR: f64 = 0.5;
 /// Bits per element of a difference below which no product is looked for.
 const LEAST_FACTORED_BITS: f64 = 0.3;
 
@@ -131,12 +133,20 @@ fn is_of_weights(tensor: &TensorInfo, bytes: &[u8]) -> bool {
 }
 
 /// What the elements of a part start from.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Start {
+    /// The tensor of the base.
+    pub reference: BaseTensor,
     /// The bytes of the base's elements with the product added.
     pub predicted: Vec<u8>,
     /// The product.
     pub low_rank: Option<StoredLowRank>,
+}
+
+/// Elements less what they start from, as binary32 has them.
+pub fn changes(tensor: &TensorInfo, bytes: &[u8], predicted: &[u8]) -> Vec<f32> {
+    let before = values_of(&tensor.dtype, predicted);
+    values_of(&tensor.dtype, bytes).into_iter().zip(before).map(|(value, before)| value - before).collect()
 }
 
 /// How one part is coded, everything but tables known.
@@ -195,6 +205,8 @@ pub enum Drafted<'a> {
         layout: RunLayout,
         /// Steps.
         quantizer: PartQuantizer,
+        /// The tensor of the base that `values` are the difference to, where they are one.
+        base: Option<BaseTensor>,
     },
 }
 
@@ -217,12 +229,16 @@ impl<'a> Drafted<'a> {
             Decision::Raw => Self::Raw(bytes),
             Decision::Split(split) => Self::Split(split, tensor, bytes),
             Decision::Quantized(choice) => {
-                let values = values_of(&tensor.dtype, bytes);
+                let base = start.as_ref().map(|start| start.reference);
+                let values = match &start {
+                    Some(start) => changes(tensor, bytes, &start.predicted),
+                    None => values_of(&tensor.dtype, bytes),
+                };
                 let layout = RunLayout::of_shape(&tensor.shape, options.steps.group());
                 let choice = QuantizerChoice { step: choice.step * step_factor, ..choice };
                 let quantizer = PartQuantizer::new(choice, &values, layout, options);
                 if quantizer.holds(&values, layout) {
-                    return Self::Quantized { values, layout, quantizer };
+                    return Self::Quantized { values, layout, quantizer, base };
                 }
                 // An outlier that no sample showed.
                 match Treatment::exact(tensor, bytes) {
@@ -264,4 +280,11 @@ impl BasedChoice {
         let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && bits < alone_bits;
         is_shorter.then_some((Self { reference, difference: Some(difference) }, None))
     }
+}
+
+/// Whether a tensor that is to be quantized is so near to the base's that what changed takes fewer bits at the same error.
+pub fn is_near(treatment: Treatment, tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> bool {
+    let energy = |values: &[f32]| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+    matches!(treatment, Treatment::Quantized(_))
+        && energy(&changes(tensor, bytes, decoded)) < NEAR * energy(&values_of(&tensor.dtype, bytes))
 }

@@ -118,7 +118,7 @@ fn distance(one: &Checkpoint, other: &Checkpoint) -> Option<f64> {
     };
     let by_name: BTreeMap<String, (usize, usize)> =
         tensors(other).into_iter().map(|place| (info(other, place).name, place)).collect();
-    let mut shared: Vec<(u64, (usize, usize), (usize, usize))> = Vec::new();
+    let mut shared = Vec::new();
     let mut total = 0;
     for place in tensors(one) {
         let tensor = info(one, place);
@@ -131,7 +131,7 @@ fn distance(one: &Checkpoint, other: &Checkpoint) -> Option<f64> {
             shared.push((tensor.length_bytes, place, counterpart));
         }
     }
-    let shared_bytes: u64 = shared.iter().map(|&(bytes, ..)| bytes).sum();
+    let shared_bytes: u64 = shared.iter().map(|&(bytes, ..): &(u64, _, _)| bytes).sum();
     if total == 0 || (shared_bytes as f64) < LEAST_SHARED * total as f64 {
         return None;
     }

@@ -11,8 +11,9 @@ const STRETCHES: usize = 4;
 pub const PADDING: usize = 64;
 
 /// Puts differences in coded order back into the elements' own and adds them to their references: the classes, the number
-/// of the first element in the tensor, the references, the differences with [`PADDING`] behind them, the elements.
-pub type Add = unsafe fn(&Classes, usize, &[u8], &[u8], &mut [u8]);
+/// of the first element in the tensor, the references, the differences with [`PADDING`] behind them, the elements. Room for the
+/// classes comes with them.
+pub type Add = unsafe fn(&Classes, usize, &[u8], &[u8], &mut [u8], &mut Vec<u8>);
 
 /// One compilation of what is done with every element.
 ///
@@ -36,17 +37,23 @@ pub const AVX512: Kernels = Kernels { add_16: x86_64::add_16_avx512 };
 
 /// [`Kernels::add_16`] for elements of any width, on any CPU.
 #[inline(always)]
-pub fn add<T: Bits>(rule: &Classes, first_element: usize, predicted: &[u8], differences: &[u8], out: &mut [u8]) {
-    let mut classes = Vec::new();
-    rule.of::<T>(first_element, predicted, &mut classes);
-    merge::<T>(&classes, differences, predicted, out);
+pub fn add<T: Bits>(
+    rule: &Classes,
+    first_element: usize,
+    predicted: &[u8],
+    differences: &[u8],
+    out: &mut [u8],
+    classes: &mut Vec<u8>,
+) {
+    rule.of::<T>(first_element, predicted, classes);
+    merge::<T>(classes, differences, predicted, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use core::arch::x86_64::*;
 
-    use super::{Classes, PADDING, add, merge};
+    use super::{Classes, PADDING, STRETCHES, add, merge, places};
     use crate::codec::difference::{Bits, CLASSES};
 
     /// Elements of a vector.
@@ -57,29 +64,40 @@ mod x86_64 {
     /// # Safety
     /// The CPU has AVX2.
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
-    pub unsafe fn add_16_avx2(rule: &Classes, first: usize, predicted: &[u8], differences: &[u8], out: &mut [u8]) {
-        add::<u16>(rule, first, predicted, differences, out);
+    pub unsafe fn add_16_avx2(
+        rule: &Classes,
+        first: usize,
+        predicted: &[u8],
+        differences: &[u8],
+        out: &mut [u8],
+        classes: &mut Vec<u8>,
+    ) {
+        add::<u16>(rule, first, predicted, differences, out, classes);
     }
 
     /// # Safety
     /// The CPU has AVX-512 F, BW, VL, VBMI and VBMI2.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi1,bmi2,popcnt")]
-    pub unsafe fn add_16_avx512(rule: &Classes, first: usize, predicted: &[u8], differences: &[u8], out: &mut [u8]) {
-        let mut classes = Vec::new();
-        rule.of::<u16>(first, predicted, &mut classes);
-        let mut counts = [0_usize; CLASSES];
-        for &class in &classes {
-            counts[usize::from(class) % CLASSES] += 1;
-        }
+    pub unsafe fn add_16_avx512(
+        rule: &Classes,
+        first: usize,
+        predicted: &[u8],
+        differences: &[u8],
+        out: &mut [u8],
+        classes: &mut Vec<u8>,
+    ) {
+        rule.of::<u16>(first, predicted, classes);
         // Class, and where its next difference lies.
+        let [places, ..] = places(classes, classes.len().div_ceil(STRETCHES).max(1));
         let mut next: Vec<(u8, usize)> = Vec::with_capacity(CLASSES);
-        let mut start = 0;
-        for (class, count) in counts.into_iter().enumerate().filter(|&(_, count)| count > 0) {
-            next.push((class as u8, start));
-            start += count;
+        for (class, &place) in places.iter().enumerate() {
+            let end = places.get(class + 1).map_or(classes.len(), |&next| next as usize);
+            if end > place as usize {
+                next.push((class as u8, place as usize));
+            }
         }
         if next.len() > MOST_CLASSES {
-            merge::<u16>(&classes, differences, predicted, out);
+            merge::<u16>(classes, differences, predicted, out);
             return;
         }
         assert!(differences.len() >= 2 * classes.len() + PADDING, "a vector can be loaded from any difference on");
@@ -110,8 +128,8 @@ mod x86_64 {
             // SAFETY: 64 bytes of elements are left from `element` on.
             unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(2 * element).cast(), elements) }
         }
-        for element in whole..classes.len() {
-            let (_, place) = next.iter_mut().find(|(class, _)| *class == classes[element]).expect("it was counted");
+        for (element, class) in classes.iter().enumerate().skip(whole) {
+            let (_, place) = next.iter_mut().find(|(other, _)| other == class).expect("it was counted");
             let difference = u16::read(&differences[2 * *place..][..2]);
             *place += 1;
             let bytes = 2 * element..2 * element + 2;
@@ -136,16 +154,23 @@ pub fn shift_in_place(symbols: &mut [[u8; 2]], zero_bits: u32) {
     }
 }
 
-/// Writes elements: `reference` has their references, `classes` their classes, and `differences` what they differ by, in
-/// coded order.
+/// How many of the elements of each class come before those of a stretch of the strip, by stretch and class, and in each
+/// class's place the number of all elements of classes before it.
 #[inline(always)]
-fn merge<T: Bits>(classes: &[u8], differences: &[u8], reference: &[u8], out: &mut [u8]) {
-    let length = classes.len();
-    let stretch = length.div_ceil(STRETCHES).max(1);
-    // Where the next difference of each class lies, by stretch.
+fn places(classes: &[u8], stretch: usize) -> [[u32; CLASSES]; STRETCHES] {
     let mut next = [[0_u32; CLASSES]; STRETCHES];
-    for (next, classes) in next.iter_mut().zip(classes.chunks(stretch)) {
-        for &class in classes {
+    let [a, b, c, d] = &mut next;
+    let of_last = classes.len().saturating_sub((STRETCHES - 1) * stretch);
+    // Side by side: neighbours are often of one class, and its counter is not there again at once.
+    for index in 0..of_last {
+        a[usize::from(classes[index]) % CLASSES] += 1;
+        b[usize::from(classes[stretch + index]) % CLASSES] += 1;
+        c[usize::from(classes[2 * stretch + index]) % CLASSES] += 1;
+        d[usize::from(classes[3 * stretch + index]) % CLASSES] += 1;
+    }
+    for (number, next) in next.iter_mut().enumerate() {
+        let rest = (number * stretch + of_last).min(classes.len())..((number + 1) * stretch).min(classes.len());
+        for &class in &classes[rest] {
             next[usize::from(class) % CLASSES] += 1;
         }
     }
@@ -155,26 +180,49 @@ fn merge<T: Bits>(classes: &[u8], differences: &[u8], reference: &[u8], out: &mu
             first += std::mem::replace(&mut next[class], first);
         }
     }
-    let mut place = |next: &mut [u32; CLASSES], element: usize| {
-        let next = &mut next[usize::from(classes[element]) % CLASSES];
-        let difference = T::read(&differences[*next as usize * T::BYTES..][..T::BYTES]);
-        *next += 1;
-        let bytes = element * T::BYTES..(element + 1) * T::BYTES;
-        T::read(&reference[bytes.clone()]).changed_by(difference).write(&mut out[bytes]);
-    };
+    next
+}
+
+/// Writes elements: `reference` has their references, `classes` their classes, and `differences` what they differ by, in
+/// coded order.
+#[inline(always)]
+fn merge<T: Bits>(classes: &[u8], differences: &[u8], reference: &[u8], out: &mut [u8]) {
+    let length = classes.len();
+    let (differences, reference, out) = (T::chunks(differences), T::chunks(reference), T::chunks_mut(out));
+    let (differences, reference, out) = (&differences[..length], &reference[..length], &mut out[..length]);
+    let stretch = length.div_ceil(STRETCHES).max(1);
+    let mut next = places(classes, stretch);
+    // First every difference to its element, then all of them added at once: that is a loop for vectors.
     let [a, b, c, d] = &mut next;
     let of_last = length.saturating_sub((STRETCHES - 1) * stretch);
     for index in 0..of_last {
-        place(a, index);
-        place(b, stretch + index);
-        place(c, 2 * stretch + index);
-        place(d, 3 * stretch + index);
+        place(a, classes, differences, out, index);
+        place(b, classes, differences, out, stretch + index);
+        place(c, classes, differences, out, 2 * stretch + index);
+        place(d, classes, differences, out, 3 * stretch + index);
     }
     for (number, next) in next.iter_mut().enumerate() {
         for element in number * stretch + of_last..((number + 1) * stretch).min(length) {
-            place(next, element);
+            place(next, classes, differences, out, element);
         }
     }
+    for index in 0..length {
+        out[index] = T::from_raw(reference[index]).changed_by(T::from_raw(out[index])).raw();
+    }
+}
+
+/// Gives an element the next difference of its class.
+#[inline(always)]
+fn place<R: Copy + Default>(
+    next: &mut [u32; CLASSES],
+    classes: &[u8],
+    differences: &[R],
+    out: &mut [R],
+    element: usize,
+) {
+    let next = &mut next[usize::from(classes[element]) % CLASSES];
+    out[element] = differences.get(*next as usize).copied().unwrap_or_default();
+    *next += 1;
 }
 
 #[cfg(test)]
@@ -211,12 +259,12 @@ mod tests {
             let mut differences = bytes(elements.iter().map(|element| element.1).collect());
             differences.resize(differences.len() + PADDING, 0xa5);
             let mut expected = vec![0; reference.len()];
-            add::<u16>(&rule, 3, &reference, &differences, &mut expected);
+            add::<u16>(&rule, 3, &reference, &differences, &mut expected, &mut Vec::new());
             for engine in crate::decode::select::cpu_engines() {
                 let level = engine.kernels;
                 let mut out = vec![0; reference.len()];
                 // SAFETY: the CPU has the instructions of these levels.
-                unsafe { (level.differences.add_16)(&rule, 3, &reference, &differences, &mut out) }
+                unsafe { (level.differences.add_16)(&rule, 3, &reference, &differences, &mut out, &mut Vec::new()) }
                 prop_assert_eq!(&out, &expected, "{}", level.name);
             }
         }

@@ -41,8 +41,8 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
-    Forward(ForwardError),
     Base(MaterializeError),
+    Forward(ForwardError),
     Interrupted,
 }
 
@@ -52,15 +52,15 @@ impl From<std::io::Error> for WriteError {
     }
 }
 
-impl From<ForwardError> for WriteError {
-    fn from(error: ForwardError) -> Self {
-        Self::Forward(error)
-    }
-}
-
 impl From<MaterializeError> for WriteError {
     fn from(error: MaterializeError) -> Self {
         Self::Base(error)
+    }
+}
+
+impl From<ForwardError> for WriteError {
+    fn from(error: ForwardError) -> Self {
+        Self::Forward(error)
     }
 }
 
@@ -156,7 +156,7 @@ impl Encoder<'_> {
     ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
-                let Drafted::Quantized { .. } = draft else { return Ok(None) };
+                let Drafted::Quantized { base: None, .. } = draft else { return Ok(None) };
                 let tensor = source[ordinal].0;
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
@@ -212,6 +212,10 @@ impl Encoder<'_> {
     }
 }
 
+fn stored_codebooks(pool: &TablePool) -> Vec<StoredCodebook> {
+    pool.codebooks().iter().map(|codebook| codebook.stored()).collect()
+}
+
 /// The tensors of a record, each with the layout of its runs where it is quantized.
 fn quantized_layouts<'a>(
     source: &[(&'a TensorInfo, &[u8])],
@@ -219,13 +223,9 @@ fn quantized_layouts<'a>(
 ) -> Vec<(&'a TensorInfo, Option<RunLayout>)> {
     let layout = |draft: &Drafted<'_>| match draft {
         Drafted::Quantized { layout, .. } => Some(*layout),
-        Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
+        _ => None,
     };
     source.iter().zip(drafts).map(|(&(tensor, _), draft)| (tensor, layout(draft))).collect()
-}
-
-fn stored_codebooks(pool: &TablePool) -> Vec<StoredCodebook> {
-    pool.codebooks().iter().map(|codebook| codebook.stored()).collect()
 }
 
 /// Writes one record, adds it to the index, and returns its length in bytes.

@@ -181,8 +181,8 @@ impl Encoder<'_> {
             let written = self.write_records(&mut buffered, &plan.probe, steering).map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
-                WriteError::Forward(error) => PackError::Calibration(error.into()),
                 WriteError::Base(error) => PackError::Base(error.into()),
+                WriteError::Forward(error) => PackError::Calibration(error.into()),
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;

@@ -1,5 +1,6 @@
 //! What runs still need when their symbols are decoded: raw bits, predictions, rounding, and at the end exceptions.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::{PartDecoder, Path, Strip};
@@ -18,6 +19,12 @@ use crate::decode::prepared::{Based, Difference, PartKind, Prediction};
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::raw_bytes_of_run;
 use crate::tensor::Dtype;
+
+thread_local! {
+    /// A strip's differences in coded order, and its classes: memory that is new for every strip would cost more time than
+    /// what is done with it.
+    static SCRATCH: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
 
 impl<'a> PartDecoder<'a> {
     /// What is left to do with the runs that fill `elements`, whose values are there.
@@ -160,7 +167,14 @@ impl<'a> PartDecoder<'a> {
         'a: 's,
     {
         let reference = self.reference.expect("a predicted part is decoded with its reference at hand");
-        let bytes_of = |elements: Range<usize>| elements.start * self.element_bytes..elements.end * self.element_bytes;
+        // The reference of a part that starts from a base begins with the first of the strips.
+        let skipped = match self.part.base() {
+            Some(_) => self.first_strip * self.symbols.runs_per_strip * self.symbols.run_elements,
+            None => 0,
+        };
+        let bytes_of = |elements: Range<usize>| {
+            (elements.start - skipped) * self.element_bytes..(elements.end - skipped) * self.element_bytes
+        };
         let predictor = prediction.of_run(run);
         let Some(motion) = &prediction.motion else {
             return Some((predictor, &reference[bytes_of(elements)]));
@@ -248,11 +262,13 @@ impl<'a> PartDecoder<'a> {
         let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
         let predicted = self.part.predicted_strip(strip, reference);
         let first_element = strip * self.symbols.runs_per_strip * self.symbols.run_elements;
-        let mut differences = Vec::with_capacity(out.len() + differences::PADDING);
-        differences.extend_from_slice(out);
-        differences.resize(out.len() + differences::PADDING, 0);
-        // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
-        unsafe { add(&difference.classes, first_element, &predicted, &differences, out) }
+        SCRATCH.with_borrow_mut(|(differences, classes)| {
+            differences.clear();
+            differences.extend_from_slice(out);
+            differences.resize(out.len() + differences::PADDING, 0);
+            // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+            unsafe { add(&difference.classes, first_element, &predicted, differences, out, classes) }
+        });
         self.ended(Stage::Prediction);
     }
 
