@@ -176,7 +176,8 @@ pub enum PackCommandError {
     NoCheckpoints(PathBuf),
     /// Calibration that would change nothing.
     #[error(
-        "--calibration: expected a trellis and steps per tensor or row, not --quantization scalar or vector or --steps per-group"
+        "--calibration changes nothing here: expected a rate (--bpp, --max-rel-mse or --keep), a trellis (not --quantization \
+         scalar or residual-vector), and no --steps per-group"
     )]
     Uncalibrated,
     /// Standard output does not take the result.
@@ -224,7 +225,8 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     };
     let calibration = args.calibration.source();
     let has_trellis = matches!(options.quantization, Quantization::Trellis | Quantization::TrellisShared);
-    if calibration.is_some() && (!has_trellis || options.steps == Steps::PerGroup) {
+    let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
+    if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
         return Err(PackCommandError::Uncalibrated);
     }
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
