@@ -129,6 +129,7 @@ fn an_archive_says_what_it_was_calibrated_with_and_is_the_same_on_any_number_of_
 fn models_and_inputs_that_cannot_be_run_are_refused_before_anything_is_written() {
     let work = Work::new();
     assert!(work.refusal(&["--calibrate"]).contains("tokenizer.json"), "text needs a tokenizer");
+    assert!(work.refusal(&["--calibrate", "--quantization", "scalar"]).contains("changes nothing"));
     let ids = Tensor::raw("input_ids", "U16", &[2], vec![3, 0, 16, 0]);
     fs::write(work.path("beyond.safetensors"), safetensors(&[ids])).expect("ids");
     let beyond = work.path("beyond.safetensors");

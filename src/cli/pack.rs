@@ -174,6 +174,12 @@ pub enum PackCommandError {
     /// A zoo without checkpoints.
     #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
     NoCheckpoints(PathBuf),
+    /// Calibration that would change nothing.
+    #[error(
+        "--calibration changes nothing here: expected a rate (--bpp, --max-rel-mse or --keep), a trellis (not --quantization \
+         scalar or residual-vector), and no --steps per-group"
+    )]
+    Uncalibrated,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -217,6 +223,12 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         force_requantize: args.force_requantize,
         stats: args.stats,
     };
+    let calibration = args.calibration.source();
+    let has_trellis = matches!(options.quantization, Quantization::Trellis | Quantization::TrellisShared);
+    let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
+    if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
+        return Err(PackCommandError::Uncalibrated);
+    }
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let names: Vec<&str> =
         checkpoint.files.iter().flat_map(|file| &file.header.tensors).map(|tensor| tensor.name.as_str()).collect();
@@ -230,7 +242,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     let progress = Bar::new()?;
     let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
     let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
-    if let Some(source) = args.calibration.source() {
+    if let Some(source) = calibration {
         encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);
     }
     if args.dry_run {

@@ -2,7 +2,7 @@
 //! the weights beside it.
 //!
 //! With inputs X of a linear map and an error E in a row of its weights, the error of the output is E H E^T, where H = X^T X is
-//! the Hessian ([`hessian`]). Factorised it is a sum over columns in which the errors of earlier columns move the targets of
+//! the Hessian ([`mod@hessian`]). Factorised it is a sum over columns in which the errors of earlier columns move the targets of
 //! later ones ([`mod@feedback`]), and the search of the trellis goes through them in that order: closed-loop quantization, as in
 //! GPTQ and LDLQ.
 //!
