@@ -30,7 +30,7 @@ use std::time::Instant;
 
 use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::budget::{Budget, Share};
-use crate::cache::{Cache, CacheStats};
+use crate::cache::{Cache, CacheStats, Loan};
 use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
@@ -269,6 +269,11 @@ impl Materializer {
         Some(Decoded::part_of(self.whole_if_known(archive, address)?, from..from + length))
     }
 
+    /// [`Self::decoded`] where that takes no time at all.
+    pub fn decoded_already(&self, archive: &Archive, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
+        self.pieces.find_made((archive.instance(), file, offset_bytes), length)
+    }
+
     /// The tensor that all of a range belongs to, its record, and where in it the range begins; `None` if there is none, or it
     /// is not decoded whole.
     #[allow(clippy::type_complexity)] // named where it is taken apart
@@ -425,10 +430,12 @@ impl Materializer {
         }
     }
 
-    fn take_memory(&self, bytes: u64) -> Share<'_> {
+    /// Takes working memory; where all of it does not suffice, the cache lends the rest.
+    fn take_memory(&self, bytes: u64) -> (Share<'_>, Option<Loan<'_, UnitKey>>) {
         let share = self.memory.take(bytes);
         METRICS.memory_waits.add(share.has_waited().into());
-        share
+        let missing = bytes.saturating_sub(self.memory.total()); // whoever misses some has all, and borrows alone
+        (share, (missing > 0).then(|| self.cache.lend(missing)))
     }
 
     /// Decodes whole strips of a part that lie side by side, from number `first` on, each into one of `outs`. The caller

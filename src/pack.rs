@@ -9,6 +9,7 @@
 
 pub mod align;
 pub mod base;
+pub mod calibration;
 pub mod counting;
 pub mod difference;
 pub mod encode;

@@ -202,7 +202,7 @@ impl Vfs {
         })
     }
 
-    /// Starts to decode ahead of readers, on `threads` threads, into a cache of `cache_bytes`.
+    /// Starts to decode ahead of readers into a cache of `cache_bytes`, where `threads` threads may decode.
     ///
     /// # Errors
     /// When the system grants no thread.

@@ -117,33 +117,38 @@ fn assert_every_truncation_is_refused(name: &str, sound: &Sound) {
     assert!(!sound.check(&sound.scratch.path().join("damaged-longer"), &longer, "one byte more"));
 }
 
+fn recipe(name: &str) -> &'static Recipe {
+    RECIPES.iter().find(|recipe| recipe.name == name).unwrap_or_else(|| panic!("no recipe {name}"))
+}
+
 macro_rules! for_each_recipe {
-    ($($module:ident: $number:literal),* $(,)?) => { $(
+    ($($module:ident: $name:literal),* $(,)?) => { $(
         mod $module {
             use super::*;
 
             #[test]
             fn every_changed_byte_is_noticed() {
-                assert_every_changed_byte_is_noticed(RECIPES[$number].name, &Sound::new(&RECIPES[$number]));
+                assert_every_changed_byte_is_noticed($name, &Sound::new(recipe($name)));
             }
 
             #[test]
             fn every_truncation_is_refused() {
-                assert_every_truncation_is_refused(RECIPES[$number].name, &Sound::new(&RECIPES[$number]));
+                assert_every_truncation_is_refused($name, &Sound::new(recipe($name)));
             }
         }
     )* };
 }
 
 for_each_recipe! {
-    lossless_bf16: 0,
-    lossless_mixed_types: 1,
-    lossy_predicted: 2,
-    lossy_scalar_steps_per_run: 3,
-    lossy_trellis_shared: 4,
-    lossy_fine_steps: 5,
-    lossy_vectors: 6,
-    lossless_units: 7,
+    lossless_bf16: "lossless-bf16",
+    tree_digests: "tree-digests",
+    lossless_mixed_types: "lossless-mixed-types",
+    lossy_predicted: "lossy-predicted",
+    lossy_scalar_steps_per_run: "lossy-scalar-steps-per-run",
+    lossy_trellis_shared: "lossy-trellis-shared",
+    lossy_fine_steps: "lossy-fine-steps",
+    lossy_vectors: "lossy-vectors",
+    lossless_units: "lossless-units",
 }
 
 mod variant {

@@ -234,7 +234,7 @@ fn a_lossy_archive_keeps_what_cannot_be_quantized_and_says_so() {
     let checkpoint = checkpoint_of(&safetensors(&tensors));
     let work = tempfile::tempdir().expect("a directory");
     let (packed, unpacked) = (work.path().join("packed"), work.path().join("unpacked"));
-    mcwcfs_ok(arguments!["pack", "--max-rel-mse", "0.01", checkpoint.path(), &packed]);
+    mcwcfs_ok(arguments!["pack", "--max-rel-mse", "0.01", "--force-requantize", checkpoint.path(), &packed]);
     let report =
         mcwcfs_ok(arguments!["verify", &packed, "--against", checkpoint.path(), "--max-rel-mse", "0.01", "--json"]);
     let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");

@@ -13,6 +13,7 @@ use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
 use crate::pack::base::Base;
+use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
@@ -30,6 +31,8 @@ pub struct PackArgs {
     output: PathBuf,
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// What single tensors get instead: `PATTERN=lossless`, or `PATTERN=BITS` per element. PATTERN is a glob on tensor names
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
@@ -105,6 +108,28 @@ struct TargetArgs {
     max_rel_mse: Option<f64>,
 }
 
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+struct CalibrationArgs {
+    /// Run the model on these inputs and quantize so that its outputs, not its weights, stay near: text for the
+    /// checkpoint's `tokenizer.json`, or a `.safetensors` file with `input_ids` (and `attention_mask`) or `pixel_values`, or
+    /// a `.npy` array of either. A few thousand tokens of what the model is for will do; none of what it is judged by.
+    #[arg(long, value_name = "FILE", conflicts_with = "lossless")]
+    calibration: Option<PathBuf>,
+    /// The same with a small text that comes with the program.
+    #[arg(long, conflicts_with = "lossless")]
+    calibrate: bool,
+}
+
+impl CalibrationArgs {
+    fn source(&self) -> Option<CalibrationSource> {
+        match &self.calibration {
+            Some(path) => Some(CalibrationSource::File(path.clone())),
+            None => self.calibrate.then_some(CalibrationSource::BuiltIn),
+        }
+    }
+}
+
 /// A tensor with more relative squared error than this is worth a warning.
 const MUCH_ERROR: f64 = 0.3;
 
@@ -149,6 +174,12 @@ pub enum PackCommandError {
     /// A zoo without checkpoints.
     #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
     NoCheckpoints(PathBuf),
+    /// Calibration that would change nothing.
+    #[error(
+        "--calibration changes nothing here: expected a rate (--bpp, --max-rel-mse or --keep), a trellis (not --quantization \
+         scalar or residual-vector), and no --steps per-group"
+    )]
+    Uncalibrated,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -192,6 +223,12 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         force_requantize: args.force_requantize,
         stats: args.stats,
     };
+    let calibration = args.calibration.source();
+    let has_trellis = matches!(options.quantization, Quantization::Trellis | Quantization::TrellisShared);
+    let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
+    if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
+        return Err(PackCommandError::Uncalibrated);
+    }
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let names: Vec<&str> =
         checkpoint.files.iter().flat_map(|file| &file.header.tensors).map(|tensor| tensor.name.as_str()).collect();
@@ -204,7 +241,10 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     }
     let progress = Bar::new()?;
     let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
-    let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
+    let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
+    if let Some(source) = calibration {
+        encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);
+    }
     if args.dry_run {
         let plan = encoder.dry_run()?;
         progress.bar.finish_and_clear();
@@ -420,6 +460,9 @@ fn print_report(
     )?;
     if let Some(sidecars) = sidecars {
         writeln!(output, "  {sidecars} other files copied")?;
+    }
+    if let Some(calibration) = &report.calibration {
+        writeln!(output, "  calibrated with {calibration}")?;
     }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;

@@ -249,14 +249,14 @@ impl Filesystem for Adapter {
             warn!("read refused: inode {inode}, byte {offset}: a process died while it had this request");
             return reply.error(Errno::EIO);
         }
-        if let Some(bytes) = self.vfs.resident(inode, offset, size.into()) {
+        // The kernel keeps what it is given, but for readers that pass it by.
+        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
+        if let Some(bytes) = self.vfs.resident(inode, offset, size as usize, keeper) {
             pending.answered(Some(bytes.len()));
             return reply.data(&bytes);
         }
         let vfs = Arc::clone(&self.vfs);
         let replies = Arc::clone(&self.replies);
-        // The kernel keeps what it is given, but for readers that pass it by.
-        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
         self.workers.submit(move || {
             match vfs.read(inode, offset, size as usize, keeper, |length| replies.take(length)) {
                 Ok(bytes) => {

@@ -210,6 +210,21 @@ impl Pieces {
         least: usize,
         most: usize,
     ) -> Option<Decoded> {
+        self.find_or_wait((archive, file, offset), least, most, true)
+    }
+
+    /// [`find`](Self::find) without waiting.
+    pub(super) fn find_made(self: &Arc<Self>, place: (u64, usize, u64), length: usize) -> Option<Decoded> {
+        self.find_or_wait(place, length, length, false)
+    }
+
+    fn find_or_wait(
+        self: &Arc<Self>,
+        (archive, file, offset): (u64, usize, u64),
+        least: usize,
+        most: usize,
+        is_patient: bool,
+    ) -> Option<Decoded> {
         if self.most_buffers == 0 {
             return None;
         }
@@ -226,6 +241,9 @@ impl Pieces {
                 let bytes = Arc::clone(bytes);
                 state.hits += 1;
                 return Some(Decoded { bytes, range, piece: Some((Arc::clone(self), start)) });
+            }
+            if !is_patient {
+                return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -5,8 +5,6 @@ use std::thread;
 
 use super::{MaterializeError, Materializer, UnitKey, bytes_of, strips, zeroed};
 use crate::archive::{Archive, PartAddress};
-use crate::budget::Share;
-use crate::cache::Loan;
 use crate::decode::PreparedPart;
 use crate::metrics::METRICS;
 
@@ -25,7 +23,9 @@ impl Materializer {
             copy(&whole);
             return Ok(());
         }
-        let _memory = self.take_memory_for_whole(archive, address, self.memory_for_whole(part))?;
+        let needed = self.memory_for_whole(part);
+        self.check_memory(archive, address, needed)?;
+        let _memory = self.take_memory(needed);
         copy(&self.whole(archive, address)?);
         Ok(())
     }
@@ -68,19 +68,6 @@ impl Materializer {
         held.saturating_add(held.min(self.processors.total() * strips::TOGETHER_BYTES as u64))
     }
 
-    /// Takes memory to decode a part whole; where the working memory does not suffice, the cache lends the rest.
-    fn take_memory_for_whole(
-        &self,
-        archive: &Archive,
-        address: PartAddress,
-        needed_bytes: u64,
-    ) -> Result<(Share<'_>, Option<Loan<'_, UnitKey>>), MaterializeError> {
-        self.check_memory(archive, address, needed_bytes)?;
-        let missing = needed_bytes.saturating_sub(self.memory.total());
-        let share = self.take_memory(needed_bytes); // all of it where it does not suffice: nobody else borrows then
-        Ok((share, (missing > 0).then(|| self.cache.lend(missing))))
-    }
-
     fn check_memory(&self, archive: &Archive, address: PartAddress, needed_bytes: u64) -> Result<(), MaterializeError> {
         let available_bytes = self.memory.total().saturating_add(self.cache.stats().budget_bytes);
         if needed_bytes <= available_bytes {
@@ -94,11 +81,14 @@ impl Materializer {
         })
     }
 
-    /// Whether there is memory for every tensor of `archive` that may have to be decoded whole.
+    /// Whether there is memory for every tensor of `archive` and its bases that may have to be decoded whole.
     ///
     /// # Errors
     /// [`MaterializeError::TooLarge`] for the first for which there is not.
     pub fn check_fits(&self, archive: &Archive) -> Result<(), MaterializeError> {
+        for base in archive.bases() {
+            self.check_fits(base)?;
+        }
         if !archive.is_lossy() {
             return Ok(()); // decoded strip by strip
         }

@@ -20,6 +20,7 @@ use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
 use super::base::{Base, BaseError};
+use super::calibration::Calibration;
 use super::keep::{Keep, kept};
 use super::low_rank::FoundProduct;
 use super::options::{PackOptions, PredictorChoice, Quantization};
@@ -68,6 +69,7 @@ pub struct Encoder<'a> {
     based: BTreeMap<(usize, usize), (BaseTensor, Option<FoundProduct>)>,
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
+    calibration: Option<Calibration<'a>>,
 }
 
 impl<'a> Encoder<'a> {
@@ -96,6 +98,7 @@ impl<'a> Encoder<'a> {
             plan: checkpoint.plan(),
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
+            calibration: None,
         };
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
@@ -141,6 +144,12 @@ impl<'a> Encoder<'a> {
             predicted,
             low_rank: product.as_ref().map(|found| found.stored.clone()),
         }))
+    }
+
+    /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
+    #[must_use]
+    pub fn with_calibration(self, calibration: Calibration<'a>) -> Self {
+        Self { calibration: Some(calibration), ..self }
     }
 
     fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {
@@ -306,6 +315,7 @@ impl<'a> Encoder<'a> {
             bits_per_parameter: 8.0 * archive_bytes as f64 / parameters.max(1) as f64,
             lossless: compared.decoded == compared.sources,
             relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
+            calibration: self.calibration.as_ref().map(|calibration| calibration.description().to_owned()),
             relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
+use super::calibration::feedback::ColumnFeedback;
 use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
@@ -101,13 +102,15 @@ pub struct RecordEncoder<'a> {
 }
 
 impl RecordEncoder<'_> {
-    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `context` is the
-    /// record below, where this one may be predicted from it.
+    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `feedback` what is
+    /// known of the inputs that each is multiplied with; `context` is the record below, where this one may be predicted from
+    /// it.
     pub fn encode(
         &self,
         plan: &RecordPlan,
         source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
+        feedback: &[Option<Arc<ColumnFeedback>>],
         context: Option<&Context>,
     ) -> EncodedRecord {
         let (permutation, predictions, stages) = match context {
@@ -117,7 +120,8 @@ impl RecordEncoder<'_> {
         let predicted = predictions.iter().any(Option::is_some);
         let parts = (drafts.iter().zip(&plan.parts).zip(&predictions).enumerate())
             .map(|(ordinal, ((draft, part), prediction))| {
-                self.encode_part(draft, part, ordinal as u32, prediction.as_ref())
+                let feedback = feedback.get(ordinal).and_then(Option::as_deref);
+                self.encode_part(draft, part, ordinal as u32, prediction.as_ref(), feedback)
             })
             .collect();
         let stored = permutation.as_ref().map(|permutation| StoredPermutation {
@@ -138,6 +142,7 @@ impl RecordEncoder<'_> {
         plan: &PartPlan,
         ordinal: u32,
         prediction: Option<&PartPrediction>,
+        feedback: Option<&ColumnFeedback>,
     ) -> EncodedPart {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
@@ -172,7 +177,7 @@ impl RecordEncoder<'_> {
                 });
                 match quantizer.choice.vectors {
                     Some(codebooks) => self.encode_vectors(values, *layout, quantizer, codebooks, prediction, stored),
-                    None => self.encode_codes((values, *base), *layout, quantizer, prediction, stored),
+                    None => self.encode_codes((values, *base), *layout, quantizer, feedback, prediction, stored),
                 }
             }
         }
@@ -184,10 +189,11 @@ impl RecordEncoder<'_> {
         (values, base): (&[f32], Option<BaseTensor>),
         layout: RunLayout,
         quantizer: &PartQuantizer,
+        feedback: Option<&ColumnFeedback>,
         prediction: Option<&PartPrediction>,
         stored: Option<StoredPrediction>,
     ) -> EncodedPart {
-        let rounding = match prediction {
+        let mut rounding = match prediction {
             // By the scale of what is left of the part.
             Some(prediction) => {
                 let allowed = Rounding { own_table: quantizer.choice.rounding.own_table, ..self.options.rounding() };
@@ -196,6 +202,9 @@ impl RecordEncoder<'_> {
             }
             None => quantizer.choice.rounding,
         };
+        if let (Some(trellis), Some(_)) = (&mut rounding.trellis, feedback) {
+            trellis.state_bits = self.options.closed_loop_states().state_bits();
+        }
         let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
         let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
         let step_of_run = |run: usize| quantizer.step_of_run(run);
@@ -207,6 +216,7 @@ impl RecordEncoder<'_> {
             step_of_run: &step_of_run,
             raw_bits: quantizer.choice.raw_bits,
             rounding,
+            feedback,
         };
         let coding = match base {
             Some(reference) => Coding::QuantizedFromBase(reference, info),

@@ -4,6 +4,7 @@
 //! With the rate in the path metric the search includes rate-distortion-optimised rounding. Each lane of a strip has its own
 //! path, as in the decoder (`codec::trellis`), and all are searched side by side.
 
+pub mod feedback;
 mod kernels;
 
 use self::kernels::{Branches, Costs, Level, Step};
@@ -129,6 +130,8 @@ const NOT_CODED: f32 = 1e12;
 struct Prices {
     /// Per quantizer, lambda times the bits of each code from one below the lowest on.
     of_code: [[f32; PRICED]; 2],
+    /// Per quantizer, how far the point of each code lies from it, in steps.
+    points: [[f32; PRICED]; 2],
     /// Per quantizer, one less than the lowest code.
     below: [i32; 2],
     raw_bits: u32,
@@ -152,7 +155,15 @@ impl Prices {
             }
             costs
         });
-        Self { of_code, below: tables.map(|table| table.range().0 - 1), raw_bits, bounds }
+        let points = tables.map(|table| {
+            let (low, high) = table.range();
+            let mut points = [0.0; PRICED];
+            for (point, code) in points[1..].iter_mut().zip(low..=high) {
+                *point = table.position(code).map_or(0.0, |position| table.point_offset(position));
+            }
+            points
+        });
+        Self { of_code, points, below: tables.map(|table| table.range().0 - 1), raw_bits, bounds }
     }
 }
 

@@ -11,18 +11,24 @@ use super::{Decoded, Inode, Keeper, Vfs, VfsError};
 
 /// Bytes of a file that are in memory already: see [`Vfs::resident`].
 #[derive(Debug)]
-pub struct Resident {
-    node: Arc<Node>,
-    range: Range<usize>,
+pub struct Resident(Held);
+
+#[derive(Debug)]
+enum Held {
+    Header(Arc<Node>, Range<usize>),
+    Decoded(Decoded),
 }
 
 impl Deref for Resident {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        match &self.node.content {
-            Content::Archived(archived) => &archived.file().header[self.range.clone()],
-            _ => unreachable!("made for archived files only"),
+        match &self.0 {
+            Held::Decoded(decoded) => decoded,
+            Held::Header(node, range) => match &node.content {
+                Content::Archived(archived) => &archived.file().header[range.clone()],
+                _ => unreachable!("made for archived files only"),
+            },
         }
     }
 }
@@ -48,16 +54,28 @@ impl<B: Deref<Target = [u8]>> Deref for Bytes<B> {
 }
 
 impl Vfs {
-    /// The bytes `offset_bytes..offset_bytes + length_bytes` of a file where they are in memory already and the file has
-    /// them all: an archived file's header. `None` means that [`read`](Self::read) must be asked.
-    pub fn resident(&self, inode: Inode, offset_bytes: u64, length_bytes: u64) -> Option<Resident> {
+    /// The bytes of an archived file from `offset_bytes` on, `length` of them or as many as it has, where they are in memory
+    /// already, side by side: of its header, or decoded ahead for a reader that keeps them. `None` means that
+    /// [`read`](Self::read) must be asked. Never blocks.
+    pub fn resident(&self, inode: Inode, offset_bytes: u64, length: usize, keeper: Keeper) -> Option<Resident> {
         let node = self.node(inode).ok()?;
         let Content::Archived(archived) = &node.content else { return None };
         let from = usize::try_from(offset_bytes).ok()?;
-        let to = from.checked_add(usize::try_from(length_bytes).ok()?)?;
-        archived.file().header.get(from..to)?;
-        self.note_answer(&node, archived, offset_bytes, length_bytes, false);
-        Some(Resident { node, range: from..to })
+        let to = from.checked_add(length)?;
+        if archived.file().header.get(from..to).is_some() {
+            self.note_answer(&node, archived, offset_bytes, length as u64, false);
+            return Some(Resident(Held::Header(node, from..to)));
+        }
+        let left = node.attributes.length_bytes.checked_sub(offset_bytes)?;
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(length);
+        if keeper == Keeper::Cache || length == 0 {
+            return None;
+        }
+        let decoded = archived.checkpoint().decoded_already(archived.index, offset_bytes, length)?;
+        self.note_read(&node, archived, offset_bytes, length as u64, keeper);
+        archived.count_read(offset_bytes, length as u64);
+        self.note_answer(&node, archived, offset_bytes, length as u64, true);
+        Some(Resident(Held::Decoded(decoded)))
     }
 
     /// Gives the bytes of a file from `offset_bytes` on, `length` of them or as many as it has; in a `buffer` of that length

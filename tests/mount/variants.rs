@@ -55,7 +55,7 @@ fn many_readers_of_many_variants_within_little_memory_get_the_right_bytes() {
     require_fuse!();
     let place = Place::new();
     let variants = pack_variants(&place, &bert(), 6);
-    assert!(place.mount(&["--memory-limit", "8M"]).status.success());
+    assert!(place.mount(&["--memory-limit", "32M"]).status.success());
     thread::scope(|scope| {
         for (number, bytes) in variants.iter().enumerate() {
             let place = &place;

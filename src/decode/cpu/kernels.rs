@@ -251,7 +251,7 @@ pub static AVX512: Kernels = Kernels {
     narrow: [avx512::narrow::<0>, avx512::narrow::<1>, avx512::narrow::<2>],
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
     joined: Some(Joined { narrow: avx512::narrow_joined, wide: avx512::wide_joined }),
-    finish: finish::AVX512,
+    finish: finish::Kernels { dequantize_trellis: avx512::dequantize_trellis, ..finish::AVX512 },
     differences: differences::AVX512,
 };
 
@@ -264,6 +264,7 @@ pub static NEON: Kernels = Kernels {
     wide: [neon::run::<0, [u8; 4]>, neon::run::<1, [u8; 4]>, neon::run::<2, [u8; 4]>],
     joined: None,
     finish: finish::PORTABLE, // compilers vectorize it: NEON is part of the architecture
+    differences: differences::PORTABLE,
 };
 
 /// Two or four bytes that a symbol turns into.

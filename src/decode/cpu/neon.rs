@@ -46,7 +46,9 @@ const fn spread() -> [[u8; 2 * GROUP]; 256] {
 /// # Safety
 /// None needed: every aarch64 has NEON.
 pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>]) {
-    portable::with_rest::<TABLE_USE, O>(jobs, whole_vectors::<TABLE_USE, O>);
+    portable::with_rest::<TABLE_USE, O>(jobs, |jobs, symbols| {
+        jobs.iter_mut().for_each(|job| whole_vectors::<TABLE_USE, O>(job, symbols));
+    });
 }
 
 /// 64 bytes, looked up by sixteen indices less than 64.
