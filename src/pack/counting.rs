@@ -2,6 +2,7 @@
 //!
 //! Everything is summed in the order of the runs, so that no sum depends on the number of threads.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -9,6 +10,10 @@ use rayon::prelude::*;
 use super::entropy_model::{ClassHistograms, FittedTable, TablePool};
 use super::histogram::{EXCEPTION_BITS, Histogram};
 use super::symbols::Symbols;
+use crate::codec::integers;
+
+/// Elements up to which a part's choices of tables are weighed against what they save: of larger parts they are nothing.
+const SMALL_PART: usize = 1 << 18;
 
 fn run_histogram(symbols: &dyn Symbols, run: usize, scratch: &mut Vec<i32>) -> Histogram {
     scratch.clear();
@@ -83,6 +88,25 @@ pub fn choose_tables(symbols: &dyn Symbols, pool: &TablePool, runs: Range<usize>
         Some([first, symbols.second_kind().map_or(first, |kind| pool.companion(first, kind))])
     })
     .collect()
+}
+
+/// The one table that takes a small part shorter than each run's own, whose choices cost bits too; `None` where none does.
+pub fn sole_table(symbols: &dyn Symbols, pool: &TablePool) -> Option<usize> {
+    let layout = symbols.layout();
+    if layout.elements > SMALL_PART || symbols.second_kind().is_some() {
+        return None;
+    }
+    let mut scratch = Vec::new();
+    let runs: Vec<Histogram> = (0..layout.runs()).map(|run| run_histogram(symbols, run, &mut scratch)).collect();
+    let choices: Vec<(usize, f64)> =
+        runs.iter().map(|run| pool.choose(symbols.kind(), symbols.class(run), run)).collect::<Option<_>>()?;
+    let used: BTreeSet<usize> = choices.iter().map(|&(table, _)| table).collect();
+    let numbers: Vec<i32> = choices.iter().map(|(table, _)| used.range(..table).count() as i32).collect();
+    let bits_of_choices = 8.0 * (integers::encode(&numbers).0.len() + used.len()) as f64;
+    let bits: f64 = choices.iter().map(|(_, bits)| bits).sum::<f64>() + bits_of_choices;
+    let alone = used.iter().map(|&table| (table, runs.iter().map(|run| pool.table(table).cost(run)).sum::<f64>()));
+    let (table, fewest) = alone.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
+    (used.len() > 1 && fewest < bits).then_some(table)
 }
 
 /// What placing a part's symbols gave, each run counted as often as its weight says.

@@ -10,10 +10,13 @@ use std::sync::Arc;
 use super::histogram::{EXCEPTION_BITS, Histogram};
 use crate::codec::entropy::CodingTable;
 use crate::codec::vector_quantizer::Codebook;
+use crate::format::limits::TABLE_POSITIONS;
 use crate::format::table::{TOTAL, Table};
 
 /// Classes with fewer symbols than this share a neighbour's table: a table must earn its own bytes.
 const CLASS_SYMBOLS: u64 = 4096;
+/// Bits of a position of a table in the deflated index, about: its code and its frequency. Points take eight more.
+const POSITION_BITS: f64 = 20.0;
 /// Tables tried around a run's own class.
 const NEIGHBOURS: i32 = 4;
 
@@ -139,7 +142,7 @@ impl ClassHistograms {
             join_below(&mut joined, key, &sparse);
         }
         let mut pool = TablePool::default();
-        for ((kind, class), histogram) in joined {
+        for ((kind, class), histogram) in join_where_tables_cost_more(joined) {
             let table = match kind {
                 StreamKind::Quantized { own: Some(OwnTable { fixed_length: true, .. }), .. }
                 | StreamKind::Trellis { own: Some(OwnTable { fixed_length: true, .. }), .. } => {
@@ -160,6 +163,38 @@ impl ClassHistograms {
         }
         pool
     }
+}
+
+/// Joins neighbouring classes of a kind wherever symbols coded with one table for both take fewer bits more than the second
+/// table does, those that save most first.
+fn join_where_tables_cost_more(classes: BTreeMap<(StreamKind, i32), Histogram>) -> Vec<((StreamKind, i32), Histogram)> {
+    let mut classes: Vec<((StreamKind, i32), Histogram)> = classes.into_iter().collect();
+    let bits = |kind: StreamKind, histogram: &Histogram| {
+        let positions = histogram.occurring().count().min(TABLE_POSITIONS as usize) as f64;
+        let position_bits = POSITION_BITS + if kind.has_points() { 8.0 } else { 0.0 };
+        histogram.entropy_bits() + positions * position_bits
+    };
+    let join = |classes: &[((StreamKind, i32), Histogram)], first: usize| {
+        let [((kind, _), one), ((other_kind, _), other)] = &classes[first..first + 2] else { unreachable!("two") };
+        if kind != other_kind {
+            return None;
+        }
+        let mut both = one.clone();
+        both.merge(other, 1);
+        let saved = bits(*kind, one) + bits(*kind, other) - bits(*kind, &both);
+        (saved > 0.0).then_some((saved, first, both))
+    };
+    while let Some((_, first, both)) = (0..classes.len().saturating_sub(1))
+        .filter_map(|first| join(&classes, first))
+        .max_by(|(a, ..), (b, ..)| a.total_cmp(b))
+    {
+        // Under the name of the class that has more to say.
+        let ((_, one), (key, other)) = (&classes[first], &classes[first + 1]);
+        let key = if one.symbols() >= other.symbols() { classes[first].0 } else { *key };
+        classes[first] = (key, both);
+        classes.remove(first + 1);
+    }
+    classes
 }
 
 /// Adds a sparse class to the class below it, if there is one of its kind.
@@ -291,9 +326,13 @@ impl TablePool {
         self.by_class.range((kind, i32::MIN)..=(kind, i32::MAX)).next().is_some()
     }
 
-    /// The table of another kind for the class that `number` was fitted to; `number` itself where there is none.
+    /// The table of another kind for the class nearest to that `number` was fitted to; `number` itself where there is none.
     pub fn companion(&self, number: usize, kind: StreamKind) -> usize {
-        self.by_class.get(&(kind, self.classes[number])).copied().unwrap_or(number)
+        let class = self.classes[number];
+        let below = self.by_class.range((kind, i32::MIN)..=(kind, class)).next_back();
+        let above = self.by_class.range((kind, class)..=(kind, i32::MAX)).next();
+        let nearest = below.into_iter().chain(above).min_by_key(|((_, other), _)| other.abs_diff(class));
+        nearest.map_or(number, |(_, &number)| number)
     }
 
     /// The cheapest table for a run and the bits it takes, tried around the run's own class. `None` where no table of the
@@ -305,5 +344,53 @@ impl TablePool {
             .chain(above)
             .map(|(_, &number)| (number, self.tables[number].cost(run)))
             .min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIND: StreamKind = StreamKind::Units { bits: 8, raw_bits: 0 };
+
+    /// So many symbols that fall off exponentially on both sides of zero.
+    fn symbols(count: f64, scale: f64) -> Histogram {
+        let mut histogram = Histogram::default();
+        for code in -30..=30_i32 {
+            let share = (-f64::from(code.abs()) / scale).exp() / (2.0 * scale);
+            histogram.merge(&Histogram::of(&[code]), (count * share) as u64);
+        }
+        histogram
+    }
+
+    fn tables(classes: &[(i32, Histogram)]) -> usize {
+        let mut counted = ClassHistograms::default();
+        for (class, histogram) in classes {
+            counted.add(KIND, *class, histogram, 1);
+        }
+        counted.fit().coding_tables().len()
+    }
+
+    #[test]
+    fn classes_share_a_table_unless_another_pays_for_itself() {
+        assert_eq!(tables(&[(0, symbols(8e4, 4.0)), (1, symbols(8e4, 4.0))]), 1);
+        assert_eq!(tables(&[(0, symbols(8e4, 2.0)), (1, symbols(8e4, 6.0))]), 2);
+        // A small difference pays once there are symbols enough.
+        assert_eq!(tables(&[(0, symbols(1e4, 4.0)), (1, symbols(1e4, 4.4))]), 1);
+        assert_eq!(tables(&[(0, symbols(1e7, 4.0)), (1, symbols(1e7, 4.4))]), 2);
+    }
+
+    #[test]
+    fn the_companion_of_a_table_is_that_of_the_nearest_class() {
+        let kind = |quantizer| StreamKind::Trellis { raw_bits: 0, quantizer, own: None };
+        let mut counted = ClassHistograms::default();
+        counted.add(kind(0), 5, &symbols(9e4, 4.0), 1);
+        for (class, scale) in [(0, 1.0), (6, 8.0)] {
+            counted.add(kind(1), class, &symbols(9e4, scale), 1);
+        }
+        let pool = counted.fit();
+        let companion = pool.companion(0, kind(1));
+        assert_eq!(pool.class_of(companion), 6);
+        assert_eq!(pool.companion(companion, kind(0)), 0);
     }
 }

@@ -97,6 +97,12 @@ impl Histogram {
         codes.filter(|&(_, count)| count > 0)
     }
 
+    /// Bits of all symbols with the distribution that they have.
+    pub fn entropy_bits(&self) -> f64 {
+        let total = self.symbols as f64;
+        self.occurring().map(|(_, count)| count as f64 * (total / count as f64).log2()).sum()
+    }
+
     /// Symbols counted.
     pub fn symbols(&self) -> u64 {
         self.symbols

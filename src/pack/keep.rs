@@ -65,6 +65,11 @@ impl FromStr for KeepRule {
 }
 
 impl KeepRule {
+    /// Whether tensors may lose anything by the rule.
+    pub fn is_lossy(&self) -> bool {
+        self.keep != Keep::Lossless
+    }
+
     /// Whether the rule speaks of this tensor.
     pub fn matches(&self, tensor: &str) -> bool {
         self.pattern.is_match(tensor)

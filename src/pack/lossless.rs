@@ -14,8 +14,8 @@ use crate::tensor::{Dtype, TensorInfo};
 const SAMPLED_RUNS: usize = 64;
 /// A split that moves mantissa bits into the symbol must save this many bits per element: whole bytes decode faster.
 const SPLIT_GAIN: f64 = 0.015;
-/// Elements below which a tensor stays raw: its share of a table and its header take some 30 bytes.
-const LEAST_ELEMENTS: u64 = 192;
+/// Elements below which a tensor stays raw: its share of a table and its header take some 25 bytes.
+const LEAST_ELEMENTS: u64 = 64;
 
 /// Bits of a part's header, place in the index and share of a table, about.
 const PART_BITS: f64 = 8.0 * 48.0;
@@ -162,9 +162,5 @@ fn sampled_bits(symbols: &dyn Symbols) -> f64 {
     for run in (0..runs).step_by(runs.div_ceil(SAMPLED_RUNS).max(1)) {
         symbols.nearest(run, &mut sampled);
     }
-    let total = sampled.len().max(1) as f64;
-    let counted = Histogram::of(&sampled);
-    let entropy: f64 =
-        counted.occurring().map(|(_, count)| -(count as f64 / total) * (count as f64 / total).log2()).sum();
-    entropy + mean_raw_bits(symbols)
+    Histogram::of(&sampled).entropy_bits() / sampled.len().max(1) as f64 + mean_raw_bits(symbols)
 }

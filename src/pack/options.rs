@@ -328,21 +328,23 @@ impl PackOptions {
             Target::BitsPerParameter(bits) => format!("bpp {bits}"),
             Target::RelativeSquaredError(error) => format!("max-rel-mse {error}"),
         };
-        let options = format!(
-            "{target}, effort {:?}, keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, \
-             trellis-states {}, entropy-model {:?}, \
-             rate-aware-rounding {}, embedding-refinement {}",
-            self.effort,
-            self.keyframe_interval,
-            self.alignment,
-            self.predictor,
-            self.steps,
-            self.quantization,
-            self.trellis_states(),
-            self.entropy_model,
-            self.rate_aware_rounding,
-            self.embedding_refinement
-        );
+        let mut options = format!("{target}, effort {:?}", self.effort);
+        // The rest says how weights are quantized: nothing of it matters where none are.
+        if self.target.is_lossy() || self.keep.iter().any(KeepRule::is_lossy) {
+            options.push_str(&format!(
+                ", keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, trellis-states {}, \
+                 entropy-model {:?}, rate-aware-rounding {}, embedding-refinement {}",
+                self.keyframe_interval,
+                self.alignment,
+                self.predictor,
+                self.steps,
+                self.quantization,
+                self.trellis_states(),
+                self.entropy_model,
+                self.rate_aware_rounding,
+                self.embedding_refinement
+            ));
+        }
         let mut provenance = vec![
             ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
             ("options".to_owned(), options.to_lowercase()),

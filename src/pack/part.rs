@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
-use super::counting::{choose_tables, sum_of_squares};
+use super::counting::{choose_tables, sole_table, sum_of_squares};
 use super::entropy_model::{FittedTable, TablePool};
 use super::symbols::{Placed, RunLayout, Symbols};
 use super::vectors::VectorStrips;
@@ -63,9 +63,10 @@ impl EncodedPart {
     /// Encodes symbols. `coding` says what they mean. `None` where the pool has no fitting table.
     pub fn symbols(coding: Coding, symbols: &dyn Symbols, pool: &TablePool) -> Option<Self> {
         let layout = symbols.layout();
+        let sole_table = sole_table(symbols, pool);
         let strips: Vec<PlacedStrip> = (0..layout.strips())
             .into_par_iter()
-            .map(|strip| encode_strip(symbols, pool, strip))
+            .map(|strip| encode_strip(symbols, pool, strip, sole_table))
             .collect::<Option<_>>()?;
         let mut numbers: BTreeMap<[usize; 2], i32> = BTreeMap::new();
         for &tables in strips.iter().flat_map(|strip| &strip.tables_of_run) {
@@ -164,10 +165,18 @@ impl EncodedPart {
     }
 }
 
-fn encode_strip(symbols: &dyn Symbols, pool: &TablePool, strip: usize) -> Option<PlacedStrip> {
+fn encode_strip(
+    symbols: &dyn Symbols,
+    pool: &TablePool,
+    strip: usize,
+    sole_table: Option<usize>,
+) -> Option<PlacedStrip> {
     let layout = symbols.layout();
     let runs = layout.strip_runs(strip);
-    let tables_of_run = choose_tables(symbols, pool, runs.clone())?;
+    let tables_of_run = match sole_table {
+        Some(table) => vec![[table; 2]; runs.len()],
+        None => choose_tables(symbols, pool, runs.clone())?,
+    };
     let fitted: Vec<[&FittedTable; 2]> =
         tables_of_run.iter().map(|tables| tables.map(|table| pool.table(table))).collect();
     let placed = symbols.place(runs.clone(), &fitted);

@@ -27,6 +27,9 @@ use crate::format::part::{Coding, QuantizerInfo, StoredPlacement, StoredPredicti
 use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
 
+/// Bytes of a header of symbols, which bytes as they are do without.
+const HEADER_BYTES: usize = 20;
+
 /// The decoded record that the next layer's record may be predicted from (Algorithm 1's context buffers).
 #[derive(Debug)]
 pub struct Context {
@@ -162,7 +165,9 @@ impl RecordEncoder<'_> {
             Drafted::Split(split, tensor, bytes) => {
                 let symbols = split.symbols(tensor, bytes);
                 let encoded = EncodedPart::symbols(symbols.coding(), &*symbols, self.pool);
-                encoded.filter(|part| part.body.len() < bytes.len()).unwrap_or_else(|| EncodedPart::raw(bytes))
+                encoded
+                    .filter(|part| part.body.len() + HEADER_BYTES < bytes.len())
+                    .unwrap_or_else(|| EncodedPart::raw(bytes))
             }
             Drafted::Quantized { values, layout, quantizer, base } => {
                 let stored = prediction.map(|prediction| StoredPrediction {
