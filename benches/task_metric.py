@@ -7,7 +7,8 @@
 Needs benches/setup's environment and an evaluation folder: models/, and eval.py, which reads a checkpoint directory by
 plain open, seek and read, and prints its task metric and the distance to the original as JSON. Beside each rate stand
 NNCodec and GGUF's format at the rate nearest to it: their decoded matrices in a copy of the checkpoint, everything
-else as it was and counted as it was. Prints one Markdown table, a line for each model and rate; a cell has the bits per
+else as it was and counted as it was. Where the folder has calibration inputs for a model there is a calibrated archive
+too; a model of images is calibrated on every fourth image and evaluated on all. Prints one Markdown table, a line for each model and rate; a cell has the bits per
 parameter of the whole file, the metric and the distance. The lossless archive's metric is the original's. Every point is
 told on standard error as soon as it is known, with its squared error.
 """
@@ -21,12 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import checkpoint, gguf, rewritten
+from measure import calibration, checkpoint, gguf, rewritten
 from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
 from measure.store import Store
 
 RATES = (8.0, 5.0, 4.2, 3.3, 2.8, 2.1)
-CODECS = ("mcwcfs", "NNCodec", "GGUF")
+CODECS = ("mcwcfs", "mcwcfs calibrated", "NNCodec", "GGUF")
 
 
 @contextmanager
@@ -118,24 +119,30 @@ class Peers:
         return told(self.model, f"{rate:g}", point, error)
 
 
-def measure(mcwcfs, script, model, rates, work, peers):
+def measure(mcwcfs, script, model, rates, work, peers, inputs):
     """The lines of the table for one model."""
     packed, mount_point = work / "packed", work / "mnt"
     packed.mkdir()
     mount_point.mkdir()
-    choices = [("lossless", ["--lossless"]), *((f"{rate:g}", ["--bpp", str(rate)]) for rate in rates)]
+    choices = [("lossless", "mcwcfs", ["--lossless"])]
+    for rate in rates:
+        choices.append((f"{rate:g}", "mcwcfs", ["--bpp", str(rate)]))
+        if inputs is not None:
+            choices.append((f"{rate:g}", "mcwcfs calibrated", ["--bpp", str(rate), "--calibration", inputs]))
     reports = {}
-    for name, options in choices:
+    for asked, codec, options in choices:
+        name = f"{asked} {codec}"
         reports[name] = mcwcfs.pack(model.directory, packed / name, *options)
         if reports[name]["target_missed"]:
             print(f"{model.name}, {name}: {reports[name]['target_missed']}", file=sys.stderr)
     points = {}
     with mounted(mcwcfs, packed, mount_point):
-        for name, _ in choices:
+        for asked, codec, _ in choices:
+            name = f"{asked} {codec}"
             result = evaluate(script, mount_point / name, model.directory)
             report = reports[name]
-            point = Point("mcwcfs", "", report["bits_per_parameter"], result)
-            points[name] = [told(model, name, point, report["relative_squared_error"])]
+            point = Point(codec, "", report["bits_per_parameter"], result)
+            points.setdefault(asked, []).append(told(model, asked, point, report["relative_squared_error"]))
     for rate in rates if peers else ():
         points[f"{rate:g}"] += peers.at(rate)
     primary = points["lossless"][0].result["primary"]
@@ -173,7 +180,8 @@ def main():
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
             script = folder / "eval.py"
             peers = None if arguments.no_peers else Peers(ggml, store, script, model)
-            rows += measure(mcwcfs, script, model, arguments.rates, Path(work), peers)
+            inputs = calibration.inputs(folder, model, Path(work))
+            rows += measure(mcwcfs, script, model, arguments.rates, Path(work), peers, inputs)
     print("| model, metric of the original | asked | " + " | ".join(CODECS) + " |")
     print("|---" * (2 + len(CODECS)) + "|")
     print("\n".join(rows))

@@ -159,7 +159,12 @@ impl Archive {
         let io = |source| ArchiveError::Io { path: path.to_owned(), source };
         let format = |error| ArchiveError::Format { path: path.to_owned(), error };
         let file = File::open(path).map_err(io)?;
-        let stored_bytes = file.metadata().map_err(io)?.len();
+        let metadata = file.metadata().map_err(io)?;
+        if metadata.is_dir() {
+            let reason = "is a directory, expected an archive: name the .mcwc file in it";
+            return Err(io(std::io::Error::new(std::io::ErrorKind::IsADirectory, reason)));
+        }
+        let stored_bytes = metadata.len();
         let mut preamble = vec![0; PREAMBLE_BYTES.min(stored_bytes) as usize];
         file.read_exact_at(&mut preamble, 0).map_err(io)?;
         let preamble = Preamble::parse(&preamble, stored_bytes).map_err(format)?;

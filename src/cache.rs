@@ -57,7 +57,36 @@ struct State<K> {
     in_flight: HashMap<K, Arc<Flight>>,
     /// Hashes of all keys ever made: eight bytes each, so that duplicates can be counted after eviction.
     made: HashSet<u64>,
+    /// What of the budget is lent out.
+    lent_bytes: u64,
     stats: CacheStats,
+}
+
+/// A part of a cache's budget that it does not use until this is dropped.
+#[derive(Debug)]
+pub struct Loan<'a, K> {
+    cache: &'a Cache<K>,
+    bytes: u64,
+}
+
+impl<K> Drop for Loan<'_, K> {
+    fn drop(&mut self) {
+        lock(&self.cache.state).lent_bytes -= self.bytes;
+    }
+}
+
+impl<K: Hash + Eq> State<K> {
+    /// Drops the values used least recently until the others take `bytes` at most; returns them, to be freed after the lock.
+    fn evict_down_to(&mut self, bytes: u64) -> Vec<Arc<[u8]>> {
+        let mut evicted = Vec::new();
+        while self.stats.bytes > bytes {
+            let (_, oldest) = self.entries.pop_lru().expect("bytes are held, so an entry holds them");
+            self.stats.bytes -= oldest.len() as u64;
+            self.stats.evictions += 1;
+            evicted.push(oldest);
+        }
+        evicted
+    }
 }
 
 /// One value being made, and the callers that wait for it.
@@ -136,6 +165,7 @@ impl<K: Hash + Eq + Clone> Cache<K> {
             entries: LruCache::unbounded(),
             in_flight: HashMap::new(),
             made: HashSet::new(),
+            lent_bytes: 0,
             stats: CacheStats { budget_bytes, ..CacheStats::default() },
         };
         Self { state: Mutex::new(state), budget_bytes, hasher: RandomState::new() }
@@ -252,6 +282,18 @@ impl<K: Hash + Eq + Clone> Cache<K> {
         drop(state);
     }
 
+    /// Lends `bytes` of the budget out, or what is left of it; what is held makes room now.
+    pub fn lend(&self, bytes: u64) -> Loan<'_, K> {
+        let mut state = lock(&self.state);
+        let bytes = bytes.min(self.budget_bytes - state.lent_bytes);
+        state.lent_bytes += bytes;
+        let left = self.budget_bytes - state.lent_bytes;
+        let evicted = state.evict_down_to(left);
+        drop(state);
+        drop(evicted);
+        Loan { cache: self, bytes }
+    }
+
     /// What the cache holds and has done.
     pub fn stats(&self) -> CacheStats {
         let state = lock(&self.state);
@@ -261,24 +303,20 @@ impl<K: Hash + Eq + Clone> Cache<K> {
     fn keep(&self, key: &K, value: &Arc<[u8]>) {
         let length_bytes = value.len() as u64;
         let key_hash = self.hasher.hash_one(key);
-        let mut evicted = Vec::new(); // freed after the lock is: returning pages to the system takes its time
         let mut state = lock(&self.state);
         if !state.made.insert(key_hash) {
             state.stats.duplicate_makes += 1;
         }
-        if length_bytes > self.budget_bytes {
+        let budget_bytes = self.budget_bytes - state.lent_bytes;
+        if length_bytes > budget_bytes {
             return;
         }
-        while state.stats.bytes + length_bytes > self.budget_bytes {
-            let (_, oldest) = state.entries.pop_lru().expect("bytes are held, so an entry holds them");
-            state.stats.bytes -= oldest.len() as u64;
-            state.stats.evictions += 1;
-            evicted.push(oldest);
-        }
+        let evicted = state.evict_down_to(budget_bytes - length_bytes);
         let replaced = state.entries.put(key.clone(), Arc::clone(value));
         assert!(replaced.is_none(), "one flight per key, and none for a key that is held");
         state.stats.bytes += length_bytes;
         drop(state);
+        drop(evicted); // after the lock is free: returning pages to the system takes its time
     }
 }
 

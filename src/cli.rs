@@ -3,10 +3,11 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. What works on
 //! a mount (`mount`, `umount`, `status`, `upgrade`) uses those of mount(8).
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
 use crate::archive::Place;
@@ -27,6 +28,7 @@ pub mod umount;
 pub mod unpack;
 pub mod upgrade;
 pub mod verify;
+pub mod zoo;
 
 /// Exit code of `verify` where an archive is damaged or differs from the original.
 const NOT_SOUND: u8 = 3;
@@ -43,8 +45,10 @@ struct Mcwcfs {
 #[allow(clippy::large_enum_variant)] // made once per process
 enum Command {
     /// Pack a checkpoint into a .mcwc archive.
-    #[command(name = "mcwc-pack", visible_alias = "pack")]
+    #[command(visible_alias = "mcwc-pack")]
     Pack(pack::PackArgs),
+    /// Pack a directory of checkpoints, variants against their bases.
+    Zoo(zoo::ZooArgs),
     Mount(mount::MountArgs),
     Umount(umount::UmountArgs),
     Status(status::StatusArgs),
@@ -58,12 +62,23 @@ enum Command {
     Analyze(analyze::AnalyzeArgs),
 }
 
-/// Packs a checkpoint into a .mcwc archive.
+/// Pack a checkpoint into a .mcwc archive.
 #[derive(Parser, Debug)]
 #[command(name = "mcwc-pack", version)]
+#[command(
+    after_help = "mcwc-pack zoo DIR OUT packs a directory of checkpoints, variants against their bases: see mcwc-pack zoo --help"
+)]
 struct McwcPack {
     #[command(flatten)]
     pack: pack::PackArgs,
+}
+
+/// Packs a directory of checkpoints, variants against their bases.
+#[derive(Parser, Debug)]
+#[command(name = "mcwc-pack zoo", version)]
+struct McwcPackZoo {
+    #[command(flatten)]
+    zoo: zoo::ZooArgs,
 }
 
 /// Reads `--threads`. More than a thousand only wait for one another, and tens of thousands bring a machine to a halt.
@@ -92,15 +107,17 @@ fn lies_inside(path: &Path, directory: &Path) -> bool {
 
 /// The process `mcwcfs`.
 pub fn mcwcfs() -> ExitCode {
-    let command = match Mcwcfs::try_parse() {
+    let arguments = named_command(std::env::args_os().collect());
+    let command = match Mcwcfs::try_parse_from(&arguments) {
         Ok(arguments) => arguments.command,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, arguments.get(1).map(OsString::as_os_str)),
     };
     if !matches!(command, Command::Mount(_) | Command::Umount(_)) {
         telemetry::start(LevelFilter::Warn); // mount has a flag for it
     }
     match command {
         Command::Pack(args) => finish(pack::run(&args)),
+        Command::Zoo(args) => finish(zoo::run(&args)),
         Command::Mount(args) => mount::run(args),
         Command::Umount(args) => umount::run(&args),
         Command::Status(args) => status::run(&args),
@@ -117,11 +134,25 @@ pub fn mcwcfs() -> ExitCode {
     }
 }
 
+/// `mcwcfs SRC MNT` is `mcwcfs mount SRC MNT`: so the helpers of mount(8) call the programs of file systems. A directory that
+/// is named like a command must be given with a slash.
+fn named_command(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let is_source = |argument: &OsString| {
+        let is_command = argument.to_str().is_some_and(|name| Mcwcfs::command().find_subcommand(name).is_some());
+        let is_option = argument.as_encoded_bytes().starts_with(b"-");
+        !is_command && !is_option && (argument.as_encoded_bytes().contains(&b'/') || Path::new(argument).is_dir())
+    };
+    if arguments.get(1).is_some_and(is_source) {
+        arguments.insert(1, "mount".into());
+    }
+    arguments
+}
+
 /// Prints what is wrong with the arguments, or the help that was asked for. mount(8) calls wrong usage 1, all others 2.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error, command: Option<&OsStr>) -> ExitCode {
     let _ = error.print(); // nothing is left to tell it to
     let of_mounts = ["mount", "umount", "status", "upgrade"];
-    let mounts = std::env::args().nth(1).is_some_and(|command| of_mounts.contains(&command.as_str()));
+    let mounts = command.is_some_and(|command| of_mounts.iter().any(|name| command == *name));
     match error.exit_code() {
         0 => ExitCode::SUCCESS,
         _ if mounts => ExitCode::from(1),
@@ -131,8 +162,13 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 /// The process `mcwc-pack`.
 pub fn mcwc_pack() -> ExitCode {
-    let arguments = McwcPack::parse();
     telemetry::start(LevelFilter::Warn);
+    // A checkpoint of this name is `./zoo`.
+    if std::env::args_os().nth(1).is_some_and(|first| first == "zoo") {
+        let arguments = McwcPackZoo::parse_from(std::env::args_os().skip(1));
+        return finish(zoo::run(&arguments.zoo));
+    }
+    let arguments = McwcPack::parse();
     finish(pack::run(&arguments.pack))
 }
 
@@ -142,4 +178,25 @@ fn finish<E: std::error::Error>(result: Result<ExitCode, E>) -> ExitCode {
         eprintln!("mcwcfs: {error}");
         ExitCode::FAILURE
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_without_a_command_is_mounted_and_commands_stay_commands() {
+        let named = |line: &str| {
+            let arguments = named_command(line.split(' ').map(OsString::from).collect());
+            arguments[1].to_str().unwrap().to_owned()
+        };
+        for line in ["mcwcfs /srv/models /mnt -o allow_other", "mcwcfs ./pack /mnt", "mcwcfs src mnt"] {
+            assert_eq!(named(line), "mount", "{line}"); // `src` is there where tests run
+        }
+        for line in ["mcwcfs pack a b", "mcwcfs mcwc-pack a b", "mcwcfs mount a b", "mcwcfs --help", "mcwcfs mout a b"]
+        {
+            assert_eq!(named(line), line.split(' ').nth(1).unwrap(), "{line}");
+        }
+        assert_eq!(named_command(vec!["mcwcfs".into()]), ["mcwcfs"]);
+    }
 }

@@ -38,7 +38,7 @@ use handover::Facts;
 use service::{Prepared, Service};
 use supervisor::{News, Recipe};
 
-pub use memory::{MemoryPlan, default_limit_bytes};
+pub use memory::{LEAST_LIMIT_BYTES, MemoryPlan, default_limit_bytes};
 pub use process::{status, umount, upgrade};
 pub use status::{ArchiveReport, Report};
 pub use worker::run as run_worker;

@@ -99,12 +99,26 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Name for logs and `--engine`.
     fn name(&self) -> &'static str;
 
-    /// Decodes strip number `strip` of `part` from its stored bytes into the tensor's bytes for the elements it holds.
+    /// How many strips [`Self::decode_strips`] decodes best together.
+    fn strips_at_once(&self) -> usize {
+        1
+    }
+
+    /// Decodes strips of `part`, in any order, each from its stored bytes into the tensor's bytes for the elements it holds; the
+    /// first error found ends it. May change the order of `jobs`.
     ///
-    /// `stored` is what [`PreparedPart::strip_range`] covers and `out` is [`PreparedPart::strip_output_bytes`] long.
     /// `reference` is the whole decoded reference tensor where the part is predicted; where it starts from a base, the
-    /// reference bytes from the strip's first element on. The checksum is checked first.
-    /// After an error the content of `out` means nothing.
+    /// reference bytes from the first of these strips on. Checksums are checked first. After an error the content of the
+    /// outputs means nothing.
+    fn decode_strips(
+        &self,
+        part: &PreparedPart,
+        reference: Option<&[u8]>,
+        jobs: &mut [StripJob<'_>],
+    ) -> Result<(), DecodeError>;
+
+    /// [`Self::decode_strips`] of one: `stored` is what [`PreparedPart::strip_range`] covers, and `out` is
+    /// [`PreparedPart::strip_output_bytes`] long.
     fn decode_strip(
         &self,
         part: &PreparedPart,
@@ -112,27 +126,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
         stored: &[u8],
         reference: Option<&[u8]>,
         out: &mut [u8],
-    ) -> Result<(), DecodeError>;
-
-    /// How many strips [`Self::decode_strips`] decodes best together.
-    fn strips_at_once(&self) -> usize {
-        1
-    }
-
-    /// Decodes several strips of one part, in any order; the first error found ends it. May change the order of `jobs`.
-    /// Where the part starts from a base, `reference` has the references from the first of these strips on.
-    fn decode_strips(
-        &self,
-        part: &PreparedPart,
-        reference: Option<&[u8]>,
-        jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
-        let first = first_strip(jobs);
-        for job in jobs {
-            let stored = job.stored_bytes(part);
-            self.decode_strip(part, job.strip, stored, part.reference_of(job.strip, first, reference), job.out)?;
-        }
-        Ok(())
+        self.decode_strips(part, reference, &mut [StripJob { strip, stored, out }])
     }
 }
 

@@ -45,6 +45,21 @@ pub enum DecodedFilesError {
         /// What the system said.
         source: io::Error,
     },
+    /// Others could change what is in the directory.
+    #[error(
+        "{path}: owner {owner}, mode {mode:o}: expected a directory of user {ours} that nobody else may write to",
+        path = path.display()
+    )]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Its permissions.
+        mode: u32,
+        /// The user that this process acts as.
+        ours: u32,
+    },
     /// The file has no place here, whatever else goes.
     #[error("no room for {length_bytes} bytes: decoded files may take {budget_bytes}, those being written included")]
     NoRoom {
@@ -92,12 +107,20 @@ impl DecodedFiles {
     /// three quarters of what its file system has left. Removes what a crash left.
     ///
     /// # Errors
-    /// When the directory cannot be made, listed or written to.
+    /// When the directory cannot be made, listed or written to, or others may write to it.
     pub fn open(directory: &Path, budget_bytes: Option<u64>) -> Result<Self, DecodedFilesError> {
         let wrap = |source| DecodedFilesError::Io { path: directory.to_owned(), source };
         // Nobody else's business: what the archives' owner may not read must not be readable here.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(wrap)?;
         let directory = directory.canonicalize().map_err(wrap)?;
+        // Whoever else could write here could put files in the place of ours: what says that one was seen is believed.
+        let metadata = directory.metadata().map_err(wrap)?;
+        // SAFETY: the call has no preconditions and cannot fail.
+        let ours = unsafe { libc::geteuid() };
+        if metadata.uid() != ours || metadata.mode() & 0o022 != 0 {
+            let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+            return Err(DecodedFilesError::NotOurs { path: directory, owner, mode, ours });
+        }
         let open = Mutex::new(LruCache::new(OPEN_FILES));
         let mut files = Self { directory, budget_bytes: 0, open };
         let _lock = files.lock().map_err(wrap)?;

@@ -13,12 +13,12 @@ mod device;
 mod errno;
 mod kernel_mount;
 mod mount_table;
+mod opening;
 mod passthrough;
 mod readahead;
 mod replies;
 mod workers;
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
@@ -38,7 +38,7 @@ use workers::Workers;
 pub use device::Device;
 pub use kernel_mount::unmount;
 pub use mount_table::{MountEntry, is_dead, mount_at};
-pub use passthrough::Registry;
+pub use passthrough::{Handles, Inherited, MAX_PASSED, Registry};
 pub use readahead::set_readahead;
 
 /// The file system type as `/proc/mounts` shows it, and the name that `mount -t` takes after `fuse.`.
@@ -146,16 +146,16 @@ pub type RootAttributes = dyn Fn(&OsStr) -> Option<String> + Send + Sync;
 pub struct Succession {
     /// Attributes of the root.
     pub root_attributes: Arc<RootAttributes>,
-    /// The kernel's names of files that predecessors had it read by itself.
-    pub passed: HashMap<Inode, u32>,
-    /// Who remembers such names for successors, if there can be any.
+    /// What those before have left open, where files may be passed through.
+    pub inherited: Inherited,
+    /// Who keeps account of that for those after, if there can be any.
     pub registry: Option<Arc<dyn Registry>>,
 }
 
 impl Default for Succession {
     /// Nobody before, nobody after, and nothing to say.
     fn default() -> Self {
-        Self { root_attributes: Arc::new(|_| None), passed: HashMap::new(), registry: None }
+        Self { root_attributes: Arc::new(|_| None), inherited: Inherited::default(), registry: None }
     }
 }
 
@@ -242,7 +242,8 @@ impl Mounted {
         self.kernel.clone()
     }
 
-    /// Before a successor is told what the registry knows: from now on that does not change.
+    /// Before a successor is told what the registry knows: from now on that does not change. Opens and closes wait where
+    /// files may be passed through.
     pub fn hold_passthrough(&self) {
         self.passthrough.hold();
     }
@@ -313,8 +314,8 @@ pub fn serve(
     succession: Succession,
 ) -> Result<Mounted, FuseError> {
     let (device, mountpoint, greeting) = device.into_parts();
-    let Succession { root_attributes, passed, registry } = succession;
-    let passthrough = Arc::new(Passthrough::new(options.passthrough, passed, registry));
+    let Succession { root_attributes, inherited, registry } = succession;
+    let passthrough = Arc::new(Passthrough::new(options.passthrough, inherited, registry));
     let adapters = Arc::clone(&passthrough);
     let start = || {
         let workers = Arc::new(Workers::new()?);

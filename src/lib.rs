@@ -5,7 +5,8 @@
 //! # The map
 //!
 //! A `.mcwc` file is bytes ([`mod@format`]). Bytes become weights through stages that encoder and decoder share ([`codec`]).
-//! Engines run the decoding stages, all to the same bits ([`decode`]). [`materialize`] gives any byte range of any mounted
+//! Engines run the decoding stages, all to the same bits ([`decode`]). [`forward`] runs a model, so that the encoder knows what
+//! its weights are multiplied with. [`materialize`] gives any byte range of any mounted
 //! file from an opened [`archive`], through a [`cache`] and within a [`budget`] of memory; whole files may be kept on disk
 //! ([`decoded_files`]). Two products stand on it: [`vfs`] serves the bytes as files,
 //! [`pack`] makes archives. [`fuse`] and [`telemetry`] face Linux; [`daemon`] and [`cli`] are the process and its front door.
@@ -37,7 +38,8 @@
 //! | strip | whole runs coded together: the entropy coder's independent piece |
 //! | chain | records of one block type from a keyframe to the next |
 //! | segment | the layers from one keyframe to the next |
-//! | reference | what a prediction starts from: the decoded part one layer below |
+//! | base, variant | an archive, and one whose parts start from its tensors: a fine-tune of it |
+//! | reference | what a prediction starts from: the decoded part one layer below, or a tensor of the base |
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |
 
@@ -53,6 +55,7 @@ pub mod format;
 pub mod safetensors;
 
 pub mod codec;
+pub mod forward;
 
 pub mod archive;
 pub mod decode;

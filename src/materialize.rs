@@ -6,7 +6,7 @@
 //!
 //! Decoded bytes are kept in the cache where somebody else may need them. A reader that keeps what it is given (the kernel
 //! does, in its page cache) gets its strips decoded in place, and the cache keeps what it left over of them until it has
-//! taken that too. What is decoded ahead of such a reader lies ready in [`pieces`], to be handed on without a copy.
+//! taken that too. What is decoded ahead of such a reader lies ready in `pieces`, to be handed on without a copy.
 //!
 //! # Waiting
 //!
@@ -30,7 +30,7 @@ use std::time::Instant;
 
 use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::budget::{Budget, Share};
-use crate::cache::{Cache, CacheStats};
+use crate::cache::{Cache, CacheStats, Loan};
 use crate::decode::cpu::WORDS_PADDING;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
@@ -49,7 +49,7 @@ pub struct MaterializeOptions {
     /// Budget of decoded bytes that are kept: the cache, and what was decoded ahead.
     pub cache_bytes: u64,
     /// What decoding may take beside the cache: what is being decoded, and what it is decoded from. A single tensor that
-    /// needs more is decoded alone.
+    /// needs more is decoded alone, and the cache makes room for it.
     pub working_bytes: u64,
     /// How many threads may decode at a time.
     pub threads: usize,
@@ -71,6 +71,20 @@ pub enum MaterializeError {
     /// The archive could not be read, or its bytes are not what they should be.
     #[error("{0}")]
     Archive(Arc<ArchiveError>),
+    /// A tensor that is decoded whole takes more memory than there may be.
+    #[error(
+        "{archive}: {tensor}: takes {needed_bytes} bytes to decode, expected at most {available_bytes}: the memory limit is too low"
+    )]
+    TooLarge {
+        /// File name of the archive.
+        archive: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// Memory for it, for what it is predicted from, and for what both are decoded from.
+        needed_bytes: u64,
+        /// Working memory and cache together.
+        available_bytes: u64,
+    },
     /// A tensor does not decode.
     #[error("{archive}: {tensor} (layer {layer}, {block_type}, record {record}): {error}")]
     Decode {
@@ -255,6 +269,11 @@ impl Materializer {
         Some(Decoded::part_of(self.whole_if_known(archive, address)?, from..from + length))
     }
 
+    /// [`Self::decoded`] where that takes no time at all.
+    pub fn decoded_already(&self, archive: &Archive, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
+        self.pieces.find_made((archive.instance(), file, offset_bytes), length)
+    }
+
     /// The tensor that all of a range belongs to, its record, and where in it the range begins; `None` if there is none, or it
     /// is not decoded whole.
     #[allow(clippy::type_complexity)] // named where it is taken apart
@@ -411,10 +430,12 @@ impl Materializer {
         }
     }
 
-    fn take_memory(&self, bytes: u64) -> Share<'_> {
+    /// Takes working memory; where all of it does not suffice, the cache lends the rest.
+    fn take_memory(&self, bytes: u64) -> (Share<'_>, Option<Loan<'_, UnitKey>>) {
         let share = self.memory.take(bytes);
         METRICS.memory_waits.add(share.has_waited().into());
-        share
+        let missing = bytes.saturating_sub(self.memory.total()); // whoever misses some has all, and borrows alone
+        (share, (missing > 0).then(|| self.cache.lend(missing)))
     }
 
     /// Decodes whole strips of a part that lie side by side, from number `first` on, each into one of `outs`. The caller
@@ -430,8 +451,8 @@ impl Materializer {
     ) -> Result<(), MaterializeError> {
         let bytes: usize = outs.iter().map(|out| out.len()).sum();
         let last = first + outs.len() - 1;
-        let of_base = match part.based() {
-            Some(based) => Some(self.base_bytes(archive, based.reference, part.output_range(first..last + 1))?),
+        let of_base = match part.base() {
+            Some(reference) => Some(self.base_bytes(archive, reference, part.output_range(first..last + 1))?),
             None => None,
         };
         let reference = of_base.as_deref().or(reference);
@@ -478,7 +499,7 @@ fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {
     match part.kind() {
         PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => false,
-        PartKind::Quantized { prediction, .. } => prediction.is_some() || archive.is_referenced(address.record),
+        PartKind::Quantized { .. } => part.prediction().is_some() || archive.is_referenced(address.record),
     }
 }
 

@@ -5,10 +5,11 @@
 //!
 //! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]); a sample of it in the
 //! [`survey`], on which step and tables are found ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`],
-//! [`mode_decision`], [`align`]), or coded as a [`difference`] to its [`mod@base`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
+//! [`mode_decision`], [`align`]), or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
 
 pub mod align;
 pub mod base;
+pub mod calibration;
 pub mod counting;
 pub mod difference;
 pub mod encode;
@@ -16,6 +17,7 @@ pub mod entropy_model;
 pub mod histogram;
 pub mod keep;
 pub mod lossless;
+pub mod low_rank;
 pub mod mode_decision;
 pub mod options;
 pub mod part;
@@ -33,3 +35,4 @@ pub mod treatment;
 pub mod trellis_search;
 pub mod unit_symbols;
 pub mod vectors;
+pub mod zoo;

@@ -25,8 +25,10 @@ mod error;
 mod extended_attributes;
 mod file_keeper;
 mod inode;
+mod loads;
 mod log_once;
 mod opened;
+mod reading;
 mod scan;
 mod source;
 mod tree;
@@ -36,8 +38,6 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::{Deref, DerefMut, Range};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::SystemTime;
@@ -53,11 +53,13 @@ use decode_ahead::Follower;
 pub use error::VfsError;
 use file_keeper::FileKeeper;
 pub use inode::Inode;
+use loads::Loads;
 use log_once::LogOnce;
 use opened::{OpenArchive, Opened, OpenedArchive};
+pub use reading::{Bytes, Resident};
 use scan::Scan;
 use source::Source;
-use tree::{Archived, Content, Node, Tree};
+use tree::{Content, Node, Tree};
 
 /// What an [`Inode`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +143,8 @@ pub struct Vfs {
     follower: Option<Follower>,
     /// Keeps decoded files, where that was asked for.
     file_keeper: Option<FileKeeper>,
+    /// Who loads which file now, for the log.
+    loads: Loads,
     log: LogOnce,
 }
 
@@ -148,44 +152,6 @@ pub struct Vfs {
 struct Scanned {
     scan: Scan,
     opened: Opened,
-}
-
-/// Bytes of a file that are in memory already: see [`Vfs::resident`].
-#[derive(Debug)]
-pub struct Resident {
-    node: Arc<Node>,
-    range: Range<usize>,
-}
-
-impl Deref for Resident {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match &self.node.content {
-            Content::Archived(archived) => &archived.file().header[self.range.clone()],
-            _ => unreachable!("made for archived files only"),
-        }
-    }
-}
-
-/// Bytes of a file: see [`Vfs::read`].
-#[derive(Debug)]
-pub enum Bytes<B> {
-    /// As they were decoded ahead, or as others need them too.
-    Decoded(Decoded),
-    /// In a buffer of the caller's.
-    Buffer(B),
-}
-
-impl<B: Deref<Target = [u8]>> Deref for Bytes<B> {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Decoded(decoded) => decoded,
-            Self::Buffer(buffer) => buffer,
-        }
-    }
 }
 
 impl fmt::Debug for Vfs {
@@ -223,10 +189,20 @@ impl Vfs {
         );
         let scanned = Mutex::new(Scanned { scan, opened });
         let (tree, retired) = (RwLock::new(tree), RwLock::default());
-        Ok(Self { source, open_archive, tree, retired, scanned, follower: None, file_keeper: None, log })
+        Ok(Self {
+            source,
+            open_archive,
+            tree,
+            retired,
+            scanned,
+            follower: None,
+            file_keeper: None,
+            loads: Loads::default(),
+            log,
+        })
     }
 
-    /// Starts to decode ahead of readers, on `threads` threads, into a cache of `cache_bytes`.
+    /// Starts to decode ahead of readers into a cache of `cache_bytes`, where `threads` threads may decode.
     ///
     /// # Errors
     /// When the system grants no thread.
@@ -358,99 +334,25 @@ impl Vfs {
         let node = self.node(inode)?;
         match &node.content {
             Content::Sidecar(_) => {}
-            Content::Archived(archived) => archived.archive.activity.count_open(),
+            Content::Archived(archived) => {
+                archived.archive.activity.count_open();
+                self.loads.opened(inode);
+            }
             Content::Directory(_) => return Err(VfsError::IsADirectory),
             Content::Link(_) => return Err(VfsError::NotAFile),
         }
         Ok(node.path.clone())
     }
 
-    /// The bytes `offset_bytes..offset_bytes + length_bytes` of a file where they are in memory already and the file has
-    /// them all: an archived file's header. `None` means that [`read`](Self::read) must be asked.
-    pub fn resident(&self, inode: Inode, offset_bytes: u64, length_bytes: u64) -> Option<Resident> {
-        let node = self.node(inode).ok()?;
-        let Content::Archived(archived) = &node.content else { return None };
-        let from = usize::try_from(offset_bytes).ok()?;
-        let to = from.checked_add(usize::try_from(length_bytes).ok()?)?;
-        archived.file().header.get(from..to)?;
-        Some(Resident { node, range: from..to })
+    /// Notes that a file was closed which [`open_file`](Self::open_file) had noted.
+    pub fn close_file(&self, inode: Inode) {
+        self.loads.closed(inode);
     }
 
-    /// Gives the bytes of a file from `offset_bytes` on, `length` of them or as many as it has; in a `buffer` of that length
-    /// where they are not in memory side by side. Blocks while reading the source or decoding, and holds no lock meanwhile.
-    ///
-    /// A failure has one log line, with the path, the tensor and what was wrong, however often it is met.
-    pub fn read<B: DerefMut<Target = [u8]>>(
-        &self,
-        inode: Inode,
-        offset_bytes: u64,
-        length: usize,
-        keeper: Keeper,
-        buffer: impl FnOnce(usize) -> B,
-    ) -> Result<Bytes<B>, VfsError> {
-        let node = self.node(inode)?;
-        let left = node.attributes.length_bytes.saturating_sub(offset_bytes);
-        let length = usize::try_from(left).unwrap_or(usize::MAX).min(length);
-        if length == 0 {
-            return Ok(Bytes::Buffer(buffer(0)));
-        }
-        if let Content::Archived(archived) = &node.content
-            && self.decoded_file_of(archived).is_none()
-        {
-            self.note_read(&node, archived, offset_bytes, length as u64, keeper);
-            if keeper == Keeper::Reader
-                && let Some(decoded) = archived.checkpoint().decoded(archived.index, offset_bytes, length)
-            {
-                archived.count_read(offset_bytes, length as u64);
-                return Ok(Bytes::Decoded(decoded));
-            }
-        }
-        let mut out = buffer(length);
-        let result = self.read_content(&node, offset_bytes, keeper, &mut out);
-        if let Err(error) = &result {
-            self.log.error(&format!("read failed: {error}"));
-        }
-        result.map(|()| Bytes::Buffer(out))
-    }
-
-    fn read_content(&self, node: &Node, offset_bytes: u64, keeper: Keeper, out: &mut [u8]) -> Result<(), VfsError> {
-        match &node.content {
-            Content::Sidecar(file) => self.source.read_exact_at(file, offset_bytes, out),
-            Content::Archived(archived) if self.read_decoded_file(archived, offset_bytes, out) => Ok(()),
-            Content::Archived(archived) => archived.read_exact_at(&node.path, offset_bytes, keeper, out),
-            Content::Directory(_) => Err(VfsError::IsADirectory),
-            Content::Link(_) => Err(VfsError::NotAFile),
-        }
-    }
-
-    /// Tells those who look ahead of readers of a read that is about to be answered by decoding.
-    fn note_read(&self, node: &Node, archived: &Archived, offset_bytes: u64, length_bytes: u64, keeper: Keeper) {
-        let (checkpoint, file) = (archived.checkpoint(), archived.index);
-        if let Some(file_keeper) = &self.file_keeper {
-            file_keeper.note_read(checkpoint, file, offset_bytes + length_bytes);
-        }
-        if let Some(follower) = &self.follower {
-            follower.follow(node.attributes.inode, checkpoint, file, offset_bytes, length_bytes, keeper);
-        }
-    }
-
-    /// The file on disk with the bytes of an archived file, if it has been found or written before.
-    fn decoded_file_of(&self, archived: &Archived) -> Option<Arc<File>> {
-        self.file_keeper.as_ref()?.get(archived.file())
-    }
-
-    /// Fills `out` from the decoded file on disk; returns whether there is one and that went well.
-    fn read_decoded_file(&self, archived: &Archived, offset_bytes: u64, out: &mut [u8]) -> bool {
-        let Some(file) = self.decoded_file_of(archived) else { return false };
-        match file.read_exact_at(out, offset_bytes) {
-            Ok(()) => {
-                archived.count_read(offset_bytes, out.len() as u64);
-                true
-            }
-            Err(error) => {
-                self.log.warn(&format!("decoded file of {}: {error}: decoded again", archived.file().name));
-                false
-            }
+    /// Notes that the kernel reads a file by itself from now on: no request for it will come here.
+    pub fn note_passed(&self, inode: Inode) {
+        if let Ok(node) = self.node(inode) {
+            info!("open: {}, {} bytes, read by the kernel itself", node.path.display(), node.attributes.length_bytes);
         }
     }
 

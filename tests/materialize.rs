@@ -8,7 +8,7 @@ use std::thread;
 use common::Random;
 use common::random_archives::write_random_archive;
 use mcwcfs::archive::Archive;
-use mcwcfs::materialize::{EngineChoice, Keeper, MaterializeOptions, Materializer};
+use mcwcfs::materialize::{EngineChoice, Keeper, MaterializeError, MaterializeOptions, Materializer};
 
 /// The only file of an archive, decoded from first to last byte.
 fn decoded(archive: &Archive) -> Vec<u8> {
@@ -47,8 +47,14 @@ fn readers_with_hardly_any_memory_all_end_with_the_right_bytes() {
                                 assert!(*decoded == expected[from..][..length], "seed {seed}: {length} from {from}");
                             }
                             let mut out = vec![0; length];
-                            let read = materializer.read_for(keeper, archive, 0, from as u64, &mut out).unwrap();
-                            assert_eq!(read, length);
+                            match materializer.read_for(keeper, archive, 0, from as u64, &mut out) {
+                                Ok(read) => assert_eq!(read, length),
+                                Err(MaterializeError::TooLarge { needed_bytes, .. }) => {
+                                    assert!(needed_bytes > working_bytes && cache_bytes <= 10_000);
+                                    continue; // said before anything is decoded
+                                }
+                                Err(error) => panic!("{error}"),
+                            }
                             assert!(out == expected[from..][..length], "seed {seed}: {length} bytes from {from}");
                         }
                     });
@@ -96,4 +102,32 @@ fn reading_on_the_threads_of_a_pool_ends() {
         materializer.read(&archive, 0, from as u64, &mut out).unwrap();
         assert!(out == expected[from..]);
     });
+}
+
+#[test]
+fn a_tensor_that_is_decoded_whole_keeps_within_working_memory_and_cache_or_is_refused() {
+    let recipe = common::archives::RECIPES.iter().find(|recipe| recipe.name == "lossy-predicted").expect("a recipe");
+    let directory = tempfile::tempdir().unwrap();
+    let archive = Archive::open(&recipe.pack(directory.path())).unwrap();
+    let expected = decoded(&archive);
+    let longest = archive.files()[0].tensors.iter().map(|tensor| tensor.length_bytes).max().unwrap();
+    let materializer = |cache_bytes, working_bytes| {
+        Materializer::new(MaterializeOptions { cache_bytes, working_bytes, threads: 1, ..Default::default() })
+    };
+    let read = |materializer: &Materializer| {
+        let mut out = vec![0; expected.len()];
+        materializer.read_once(&archive, 0, 0, &mut out).map(|_| assert!(out == expected))
+    };
+    // Working memory is not enough, and the cache lends the rest; with less than both it is said at once.
+    let lends = materializer(8 * longest, longest);
+    lends.check_fits(&archive).unwrap();
+    read(&lends).unwrap();
+    assert!(lends.cache_stats().bytes <= 8 * longest);
+    let refuses = materializer(longest, longest / 2);
+    let error = refuses.check_fits(&archive).unwrap_err();
+    assert!(
+        matches!(error, MaterializeError::TooLarge { .. }) && error.to_string().contains("memory limit"),
+        "{error}"
+    );
+    assert!(matches!(read(&refuses), Err(MaterializeError::TooLarge { .. })));
 }

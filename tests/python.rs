@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use mcwcfs::pack::calibration::{Calibration, CalibrationSource};
+use mcwcfs::pack::source::Checkpoint;
+
 use common::archives::{RECIPES, Recipe, VARIANTS};
 use common::random_archives::{write_random_archive, write_random_variant};
 use common::{Bert, Mount, Random, Tensor, assert_same_directories, mcwcfs_ok};
@@ -339,6 +342,7 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         "no difference",
         "low rank",
         "other rows",
+        "quantized from a base",
     ] {
         assert!(said.contains(&format!("{what}: ")), "met no {what}:\n{said}");
     }
@@ -352,5 +356,23 @@ fn a_decoder_written_from_the_specification_reads_every_golden_archive() {
     for archive in archives {
         let (archive, _) = archive.expect("a digest, two spaces, an archive, a file");
         decode_by_specification(&golden.join(archive));
+    }
+}
+
+#[test]
+fn forward_passes_compute_what_transformers_does() {
+    let made = tempfile::tempdir().expect("a directory");
+    python("forward.py", &[made.path().as_os_str()]);
+    for family in ["bert", "gpt-neox", "llama-gqa", "llama-mqa", "mistral-gqa", "opt", "vit"] {
+        let of = |extension: &str| made.path().join(format!("{family}.{extension}"));
+        let expected: ndarray::Array2<f32> = ndarray_npy::read_npy(of("npy")).expect("an array");
+        let checkpoint = Checkpoint::open(&made.path().join(family)).expect("a checkpoint");
+        let inputs = CalibrationSource::File(of("safetensors"));
+        let calibration = Calibration::load(&checkpoint, &inputs).unwrap_or_else(|error| panic!("{family}: {error}"));
+        let found = calibration.outputs().unwrap_or_else(|error| panic!("{family}: {error}"));
+        assert_eq!(found.dim(), expected.dim(), "{family}");
+        let largest = expected.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+        let farthest = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(farthest < 1e-3 * largest, "{family}: {farthest} of {largest}");
     }
 }

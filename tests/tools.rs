@@ -305,6 +305,22 @@ fn output_inside_the_input_is_refused_however_it_is_named() {
 }
 
 #[test]
+fn paths_of_the_wrong_kind_are_named_with_what_was_expected() {
+    let packed = Packed::new(&[]);
+    let file = packed.checkpoint.join("model.safetensors");
+    let out = packed.path("other.safetensors");
+    let said = fails(1, &arguments!["pack", &file, &out]);
+    assert!(said.contains("expected a .mcwc file or a directory") && !out.exists(), "{said}");
+    fs::write(&out, "a file").expect("a file");
+    fails(1, &arguments!["pack", &file, &out, "--force"]);
+    assert_eq!(fs::read(&out).expect("the file"), b"a file");
+    for command in ["inspect", "bench"] {
+        let said = fails(1, &arguments![command, &packed.packed]);
+        assert!(said.contains("is a directory, expected an archive"), "{said}");
+    }
+}
+
+#[test]
 fn what_a_killed_packing_leaves_is_part_of_nothing() {
     let packed = Packed::new(&[]);
     for directory in [&packed.checkpoint, &packed.packed] {

@@ -11,12 +11,12 @@ use std::thread;
 use clap::ValueEnum;
 use common::archives::{VARIANTS, decode, open_with_bases};
 use common::random_archives::write_random_variant;
-use common::{Random, mcwcfs, mcwcfs_ok};
+use common::{Bert, Random, Tensor, assert_same_directories, mcwcfs, mcwcfs_ok, safetensors};
 use mcwcfs::materialize::{EngineChoice, Keeper, MaterializeOptions, Materializer};
 
 /// Runs `mcwcfs`, which must fail with one line, and gives that.
-fn mcwcfs_fails(arguments: Vec<OsString>) -> String {
-    let output = mcwcfs(&arguments);
+fn mcwcfs_fails(arguments: &[OsString]) -> String {
+    let output = mcwcfs(arguments);
     assert!(!output.status.success(), "mcwcfs {arguments:?}");
     String::from_utf8([output.stderr, output.stdout].concat()).expect("text")
 }
@@ -31,10 +31,13 @@ struct Packed {
 
 impl Packed {
     fn new() -> Self {
+        // Not beside what other tests have packed: bases are looked for in the directories next to a variant's.
         let scratch = tempfile::tempdir().expect("a directory");
+        let directory = scratch.path().join("zoo/packed");
+        fs::create_dir_all(&directory).expect("a directory");
         let recipe = &VARIANTS[0];
-        let variant = recipe.pack(scratch.path());
-        let base = scratch.path().join(format!("{}.mcwc", recipe.base.name));
+        let variant = recipe.pack(&directory);
+        let base = directory.join(format!("{}.mcwc", recipe.base.name));
         Self { variant, base, original: recipe.variant.checkpoint(), scratch }
     }
 
@@ -73,13 +76,10 @@ fn every_engine_decodes_random_variants_alike() {
 fn a_base_is_found_beside_the_variant_in_the_directory_next_to_it_and_where_it_is_said_to_be() {
     let packed = Packed::new();
     assert!(packed.unpack(&[]) == packed.original, "in the same directory");
-    let next = packed.scratch.path().join("elsewhere");
+    let next = packed.scratch.path().join("zoo/elsewhere");
     fs::create_dir(&next).expect("a directory");
     fs::rename(&packed.base, next.join("any name.mcwc")).expect("a move");
-    let own = packed.scratch.path().join("own");
-    fs::create_dir(&own).expect("a directory");
-    let moved = Packed { variant: own.join("variant.mcwc"), ..packed };
-    fs::rename(moved.scratch.path().join("variant.mcwc"), &moved.variant).expect("a move");
+    let moved = packed;
     assert!(moved.unpack(&[]) == moved.original, "in the directory next to it");
     let far = tempfile::tempdir().expect("a directory");
     fs::create_dir(far.path().join("deep")).expect("a directory");
@@ -97,7 +97,7 @@ fn without_its_base_a_variant_is_refused_and_the_error_names_what_is_missing() {
     for command in
         [arguments!["unpack", &packed.variant, &out].to_vec(), arguments!["verify", &packed.variant].to_vec()]
     {
-        let message = mcwcfs_fails(command);
+        let message = mcwcfs_fails(&command);
         assert!(
             message.contains("needs the base base-of-variant.mcwc") && message.contains("--base-path"),
             "{message}"
@@ -113,7 +113,7 @@ fn a_base_with_other_content_is_not_taken_for_it() {
     let original = packed.scratch.path().join("original.safetensors");
     fs::write(&original, &packed.original).expect("a file");
     mcwcfs_ok(arguments!["pack", "--force", &original, &packed.base].to_vec());
-    let message = mcwcfs_fails(arguments!["verify", &packed.variant].to_vec());
+    let message = mcwcfs_fails(&arguments!["verify", &packed.variant]);
     assert!(message.contains("needs the base"), "{message}");
 }
 
@@ -136,7 +136,7 @@ fn a_checkpoint_is_the_base_that_its_archive_is() {
     fs::write(&checkpoint, VARIANTS[0].base.checkpoint()).expect("a file");
     let original = packed.scratch.path().join("original.safetensors");
     fs::write(&original, &packed.original).expect("a file");
-    let again = packed.scratch.path().join("again.mcwc");
+    let again = packed.scratch.path().join("zoo/packed/again.mcwc");
     mcwcfs_ok(arguments!["pack", "--base", &checkpoint, &original, &again].to_vec());
     let again = Packed { variant: again, ..packed };
     assert!(again.unpack(&[]) == again.original);
@@ -148,7 +148,7 @@ fn a_variant_is_no_base() {
     let original = packed.scratch.path().join("original.safetensors");
     fs::write(&original, &packed.original).expect("a file");
     let out = packed.scratch.path().join("of-a-variant.mcwc");
-    let message = mcwcfs_fails(arguments!["pack", "--base", &packed.variant, &original, &out].to_vec());
+    let message = mcwcfs_fails(&arguments!["pack", "--base", &packed.variant, &original, &out]);
     assert!(message.contains("expected one that stands alone"), "{message}");
 }
 
@@ -157,7 +157,7 @@ fn a_variant_equal_to_its_base_stores_nothing_of_its_tensors() {
     let packed = Packed::new();
     let checkpoint = packed.scratch.path().join("base.safetensors");
     fs::write(&checkpoint, VARIANTS[0].base.checkpoint()).expect("a file");
-    let twin = packed.scratch.path().join("twin.mcwc");
+    let twin = packed.scratch.path().join("zoo/packed/twin.mcwc");
     mcwcfs_ok(arguments!["pack", "--base", &packed.base, &checkpoint, &twin].to_vec());
     let report = mcwcfs_ok(arguments!["inspect", "--json", "--parts", &twin].to_vec());
     let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
@@ -202,7 +202,7 @@ fn readers_of_a_variant_and_its_base_all_end_with_the_right_bytes_in_hardly_any_
 #[test]
 fn variants_share_what_is_decoded_of_their_base() {
     let packed = Packed::new();
-    let second = packed.scratch.path().join("second.mcwc");
+    let second = packed.scratch.path().join("zoo/packed/second.mcwc");
     fs::copy(&packed.variant, &second).expect("a copy");
     let place = mcwcfs::archive::Place::tree(packed.scratch.path());
     let bases = mcwcfs::archive::Bases::new(vec![place]);
@@ -220,4 +220,125 @@ fn variants_share_what_is_decoded_of_their_base() {
     // Pieces of strips of its own are the second one's only misses.
     let own = read(&archives[0]) - first;
     assert_eq!(read(&archives[1]) - own, first, "nothing of the base is decoded again");
+}
+
+/// Weights near to those of the base: what training with a small step leaves.
+fn tuned(base: &Bert) -> Vec<Tensor> {
+    let mut random = Random::new(77);
+    let mut tensors = base.tensors();
+    for tensor in &mut tensors {
+        for bytes in tensor.data.as_chunks_mut::<4>().0 {
+            let value = f32::from_le_bytes(*bytes);
+            *bytes = (value + 0.02 * value.abs().max(1e-3) * random.normal()).to_le_bytes();
+        }
+    }
+    tensors
+}
+
+#[test]
+fn a_lossy_variant_of_a_lossy_base_spends_its_bits_on_what_changed() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| scratch.path().join(name);
+    let base = Bert { layers: 2, hidden: 64, ffn_units: 128, dtype: "F32", seed: 8, ..Bert::default() };
+    fs::write(path("base.safetensors"), safetensors(&base.tensors())).expect("a file");
+    let variant = safetensors(&tuned(&base));
+    fs::write(path("variant.safetensors"), &variant).expect("a file");
+    let pack = |options: &[OsString]| -> serde_json::Value {
+        let arguments =
+            arguments!["pack", "--json", "--force", "--effort", "fast"].into_iter().chain(options.iter().cloned());
+        serde_json::from_str(&mcwcfs_ok(arguments)).expect("JSON")
+    };
+    pack(&arguments!["--bpp", "8", path("base.safetensors"), path("base.mcwc")]);
+    let alone = pack(&arguments!["--bpp", "4", path("variant.safetensors"), path("alone.mcwc")]);
+    let rate = ["--bpp", "4", "--base"].map(OsString::from);
+    let files = arguments![path("base.mcwc"), path("variant.safetensors"), path("variant.mcwc")];
+    let based = pack(&[&rate[..], &files[..]].concat());
+    let error = |report: &serde_json::Value, name: &str| report[name].as_f64().expect("a number");
+    let name = "relative_squared_error";
+    assert!(error(&based, name) < 0.1 * error(&alone, name), "{based} {alone}");
+    let of_changes = error(&based, "relative_squared_error_of_changes");
+    assert!(of_changes > error(&based, name) && of_changes < 0.1, "{of_changes}");
+    // Every engine gives the bytes that were compared, and they are not the variant's own.
+    let decoded = decode(&path("variant.mcwc"), EngineChoice::Reference);
+    assert!(decoded[0].1 != variant);
+    for engine in EngineChoice::value_variants() {
+        assert!(decode(&path("variant.mcwc"), *engine) == decoded, "{engine:?}");
+    }
+    let inspected = mcwcfs_ok(arguments!["inspect", "--json", "--parts", path("variant.mcwc")]);
+    assert!(inspected.contains("\"from the base"), "{inspected}");
+}
+
+/// A matrix, and the same with a product of two thin ones added, as a merged LoRA leaves it.
+fn merged() -> [Vec<Tensor>; 2] {
+    let (rows, columns, rank) = (160, 192, 4);
+    let mut random = Random::new(78);
+    let base = random.normals(rows * columns, 0.02);
+    let (left, right) = (random.normals(rows * rank, 1.0), random.normals(rank * columns, 2e-4));
+    let rounded = |value: f32| half::bf16::from_f32(value).to_f32();
+    let sum = |(element, &value): (usize, &f32)| {
+        let (row, column) = (element / columns, element % columns);
+        rounded(value) + (0..rank).map(|k| left[row * rank + k] * right[k * columns + column]).sum::<f32>()
+    };
+    let sums: Vec<f32> = base.iter().enumerate().map(sum).collect();
+    [base, sums].map(|values| vec![Tensor::floats("weight", "BF16", &[rows, columns], &values)])
+}
+
+#[test]
+fn a_merged_product_is_found_and_decodes_to_the_variant_s_bytes_on_every_engine() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| scratch.path().join(name);
+    let [base, variant] = merged().map(|tensors| safetensors(&tensors));
+    fs::write(path("base.safetensors"), base).expect("a file");
+    fs::write(path("variant.safetensors"), &variant).expect("a file");
+    mcwcfs_ok(arguments!["pack", path("base.safetensors"), path("base.mcwc")]);
+    mcwcfs_ok(arguments!["pack", "--base", path("base.mcwc"), path("variant.safetensors"), path("variant.mcwc")]);
+    let inspected = mcwcfs_ok(arguments!["inspect", "--json", "--parts", path("variant.mcwc")]);
+    assert!(inspected.contains("\"low rank"), "{inspected}");
+    for engine in EngineChoice::value_variants() {
+        assert!(decode(&path("variant.mcwc"), *engine)[0].1 == variant, "{engine:?}");
+    }
+}
+
+#[test]
+fn a_zoo_is_packed_against_the_bases_that_were_found_and_not_packed_twice() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| scratch.path().join(name);
+    let bert = |seed| Bert { layers: 1, hidden: 64, ffn_units: 128, dtype: "F32", seed, ..Bert::default() };
+    bert(1).write(&path("zoo/family/base"));
+    bert(2).write(&path("zoo/stranger"));
+    for number in 0..2 {
+        let directory = path(&format!("zoo/family/tuned-{number}"));
+        bert(1).write(&directory);
+        let mut tensors = tuned(&bert(1));
+        tensors[number].data[0] ^= 1;
+        fs::write(directory.join("model.safetensors"), safetensors(&tensors)).expect("a file");
+    }
+    let zoo = |options: &[&str]| -> Vec<serde_json::Value> {
+        let arguments = arguments!["zoo", "--json", path("zoo"), path("packed")].into_iter();
+        let said = mcwcfs_ok(arguments.chain(options.iter().map(OsString::from)));
+        serde_json::from_str(&said).expect("JSON")
+    };
+    let plan = zoo(&["--dry-run"]);
+    assert!(!path("packed").exists());
+    let variants = plan.iter().filter(|entry| !entry["base"].is_null()).count();
+    assert_eq!((plan.len(), variants), (4, 2), "{plan:?}");
+    let packed = zoo(&[]);
+    let bits = |entry: &serde_json::Value| entry["packed"]["bits_per_parameter"].as_f64().expect("a number");
+    let (variants, alone): (Vec<_>, Vec<_>) = packed.iter().partition(|entry| !entry["base"].is_null());
+    assert!(variants.iter().all(|variant| alone.iter().all(|alone| bits(variant) < 0.9 * bits(alone))), "{packed:?}");
+    let manifest = fs::read_to_string(path("packed/zoo.json")).expect("the manifest");
+    assert_eq!(serde_json::from_str::<Vec<serde_json::Value>>(&manifest).expect("JSON"), packed);
+    let modified = || -> Vec<_> {
+        let archives =
+            packed.iter().map(|entry| path("packed").join(entry["packed"]["archive"].as_str().expect("a path")));
+        archives
+            .map(|archive| fs::metadata(archive).and_then(|metadata| metadata.modified()).expect("a time"))
+            .collect()
+    };
+    let before = modified();
+    assert_eq!(zoo(&[]), packed);
+    assert_eq!(modified(), before, "nothing was packed again");
+    mcwcfs_ok(arguments!["unpack", path("packed"), path("unpacked")]);
+    fs::remove_file(path("unpacked/zoo.json")).expect("the manifest is a sidecar");
+    assert_same_directories(&path("zoo"), &path("unpacked"));
 }

@@ -238,3 +238,24 @@ fn what_is_forgotten_takes_no_room_and_making_it_again_is_no_duplicate() {
     let stats = cache.stats();
     assert_eq!((stats.bytes, stats.evictions, stats.duplicate_makes), (20, 0, 0));
 }
+
+#[test]
+fn what_is_lent_out_is_not_used() {
+    let cache = Cache::new(100);
+    let make = |key: u32| cache.get_or_try_insert(key, || Ok::<_, String>(Arc::from(vec![0; 30]))).unwrap();
+    for key in 0..3 {
+        make(key);
+    }
+    let loan = cache.lend(50);
+    assert_eq!((cache.stats().bytes, cache.stats().evictions), (30, 2));
+    make(3);
+    assert_eq!(cache.stats().bytes, 30, "there is room for one");
+    let rest = cache.lend(1000);
+    make(4);
+    assert_eq!(cache.stats().bytes, 0);
+    drop((loan, rest));
+    for key in 5..8 {
+        make(key);
+    }
+    assert_eq!(cache.stats().bytes, 90);
+}

@@ -25,7 +25,7 @@ use crate::materialize::{
 /// Bytes copied for comparison: more than caches hold, as a checkpoint is.
 const COPIED_BYTES: usize = 256 << 20;
 
-/// Says how fast an archive decodes here, stage by stage, and when that pays.
+/// Say how fast an archive decodes here, stage by stage, and when that pays.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     /// The archive (.mcwc)
@@ -36,6 +36,9 @@ pub struct BenchArgs {
     /// Bytes per second that files arrive with, for the load times [default: a gigabyte]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GB")]
     pub bandwidth: u64,
+    /// Seconds that packing took: says after how many loads they are made up for
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub encode_seconds: Option<f64>,
     /// Times everything is decoded; of each tensor the fastest counts
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub repeat: usize,
@@ -105,17 +108,49 @@ struct Loading {
     serial_break_even: f64,
     /// The same where decoding overlaps.
     overlapped_break_even: f64,
+    /// What packing costs, where it was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packing: Option<Packing>,
+}
+
+/// After how many loads the seconds of packing are saved (Eq. 113), having the original for nothing; `None` where loads save
+/// none.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Packing {
+    encode_seconds: f64,
+    serial_break_even_loads: Option<u64>,
+    overlapped_break_even_loads: Option<u64>,
 }
 
 impl Loading {
-    fn new(bandwidth: u64, original_bytes: u64, stored_bytes: u64, decode_seconds: f64) -> Self {
+    fn new(
+        bandwidth: u64,
+        original_bytes: u64,
+        stored_bytes: u64,
+        decode_seconds: f64,
+        encode_seconds: Option<f64>,
+    ) -> Self {
         let [original, stored] = [original_bytes, stored_bytes].map(|bytes| bytes as f64);
         let fetch = stored / bandwidth as f64;
+        let original_seconds = original / bandwidth as f64;
+        let (serial_seconds, overlapped_seconds) = (fetch + decode_seconds, fetch.max(decode_seconds));
+        let packing = encode_seconds.map(|encode_seconds| {
+            let loads = |seconds: f64| {
+                let saved = original_seconds - seconds;
+                (saved > 0.0).then(|| (encode_seconds / saved).ceil() as u64)
+            };
+            Packing {
+                encode_seconds,
+                serial_break_even_loads: loads(serial_seconds),
+                overlapped_break_even_loads: loads(overlapped_seconds),
+            }
+        });
         Self {
             bandwidth,
-            original_seconds: original / bandwidth as f64,
-            serial_seconds: fetch + decode_seconds,
-            overlapped_seconds: fetch.max(decode_seconds),
+            original_seconds,
+            serial_seconds,
+            overlapped_seconds,
+            packing,
             serial_break_even: (original - stored).max(0.0) / decode_seconds,
             overlapped_break_even: if stored < original { original / decode_seconds } else { 0.0 },
         }
@@ -143,6 +178,7 @@ pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
 struct Around {
     read: f64,
     prepare: f64,
+    allocate: f64,
     /// Of each part, in the order of the records.
     decode: Vec<f64>,
 }
@@ -151,7 +187,8 @@ impl Around {
     /// The fastest of both. A busy machine disturbs a run over everything, but not every part in every run.
     fn fastest(self, other: Self) -> Self {
         let decode = self.decode.into_iter().zip(other.decode).map(|(a, b)| a.min(b)).collect();
-        Self { read: self.read.min(other.read), prepare: self.prepare.min(other.prepare), decode }
+        let (read, prepare) = (self.read.min(other.read), self.prepare.min(other.prepare));
+        Self { read, prepare, allocate: self.allocate.min(other.allocate), decode }
     }
 }
 
@@ -167,6 +204,7 @@ impl Report {
         let mut stages = vec![
             StageReport { stage: "read", seconds: around.read },
             StageReport { stage: "side information", seconds: around.prepare },
+            StageReport { stage: "room for tensors", seconds: around.allocate },
         ];
         stages.extend(
             Stage::ALL.map(|stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() }),
@@ -179,7 +217,13 @@ impl Report {
             stages,
             decode_seconds,
             copy_seconds: copy_seconds() * decoded_bytes as f64 / COPIED_BYTES as f64,
-            loading: Loading::new(args.bandwidth, decoded_bytes, archive.stored_bytes(), decode_seconds),
+            loading: Loading::new(
+                args.bandwidth,
+                decoded_bytes,
+                archive.stored_bytes(),
+                decode_seconds,
+                args.encode_seconds,
+            ),
         })
     }
 
@@ -210,8 +254,21 @@ impl Report {
             "the archive loads faster below {:.3} GB/s, or below {:.3} GB/s decoded while it arrives",
             loading.serial_break_even / 1e9,
             loading.overlapped_break_even / 1e9,
+        )?;
+        let Some(packing) = loading.packing else { return Ok(()) };
+        let [serial, overlapped] = [packing.serial_break_even_loads, packing.overlapped_break_even_loads]
+            .map(|loads| loads.map_or("never".into(), |loads| format!("after {loads} loads")));
+        writeln!(
+            output,
+            "{:.3} s of packing are made up for {serial}, or {overlapped} decoded while it arrives",
+            packing.encode_seconds,
         )
     }
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds: &f64| seconds.is_finite() && *seconds >= 0.0);
+    seconds.ok_or_else(|| "expected a number of seconds, 0 or more".into())
 }
 
 /// Seconds to copy [`COPIED_BYTES`], the fastest of five.
@@ -254,13 +311,15 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
                 references.get(&PartAddress { record: below?, part: prediction.reference_part }).map(Vec::as_slice)
             });
             // The base's decoding is the base's.
-            let of_base = match part.based() {
-                Some(based) => Some(base.base_bytes(archive, based.reference, 0..part.length_bytes())?),
+            let of_base = match part.base() {
+                Some(reference) => Some(base.base_bytes(archive, reference, 0..part.length_bytes())?),
                 None => None,
             };
             let reference = of_base.as_deref().or(reference);
-            // Touched before it is timed: what the system does for fresh memory is not decoding.
+            // Touched before decoding is timed: what the system does for fresh memory is a stage of its own.
+            let start = Instant::now();
             let mut out = vec![1; part.length_bytes() as usize];
+            around.allocate += start.elapsed().as_secs_f64();
             let start = Instant::now();
             decode_part(engine, part, &stored, reference, &mut out, clock)
                 .map_err(|error| decode_error(archive, address, error))?;
@@ -300,7 +359,7 @@ mod tests {
 
     #[test]
     fn at_the_break_even_bandwidth_both_ways_take_equally_long() {
-        let at = |bandwidth| Loading::new(bandwidth, 10_000, 4_000, 0.5);
+        let at = |bandwidth| Loading::new(bandwidth, 10_000, 4_000, 0.5, None);
         let serial = at(at(1).serial_break_even as u64);
         assert!((serial.original_seconds - serial.serial_seconds).abs() < 1e-9);
         let overlapped = at(at(1).overlapped_break_even as u64);
@@ -309,7 +368,30 @@ mod tests {
 
     #[test]
     fn an_archive_larger_than_the_original_never_loads_faster() {
-        let loading = Loading::new(1, 100, 101, 0.5);
+        let loading = Loading::new(1, 100, 101, 0.5, Some(1.0));
         assert_eq!((loading.serial_break_even, loading.overlapped_break_even), (0.0, 0.0));
+        let Packing { serial_break_even_loads, overlapped_break_even_loads, .. } = loading.packing.expect("asked for");
+        assert_eq!((serial_break_even_loads, overlapped_break_even_loads), (None, None));
+    }
+
+    /// With the figures of the paper's Table 12, second line: it says about 400 loads.
+    #[test]
+    fn packing_pays_off_when_the_loads_have_saved_its_seconds() {
+        let of = |encode_seconds| {
+            let loading = Loading::new(100_000_000, 2_800_000_000, 740_000_000, 2.5, Some(encode_seconds));
+            loading.packing.expect("asked for")
+        };
+        let loads = of(2.3 * 3600.0);
+        assert_eq!(loads.serial_break_even_loads, Some(458), "8280 s, of which a load saves 28 - 7.4 - 2.5");
+        assert_eq!(loads.overlapped_break_even_loads, Some(402), "a load saves 28 - 7.4");
+        assert_eq!((of(0.0).serial_break_even_loads, of(18.0).serial_break_even_loads), (Some(0), Some(1)));
+    }
+
+    #[test]
+    fn seconds_are_a_number_that_is_not_negative() {
+        assert_eq!(parse_seconds("2.5"), Ok(2.5));
+        for wrong in ["", "-1", "inf", "nan", "2 s"] {
+            assert!(parse_seconds(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::daemon;
 use crate::decode::select::cpu_engines;
 
-/// Says whether this machine can mount archives, and what it could do better.
+/// Say whether this machine can mount archives, and what it could do better.
 #[derive(Args, Clone, Debug)]
 pub struct DoctorArgs {
     /// The findings as JSON

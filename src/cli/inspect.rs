@@ -14,7 +14,7 @@ use crate::archive::{Archive, ArchiveError};
 pub use report::{BlockTypeReport, FileReport, PartReport, Report, hex};
 pub use streams::StreamBytes;
 
-/// Says what is inside an archive and where its bits went.
+/// Say what is inside an archive and where its bits went.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// The archive (.mcwc)

@@ -15,7 +15,7 @@ use log::LevelFilter;
 use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
-use crate::daemon::{self, DaemonError, DecodedCache, MemoryPlan, ServeOptions};
+use crate::daemon::{self, DaemonError, DecodedCache, LEAST_LIMIT_BYTES, MemoryPlan, ServeOptions};
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
@@ -33,13 +33,13 @@ const READAHEAD_KIB: u32 = 1024;
 /// How often the source is listed again where nobody says.
 const RESCAN_SECONDS: u64 = 10;
 
-/// Mounts a directory of archives: each shows its .safetensors files, decoded as they are read.
+/// Mount a directory of archives: each shows its .safetensors files, decoded as they are read.
 #[derive(Args, Clone, Debug)]
 pub struct MountArgs {
     /// Directory with archives and whatever lies beside them
     #[arg(value_name = "SRC")]
     source: PathBuf,
-    /// Empty directory that will show it
+    /// Directory that will show it; what is in there now is hidden meanwhile
     #[arg(value_name = "MNT")]
     mountpoint: PathBuf,
     /// Stay in the foreground; without this, return once the mount answers
@@ -55,9 +55,9 @@ pub struct MountArgs {
 /// What `-o` can say too.
 #[derive(Args, Clone, Debug, Default)]
 struct MountFlags {
-    /// Memory for everything that is decoded, kept or on its way to readers [default: half of the machine's, or three
-    /// quarters of what the control group allows]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    /// Memory for everything that is decoded, kept or on its way to readers, 32 MiB or more [default: half of the
+    /// machine's, or three quarters of what the control group allows]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_limit)]
     memory_limit: Option<u64>,
     /// The part of it for decoded weights that are kept [default: a half]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -285,6 +285,12 @@ impl MountFlags {
     }
 }
 
+/// Reads `--memory-limit`.
+fn parse_memory_limit(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes < LEAST_LIMIT_BYTES { Err("expected 32MiB or more".to_owned()) } else { Ok(bytes) }
+}
+
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let port = text.parse().map(|port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     port.or_else(|_| text.parse())
@@ -366,7 +372,7 @@ mod tests {
 
     #[test]
     fn an_option_nobody_knows_is_named() {
-        for text in ["frobnicate", "cache_size=much", "rw", "uid", "help", "suid"] {
+        for text in ["frobnicate", "cache_size=much", "memory_limit=31M", "rw", "uid", "help", "suid"] {
             let message = options(text).unwrap_err();
             assert!(message.starts_with(&format!("-o {text}: ")), "{message}");
             assert_eq!(message.lines().count(), 1);

@@ -13,6 +13,7 @@ use signal_hook::flag::{register, register_conditional_shutdown};
 
 use super::{lies_inside, parse_threads};
 use crate::pack::base::Base;
+use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
@@ -21,7 +22,7 @@ use crate::pack::options::{
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
 
-/// Packs a checkpoint into a `.mcwc` archive.
+/// Pack a checkpoint into a `.mcwc` archive.
 #[derive(Args, Debug)]
 pub struct PackArgs {
     /// A `.safetensors` file, or a Hugging Face directory.
@@ -30,6 +31,8 @@ pub struct PackArgs {
     output: PathBuf,
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     /// What single tensors get instead: `PATTERN=lossless`, or `PATTERN=BITS` per element. PATTERN is a glob on tensor names
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
@@ -105,6 +108,28 @@ struct TargetArgs {
     max_rel_mse: Option<f64>,
 }
 
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+struct CalibrationArgs {
+    /// Run the model on these inputs and quantize so that its outputs, not its weights, stay near: text for the
+    /// checkpoint's `tokenizer.json`, or a `.safetensors` file with `input_ids` (and `attention_mask`) or `pixel_values`, or
+    /// a `.npy` array of either. A few thousand tokens of what the model is for will do; none of what it is judged by.
+    #[arg(long, value_name = "FILE", conflicts_with = "lossless")]
+    calibration: Option<PathBuf>,
+    /// The same with a small text that comes with the program.
+    #[arg(long, conflicts_with = "lossless")]
+    calibrate: bool,
+}
+
+impl CalibrationArgs {
+    fn source(&self) -> Option<CalibrationSource> {
+        match &self.calibration {
+            Some(path) => Some(CalibrationSource::File(path.clone())),
+            None => self.calibrate.then_some(CalibrationSource::BuiltIn),
+        }
+    }
+}
+
 /// A tensor with more relative squared error than this is worth a warning.
 const MUCH_ERROR: f64 = 0.3;
 
@@ -143,6 +168,18 @@ pub enum PackCommandError {
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
+    /// A file name for the output, where it would become a directory.
+    #[error("{0}: named like a file, expected a .mcwc file or a directory")]
+    OddName(PathBuf),
+    /// A zoo without checkpoints.
+    #[error("{0}: no .safetensors file in it or below, expected directories of checkpoints")]
+    NoCheckpoints(PathBuf),
+    /// Calibration that would change nothing.
+    #[error(
+        "--calibration changes nothing here: expected a rate (--bpp, --max-rel-mse or --keep), a trellis (not --quantization \
+         scalar or residual-vector), and no --steps per-group"
+    )]
+    Uncalibrated,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -186,6 +223,12 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         force_requantize: args.force_requantize,
         stats: args.stats,
     };
+    let calibration = args.calibration.source();
+    let has_trellis = matches!(options.quantization, Quantization::Trellis | Quantization::TrellisShared);
+    let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
+    if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
+        return Err(PackCommandError::Uncalibrated);
+    }
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let names: Vec<&str> =
         checkpoint.files.iter().flat_map(|file| &file.header.tensors).map(|tensor| tensor.name.as_str()).collect();
@@ -198,7 +241,10 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     }
     let progress = Bar::new()?;
     let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
-    let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
+    let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
+    if let Some(source) = calibration {
+        encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);
+    }
     if args.dry_run {
         let plan = encoder.dry_run()?;
         progress.bar.finish_and_clear();
@@ -232,20 +278,25 @@ fn warn_of_damage(report: &PackReport) {
 }
 
 /// Where the output goes.
-struct Destination {
-    archive: PathBuf,
+pub(super) struct Destination {
+    pub(super) archive: PathBuf,
     /// Receives sidecars; absent where a file was named.
     directory: Option<PathBuf>,
 }
 
 impl Destination {
-    fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
+    pub(super) fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
         let names_archive = output.extension().is_some_and(|extension| extension == "mcwc");
         if names_archive && !output.is_dir() {
             if !checkpoint.sidecars.is_empty() {
                 log::info!("{} sidecars are not packed: name a directory to copy them", checkpoint.sidecars.len());
             }
             return Ok(Self { archive: output.to_owned(), directory: None });
+        }
+        if output.is_file()
+            || output.extension().is_some_and(|extension| extension == "safetensors") && !output.is_dir()
+        {
+            return Err(PackCommandError::OddName(output.to_owned()));
         }
         let is_inside = |input: PathBuf| input.is_dir() && lies_inside(output, &input);
         if checkpoint.path.canonicalize().is_ok_and(is_inside) {
@@ -267,7 +318,12 @@ impl Destination {
     }
 
     /// Packs, copies the sidecars, and gives the archive its name last: what fails before leaves nothing behind.
-    fn fill(&self, encoder: &Encoder<'_>, sidecars: &[Sidecar], force: bool) -> Result<PackReport, PackCommandError> {
+    pub(super) fn fill(
+        &self,
+        encoder: &Encoder<'_>,
+        sidecars: &[Sidecar],
+        force: bool,
+    ) -> Result<PackReport, PackCommandError> {
         let Some(directory) = &self.directory else {
             return Ok(encoder.pack(&self.archive, force)?);
         };
@@ -284,7 +340,7 @@ impl Destination {
     }
 }
 
-fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
+pub(super) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
     let path = path.to_owned();
     move |source| PackCommandError::Io { path, source }
 }
@@ -308,14 +364,14 @@ fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackComma
 }
 
 /// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
-struct Bar {
-    bar: ProgressBar,
+pub(super) struct Bar {
+    pub(super) bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Bar {
     /// From here on, the first signal stops the work in an orderly way, and a second one at once.
-    fn new() -> Result<Self, PackCommandError> {
+    pub(super) fn new() -> Result<Self, PackCommandError> {
         let target =
             if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -350,7 +406,7 @@ impl Progress for Bar {
 }
 
 /// Writes to standard output; a reader that went away is an error, not a panic.
-fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
+pub(super) fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
     let mut output = std::io::stdout().lock();
     write(&mut output).and_then(|()| output.flush()).map_err(PackCommandError::Print)
 }
@@ -393,6 +449,9 @@ fn print_report(
         writeln!(output, "  decoded and compared: every byte is the original's")?;
     } else {
         writeln!(output, "  decoded and compared: relative squared error {:.3e}", report.relative_squared_error)?;
+        if let Some(error) = report.relative_squared_error_of_changes {
+            writeln!(output, "  of what changed from the base: relative squared error {error:.3e}")?;
+        }
     }
     writeln!(
         output,
@@ -401,6 +460,9 @@ fn print_report(
     )?;
     if let Some(sidecars) = sidecars {
         writeln!(output, "  {sidecars} other files copied")?;
+    }
+    if let Some(calibration) = &report.calibration {
+        writeln!(output, "  calibrated with {calibration}")?;
     }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;

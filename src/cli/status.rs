@@ -18,7 +18,7 @@ use crate::daemon::{self, ArchiveReport, Report};
 /// How long reads are watched to tell how fast they are.
 const WATCHED: Duration = Duration::from_millis(500);
 
-/// Shows how a running mount is: what is read, from which archives, how fast, and what the cache holds.
+/// Show how a running mount is: what is read, from which archives, how fast, and what the cache holds.
 #[derive(Args, Clone, Debug)]
 pub struct StatusArgs {
     /// The mount point

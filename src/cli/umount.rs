@@ -10,7 +10,7 @@ use clap::Args;
 use super::mount::{exit_code, fail};
 use crate::daemon;
 
-/// Unmounts what `mcwcfs mount` mounted, and returns when its daemon has ended.
+/// Unmount what `mcwcfs mount` mounted, and return when its daemon has ended.
 #[derive(Args, Clone, Debug)]
 pub struct UmountArgs {
     /// The mount point

@@ -26,7 +26,7 @@ use super::{base_places, lies_inside, parse_threads};
 use crate::archive::{Archive, ArchiveError, Bases};
 use crate::materialize::{EngineChoice, MaterializeError};
 
-/// Writes the files of archives as they were before packing.
+/// Write the files of archives as they were before packing.
 #[derive(Debug, Args)]
 pub struct UnpackArgs {
     /// An archive, or a directory of archives and sidecars

@@ -10,7 +10,7 @@ use clap::Args;
 use super::mount::{exit_code, fail};
 use crate::daemon;
 
-/// Has a running mount served by the program as it is on disk now, while files stay open and loads go on.
+/// Have a running mount served by the program as it is on disk now, while files stay open and loads go on.
 ///
 /// The supervisor, which does little, stays the old one until the next mount.
 #[derive(Args, Clone, Debug)]

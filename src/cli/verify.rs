@@ -22,12 +22,11 @@ use super::packed_tree::{PackedTree, PackedTreeError};
 use super::unpack::progress_bar;
 use super::{base_places, parse_threads};
 use crate::archive::{Archive, ArchiveError, Bases};
-use crate::format::part::Coding;
 use crate::materialize::{EngineChoice, MaterializeError};
 
 pub use compare::{Compared, Comparison, SquaredError, TensorDifference};
 
-/// Checks archives: every checksum, every decoded file, and on request against the originals.
+/// Check archives: every checksum, every decoded file, and on request against the originals.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// An archive, or a directory of archives and sidecars
@@ -304,7 +303,7 @@ fn quantized_tensors(archive: &Archive, file: usize) -> Result<BTreeSet<usize>, 
     for record in 0..archive.index().records.len() as u32 {
         let side = archive.side_information(record)?;
         for (part, header) in archive.record(record).parts.iter().zip(&side.parts) {
-            if part.file as usize == file && matches!(header.coding, Coding::Quantized(_)) {
+            if part.file as usize == file && header.coding.is_quantized() {
                 quantized.insert(part.tensor as usize);
             }
         }

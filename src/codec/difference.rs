@@ -15,6 +15,16 @@ pub const CLASSES: usize = 64;
 pub trait Bits: Copy {
     /// Bytes of an element.
     const BYTES: usize;
+    /// Its bytes, little-endian.
+    type Raw: Copy + Default;
+    /// Bytes as elements; a rest that is no whole element is left out.
+    fn chunks(bytes: &[u8]) -> &[Self::Raw];
+    /// The same, to be written.
+    fn chunks_mut(bytes: &mut [u8]) -> &mut [Self::Raw];
+    /// From its bytes.
+    fn from_raw(raw: Self::Raw) -> Self;
+    /// To its bytes.
+    fn raw(self) -> Self::Raw;
     /// From little-endian bytes, as many as there are.
     fn read(bytes: &[u8]) -> Self;
     /// To little-endian bytes.
@@ -35,6 +45,27 @@ macro_rules! bits {
     ($unsigned:ty, $signed:ty) => {
         impl Bits for $unsigned {
             const BYTES: usize = size_of::<Self>();
+            type Raw = [u8; size_of::<Self>()];
+
+            #[inline(always)]
+            fn chunks(bytes: &[u8]) -> &[Self::Raw] {
+                bytes.as_chunks().0
+            }
+
+            #[inline(always)]
+            fn chunks_mut(bytes: &mut [u8]) -> &mut [Self::Raw] {
+                bytes.as_chunks_mut().0
+            }
+
+            #[inline(always)]
+            fn from_raw(raw: Self::Raw) -> Self {
+                Self::from_le_bytes(raw)
+            }
+
+            #[inline(always)]
+            fn raw(self) -> Self::Raw {
+                self.to_le_bytes()
+            }
 
             #[inline(always)]
             fn read(bytes: &[u8]) -> Self {
@@ -119,8 +150,10 @@ pub struct Classes {
 impl Classes {
     /// Puts the classes of consecutive elements into `classes`: `reference` is their references' bytes, `first_element` the
     /// number of the first in the tensor.
+    #[inline(always)] // so that it is compiled for the instructions of who calls it
     pub fn of<T: Bits>(&self, first_element: usize, reference: &[u8], classes: &mut Vec<u8>) {
-        let elements = reference.len() / T::BYTES;
+        let reference = T::chunks(reference);
+        let elements = reference.len();
         classes.clear();
         classes.resize(elements, 0);
         let mut start = 0;
@@ -128,9 +161,9 @@ impl Classes {
             let row = (first_element + start) / self.row_elements;
             let end = ((row + 1) * self.row_elements - first_element).min(elements);
             let (shift, offset) = (self.shift, self.offsets.get(row));
-            let references = reference[start * T::BYTES..end * T::BYTES].chunks_exact(T::BYTES);
-            for (class, reference) in classes[start..end].iter_mut().zip(references) {
-                *class = class_of(T::read(reference).magnitude(), shift, offset);
+            let (classes, references) = (&mut classes[start..end], &reference[start..end]);
+            for index in 0..classes.len() {
+                classes[index] = class_of(T::from_raw(references[index]).magnitude(), shift, offset);
             }
             start = end;
         }

@@ -16,10 +16,12 @@ use std::process::Command;
 
 use super::DaemonError;
 use super::launch::{ROLE, WORKER};
-use crate::fuse::Device;
+use crate::fuse::{Device, Handles};
 
 /// What the worker reads first, so that it can refuse what it would not understand.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
+/// Stands behind the last handles where there are more.
+const AND_MORE: &str = "more,";
 const FACTS: &str = "MCWCFS_HANDOVER";
 const SOURCE: &str = "MCWCFS_SOURCE";
 const MOUNTPOINT: &str = "MCWCFS_MOUNTPOINT";
@@ -33,8 +35,10 @@ pub(super) struct Facts {
     pub(super) restarts: u64,
     /// Workers that were replaced on request since the mount.
     pub(super) upgrades: u64,
-    /// The kernel's names of files that it reads by itself, by inode.
-    pub(super) passed: BTreeMap<u64, u32>,
+    /// Who has which files open, by inode, where files may be passed through.
+    pub(super) handles: BTreeMap<u64, Handles>,
+    /// Whether `handles` lacks some that are read through the page cache.
+    pub(super) lacks_handles: bool,
     /// Whether so many workers died that a request must be suspected of killing them.
     pub(super) is_suspicious: bool,
 }
@@ -44,6 +48,22 @@ impl Facts {
     pub(super) fn is_successor(&self) -> bool {
         self.restarts + self.upgrades > 0
     }
+}
+
+/// `inode:cached:passed:backing`, the last of which may be empty.
+pub(super) fn line_of_handles(inode: u64, handles: &Handles) -> String {
+    let Handles { cached, passed, backing } = handles;
+    let backing = backing.map_or(String::new(), |name| name.to_string());
+    format!("{inode}:{cached}:{passed}:{backing}")
+}
+
+/// What [`line_of_handles`] wrote.
+pub(super) fn parse_handles(line: &str) -> Option<(u64, Handles)> {
+    let fields: Vec<&str> = line.split(':').collect();
+    let [inode, cached, passed, backing] = fields[..] else { return None };
+    let backing = if backing.is_empty() { None } else { Some(backing.parse().ok()?) };
+    let handles = Handles { cached: cached.parse().ok()?, passed: passed.parse().ok()?, backing };
+    Some((inode.parse().ok()?, handles))
 }
 
 /// Everything a worker gets.
@@ -68,7 +88,7 @@ pub(super) fn prepare(
     listener: Option<&TcpListener>,
     facts: &Facts,
 ) {
-    let Facts { daemon, restarts, upgrades, passed, is_suspicious } = facts;
+    let Facts { daemon, restarts, upgrades, handles, lacks_handles, is_suspicious } = facts;
     let mut descriptors = vec![device.as_fd().as_raw_fd(), control.as_raw_fd()];
     descriptors.extend(listener.map(AsRawFd::as_raw_fd));
     let listener = listener.map_or("none".to_owned(), |listener| listener.as_raw_fd().to_string());
@@ -79,8 +99,12 @@ pub(super) fn prepare(
         write!(text, "{byte:02x}").expect("a String takes all that is written to it");
     }
     text.push(' ');
-    for (inode, name) in passed {
-        write!(text, "{inode}:{name},").expect("a String takes all that is written to it");
+    for (inode, handles) in handles {
+        text.push_str(&line_of_handles(*inode, handles));
+        text.push(',');
+    }
+    if *lacks_handles {
+        text.push_str(AND_MORE);
     }
     command.env(ROLE, WORKER).env(FACTS, text).env(SOURCE, source).env(MOUNTPOINT, device.mountpoint());
     // SAFETY: between fork and exec only `fcntl` and `signal` are called, which are async-signal-safe.
@@ -146,7 +170,7 @@ fn parse(text: &OsString) -> Result<Fields, String> {
     if fields[0] != VERSION {
         return Err(format!("version {:?}, expected {VERSION}: the supervisor is of another version", fields[0]));
     }
-    let [_, device, control, listener, daemon, restarts, upgrades, suspicious, greeting, passed] = fields[..] else {
+    let [_, device, control, listener, daemon, restarts, upgrades, suspicious, greeting, handles] = fields[..] else {
         return Err(format!("{} fields, expected 10", fields.len()));
     };
     let bad = |field: &str| format!("{field:?}: expected a number");
@@ -154,10 +178,8 @@ fn parse(text: &OsString) -> Result<Fields, String> {
     let descriptor = |field: &str| field.parse().map_err(|_| bad(field));
     let digits = greeting.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap_or_default());
     let greeting: Result<_, _> = digits.map(|pair| u8::from_str_radix(pair, 16).map_err(|_| bad(pair))).collect();
-    let pairs = passed.split_terminator(',').map(|pair| {
-        let (inode, name) = pair.split_once(':').ok_or_else(|| bad(pair))?;
-        Ok::<_, String>((number(inode)?, name.parse().map_err(|_| bad(name))?))
-    });
+    let (handles, lacks_handles) = handles.strip_suffix(AND_MORE).map_or((handles, false), |handles| (handles, true));
+    let handles = handles.split_terminator(',').map(|line| parse_handles(line).ok_or_else(|| bad(line)));
     Ok(Fields {
         device: descriptor(device)?,
         control: descriptor(control)?,
@@ -166,7 +188,8 @@ fn parse(text: &OsString) -> Result<Fields, String> {
             daemon: daemon.parse().map_err(|_| bad(daemon))?,
             restarts: number(restarts)?,
             upgrades: number(upgrades)?,
-            passed: pairs.collect::<Result<_, _>>()?,
+            handles: handles.collect::<Result<_, _>>()?,
+            lacks_handles,
             is_suspicious: number(suspicious)? != 0,
         },
         greeting: greeting?,
@@ -179,14 +202,27 @@ mod tests {
 
     #[test]
     fn facts_are_read_as_they_were_written_and_other_versions_are_refused() {
-        let passed = [(7, 1), (u64::MAX, 2)].into();
-        let facts = Facts { daemon: 12, restarts: 3, upgrades: 4, passed, is_suspicious: true };
-        let expected = Fields { device: 5, control: 6, listener: Some(7), facts, greeting: vec![0, 0xab, 0xff] };
-        assert_eq!(parse(&"1 5 6 7 12 3 4 1 00abff 7:1,18446744073709551615:2,".into()), Ok(expected));
-        assert_eq!(parse(&"1 5 6 none 12 3 4 0  ".into()).unwrap().listener, None);
-        assert!(parse(&"2 5 6".into()).unwrap_err().contains("another version"));
+        let handles = [
+            (7, Handles { cached: 0, passed: 1, backing: Some(4) }),
+            (u64::MAX, Handles { cached: 2, ..Handles::default() }),
+        ];
+        let facts = Facts {
+            daemon: 12,
+            restarts: 3,
+            upgrades: 4,
+            handles: handles.into(),
+            lacks_handles: false,
+            is_suspicious: true,
+        };
+        let mut expected = Fields { device: 5, control: 6, listener: Some(7), facts, greeting: vec![0, 0xab, 0xff] };
+        let text = "2 5 6 7 12 3 4 1 00abff 7:0:1:4,18446744073709551615:2:0:,";
+        assert_eq!(parse(&text.into()).as_ref(), Ok(&expected));
+        expected.facts.lacks_handles = true;
+        assert_eq!(parse(&format!("{text}more,").into()), Ok(expected));
+        assert_eq!(parse(&"2 5 6 none 12 3 4 0  ".into()).unwrap().listener, None);
+        assert!(parse(&"1 5 6".into()).unwrap_err().contains("another version"));
         for text in
-            ["", "1", "1 5 6 x 12 3 4 0 00 ", "1 5 6 7 12 3 4 0 0g ", "1 5 6 7 12 3 4 0 é ", "1 5 6 7 12 3 4 0 00 1"]
+            ["", "2", "2 5 6 x 12 3 4 0 00 ", "2 5 6 7 12 3 4 0 0g ", "2 5 6 7 12 3 4 0 é ", "2 5 6 7 12 3 4 0 00 1"]
         {
             assert!(parse(&text.into()).is_err(), "{text}");
         }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 /// Less than this decodes nothing in parallel and keeps nothing.
-const LEAST_LIMIT_BYTES: u64 = 32 << 20;
+pub const LEAST_LIMIT_BYTES: u64 = 32 << 20;
 /// What is assumed where the system does not say.
 const UNKNOWN: u64 = 4 << 30;
 
@@ -23,7 +23,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Divides `limit_bytes`, by default [`default_limit_bytes`] and never under 32 MiB. The cache gets
+    /// Divides `limit_bytes`, by default [`default_limit_bytes`], and never less than [`LEAST_LIMIT_BYTES`]. The cache gets
     /// `cache_bytes`, by default a half, and leaves a quarter to the others in any case.
     pub fn new(limit_bytes: Option<u64>, cache_bytes: Option<u64>) -> Self {
         // A cache that was asked for is not cut by a limit that was not.

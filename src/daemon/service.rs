@@ -15,7 +15,7 @@ use super::status::Status;
 use super::{DaemonError, DecodedCache, ServeOptions, memory, process};
 use crate::archive::{ArchiveError, Bases, Place};
 use crate::decoded_files::DecodedFiles;
-use crate::fuse::{self, Device, Kernel, MountOptions, Mounted, Registry, Succession};
+use crate::fuse::{self, Device, Inherited, Kernel, MountOptions, Mounted, Registry, Succession};
 use crate::materialize::Materializer;
 use crate::metrics::METRICS;
 use crate::telemetry;
@@ -38,7 +38,9 @@ impl Prepared {
         let mut vfs = Vfs::open(&options.source, move |path| {
             process::leave_descriptors_for_readers()
                 .map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
-            Ok(DecodedArchive::new(bases.open(path)?, Arc::clone(&decoder)))
+            let archive = bases.open(path)?;
+            decoder.check_fits(&archive)?; // a map of its file would end its reader
+            Ok(DecodedArchive::new(archive, Arc::clone(&decoder)))
         })?;
         vfs.decode_ahead(options.decode_ahead, options.materialize.threads, options.materialize.cache_bytes)
             .map_err(|source| DaemonError::System { what: "starting a thread", source })?;
@@ -60,21 +62,17 @@ impl Prepared {
         registry: Option<Arc<dyn Registry>>,
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
-        let passed = std::mem::take(&mut facts.passed);
-        // What a predecessor's readers have open through the page cache is not known; to pass such a file would be their
-        // error. What it passed is known.
-        let is_first = facts.restarts == 0 && facts.upgrades == 0;
+        let inherited = Inherited {
+            handles: std::mem::take(&mut facts.handles).into_iter().map(|(inode, of)| (Inode(inode), of)).collect(),
+            is_incomplete: facts.lacks_handles,
+        };
         let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
         let attributes = Arc::clone(&status);
-        let mount = MountOptions {
-            refuse_resent: is_suspicious,
-            passthrough: options.mount.passthrough && is_first,
-            ..options.mount.clone()
-        };
+        let mount = MountOptions { refuse_resent: is_suspicious, ..options.mount.clone() };
         let succession = Succession {
             root_attributes: Arc::new(move |name: &OsStr| attributes.root_attribute(name)),
-            passed: passed.into_iter().map(|(inode, name)| (Inode(inode), name)).collect(),
+            inherited,
             registry,
         };
         let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, succession)?;

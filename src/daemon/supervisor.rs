@@ -26,7 +26,7 @@ use super::handover::{self, Facts};
 use super::restarts::Restarts;
 use super::worker::{Command, Message};
 use super::{DaemonError, Event, end, service_manager};
-use crate::fuse::Device;
+use crate::fuse::{Device, Handles, MAX_PASSED};
 
 /// What a worker is started with.
 #[derive(Debug)]
@@ -59,8 +59,8 @@ struct Supervisor {
     restart_at: Option<Instant>,
     restarts: Restarts,
     upgrades: u64,
-    /// The kernel's names of files that it reads by itself, by inode.
-    passed: BTreeMap<u64, u32>,
+    /// Who has which files open, by inode, where files may be passed through.
+    handles: BTreeMap<u64, Handles>,
     is_ending: bool,
 }
 
@@ -105,7 +105,7 @@ pub(super) fn supervise(
         restart_at: Some(Instant::now()),
         restarts: Restarts::default(),
         upgrades: 0,
-        passed: BTreeMap::new(),
+        handles: BTreeMap::new(),
         is_ending: false,
     };
     let result = supervisor.run(arrived, ready);
@@ -144,11 +144,12 @@ impl Supervisor {
                         return Ok(());
                     }
                 }
-                Ok(Event::Worker(_, News::Said(Message::Passed(inode, name)))) => {
-                    self.passed.insert(inode, name);
-                }
-                Ok(Event::Worker(_, News::Said(Message::GivenUp(inode)))) => {
-                    self.passed.remove(&inode);
+                Ok(Event::Worker(_, News::Said(Message::Handles(inode, handles)))) => {
+                    if handles == Handles::default() {
+                        self.handles.remove(&inode);
+                    } else {
+                        self.handles.insert(inode, handles);
+                    }
                 }
                 Ok(Event::Worker(_, News::Said(Message::Held))) => self.start_successor(),
                 Ok(Event::Worker(number, News::Said(Message::Failed(code, message)))) => {
@@ -196,7 +197,7 @@ impl Supervisor {
         false
     }
 
-    /// Has the worker hold still what its successor will be told. Where there is none, the next one is new anyway.
+    /// Has the worker hold still what its successor will be told: who has which files open. Where there is none, the next one is new anyway.
     fn upgrade(&self) {
         if self.workers.iter().any(|worker| worker.role == Role::Successor) {
             info!("upgrade: one is under way already");
@@ -205,7 +206,7 @@ impl Supervisor {
         }
     }
 
-    /// The worker holds still: all that it said of the files that the kernel reads by itself has been heard.
+    /// The worker holds still: all that it said of who has which files open has been heard.
     fn start_successor(&mut self) {
         if self.workers.iter().any(|worker| worker.role == Role::Successor) {
             return; // asked for twice
@@ -288,11 +289,15 @@ impl Supervisor {
     /// Starts a worker, and threads that bring its news; returns its process.
     fn start_worker(&mut self, role: Role) -> io::Result<u32> {
         let (control, theirs) = UnixStream::pair()?;
+        // A worker's environment holds so many. Those that the kernel reads by itself are never more.
+        let lacks_handles = self.handles.len() > MAX_PASSED;
+        let told = self.handles.iter().filter(|(_, handles)| !lacks_handles || handles.backing.is_some());
         let facts = Facts {
             daemon: process::id(),
             restarts: self.restarts.total(),
             upgrades: self.upgrades + u64::from(role == Role::Successor),
-            passed: self.passed.clone(),
+            handles: told.map(|(inode, handles)| (*inode, *handles)).collect(),
+            lacks_handles,
             is_suspicious: self.restarts.are_suspicious(),
         };
         let Recipe { program, arguments, source, listener } = &self.recipe;

@@ -15,7 +15,7 @@ use log::{debug, error, info};
 use super::handover::{self, Handover};
 use super::service::{Prepared, Service};
 use super::{DaemonError, ServeOptions, answers, process};
-use crate::fuse::Registry;
+use crate::fuse::{Handles, Registry};
 use crate::vfs::Inode;
 
 /// How long a worker that is replaced may take to answer what it has taken. What is left then goes to its successor.
@@ -41,10 +41,8 @@ pub(super) enum Message {
     Ready(String),
     /// It ends, and why: an exit code and a message.
     Failed(u8, String),
-    /// The kernel may now read the file of this inode by itself, under this name.
-    Passed(u64, u32),
-    /// The name of this inode is about to be given up.
-    GivenUp(u64),
+    /// Who has the file of this inode open now.
+    Handles(u64, Handles),
     /// It holds still, as it was told.
     Held,
 }
@@ -71,8 +69,7 @@ impl Message {
         let line = match self {
             Self::Ready(status) => format!("ready {status}"),
             Self::Failed(code, message) => format!("failed {code} {message}"),
-            Self::Passed(inode, name) => format!("passed {inode} {name}"),
-            Self::GivenUp(inode) => format!("given-up {inode}"),
+            Self::Handles(inode, handles) => format!("handles {}", handover::line_of_handles(*inode, handles)),
             Self::Held => "held yes".to_owned(),
         };
         line.replace('\n', " ") + "\n"
@@ -81,11 +78,10 @@ impl Message {
     pub(super) fn parse(line: &str) -> Option<Self> {
         match line.split_once(' ')? {
             ("ready", status) => Some(Self::Ready(status.to_owned())),
-            ("passed", rest) => {
-                let (inode, name) = rest.split_once(' ')?;
-                Some(Self::Passed(inode.parse().ok()?, name.parse().ok()?))
+            ("handles", rest) => {
+                let (inode, handles) = handover::parse_handles(rest)?;
+                Some(Self::Handles(inode, handles))
             }
-            ("given-up", inode) => Some(Self::GivenUp(inode.parse().ok()?)),
             ("held", _) => Some(Self::Held),
             ("failed", rest) => {
                 let (code, message) = rest.split_once(' ')?;
@@ -157,16 +153,12 @@ pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Res
     result.map_err(|source| DaemonError::Ended { mountpoint, source })
 }
 
-/// Tells the supervisor which files the kernel reads by itself.
+/// Tells the supervisor who has which files open.
 struct ToSupervisor(UnixStream);
 
 impl Registry for ToSupervisor {
-    fn passed(&self, inode: Inode, backing: u32) {
-        tell(&self.0, &Message::Passed(inode.0, backing));
-    }
-
-    fn given_up(&self, inode: Inode) {
-        tell(&self.0, &Message::GivenUp(inode.0));
+    fn note(&self, inode: Inode, handles: Handles) {
+        tell(&self.0, &Message::Handles(inode.0, handles));
     }
 }
 
@@ -187,10 +179,11 @@ mod tests {
         assert_eq!(Command::parse("self-destruct"), None);
         let ready = Message::Ready("7 archives".into());
         let failed = Message::Failed(32, "source /x: gone".into());
-        for message in [ready, failed, Message::Passed(u64::MAX, 3), Message::GivenUp(5), Message::Held] {
+        let handles = Message::Handles(u64::MAX, Handles { cached: 1, passed: 2, backing: Some(3) });
+        for message in [ready, failed, handles, Message::Handles(5, Handles::default()), Message::Held] {
             assert_eq!(Message::parse(message.line().trim_end()), Some(message));
         }
-        for line in ["", "ready", "failed", "failed x y", "failed 999 y", "hello world"] {
+        for line in ["", "ready", "failed", "failed x y", "failed 999 y", "handles 1:2", "hello world"] {
             assert_eq!(Message::parse(line), None, "{line:?}");
         }
     }

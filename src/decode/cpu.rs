@@ -19,12 +19,17 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 #[cfg(test)]
 mod tests;
 
 pub use kernels::{Kernels, PORTABLE, WORDS_PADDING};
 pub use stages::{Stage, StageClock};
 
+#[cfg(target_arch = "aarch64")]
+pub use kernels::NEON;
 #[cfg(target_arch = "x86_64")]
 pub use kernels::{AVX2, AVX512};
 
@@ -44,7 +49,7 @@ pub struct CpuEngine {
 impl CpuEngine {
     /// # Safety
     /// The CPU has the instructions of these kernels' level: `super::select` asks it.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(super) unsafe fn new(kernels: &'static Kernels) -> Self {
         Self { kernels }
     }
@@ -118,17 +123,6 @@ impl Engine for CpuEngine {
 
     fn strips_at_once(&self) -> usize {
         self.kernels.strips_at_once
-    }
-
-    fn decode_strip(
-        &self,
-        part: &PreparedPart,
-        strip: usize,
-        stored: &[u8],
-        reference: Option<&[u8]>,
-        out: &mut [u8],
-    ) -> Result<(), DecodeError> {
-        self.decode_strips(part, reference, &mut [StripJob { strip, stored, out }])
     }
 
     fn decode_strips(

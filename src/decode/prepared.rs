@@ -16,6 +16,7 @@ use crate::codec::motion::Motion;
 use crate::codec::units::UnitCoding;
 use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
 use crate::format::bytes::crc32c;
+use crate::format::difference::BaseTensor;
 use crate::format::limits;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, SymbolStreams, TrellisTables};
 use crate::format::strip::{StripLayout, raw_bytes_of_run};
@@ -41,6 +42,8 @@ pub struct PreparedPart {
     symbol_bits: usize,
     length_bytes: u64,
     kind: PartKind,
+    /// The tensor of a base archive that the part starts from.
+    base: Option<BaseTensor>,
     strips: Vec<PreparedStrip>,
 }
 
@@ -190,10 +193,12 @@ impl PreparedPart {
             symbol_bits: 8 * element_bits.div_ceil(8) as usize,
             length_bytes: tensor.length_bytes,
             kind: PartKind::Raw,
+            base: None,
             strips: Vec::new(),
         };
         if let Coding::Based(info) = &header.coding {
             part.kind = prepare_based(info, tensor, header.streams.as_ref(), pools.tables)?;
+            part.base = Some(info.reference);
         }
         let Some(streams) = &header.streams else {
             if matches!(part.kind, PartKind::Based(_)) {
@@ -249,7 +254,7 @@ impl PreparedPart {
                 part.kind = PartKind::Split { carrier: *carrier, carrier_bits: bits, symbols };
                 bits as usize / 8
             }
-            Coding::Quantized(info) => {
+            Coding::Quantized(info) | Coding::QuantizedFromBase(_, info) => {
                 if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(inconsistent("part coding", format!("quantized {}", tensor.dtype), "F32, F16 or BF16"));
                 }
@@ -261,6 +266,12 @@ impl PreparedPart {
                     prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, per_number)?
                 };
                 part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
+                if let (Coding::QuantizedFromBase(reference, _), PartKind::Quantized { prediction, .. }) =
+                    (&header.coding, &mut part.kind)
+                {
+                    part.base = Some(*reference);
+                    *prediction = Some(Prediction::copy());
+                }
                 2
             }
             Coding::Units(info) => {
@@ -387,7 +398,7 @@ impl PreparedPart {
         full.min(self.length_bytes - strip as u64 * full) as usize
     }
 
-    /// How the part starts from a base archive, where it does.
+    /// How a bit-exact part starts from a base archive, where it does.
     pub fn based(&self) -> Option<&Based> {
         match &self.kind {
             PartKind::Based(based) => Some(based),
@@ -401,9 +412,15 @@ impl PreparedPart {
         strips.start as u64 * full..(strips.end as u64 * full).min(self.length_bytes)
     }
 
-    /// The prediction, where the part is predicted.
+    /// The tensor of a base archive that the part starts from, bit-exact or quantized.
+    pub fn base(&self) -> Option<BaseTensor> {
+        self.base
+    }
+
+    /// The prediction, where the part is predicted from another record.
     pub fn prediction(&self) -> Option<&Prediction> {
         match &self.kind {
+            _ if self.base.is_some() => None,
             PartKind::Quantized { prediction, .. } => prediction.as_ref(),
             PartKind::Raw | PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => None,
         }

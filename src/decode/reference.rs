@@ -2,7 +2,7 @@
 //! with, so it is written to be read; nothing in it is fast.
 
 use super::prepared::{Difference, PartKind, Prediction, Quantizer, Symbols};
-use super::{DecodeError, Engine, PreparedPart};
+use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::codec::difference::{Bits, coded_order, join_difference};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
@@ -24,45 +24,59 @@ impl Engine for ReferenceEngine {
         "reference"
     }
 
-    fn decode_strip(
+    fn decode_strips(
         &self,
         part: &PreparedPart,
-        strip: usize,
-        stored: &[u8],
         reference: Option<&[u8]>,
-        out: &mut [u8],
+        jobs: &mut [StripJob<'_>],
     ) -> Result<(), DecodeError> {
-        part.check_strip(strip, stored)?;
-        let predicted = part.based().map(|_| {
-            let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
-            part.predicted_strip(strip, reference)
-        });
-        let Some(layout) = part.layout(strip) else {
-            out.copy_from_slice(predicted.as_deref().unwrap_or(stored));
-            return Ok(());
-        };
-        let strip = StripView { number: strip, stored, layout };
-        match part.kind() {
-            PartKind::Raw => unreachable!("raw parts have no symbol layout"),
-            PartKind::Based(based) => {
-                let difference = based.difference.as_ref().expect("there are symbols");
-                let predicted = predicted.expect("the part starts from a base");
-                match part.dtype().bits() {
-                    Some(8) => strip.decode_differences::<u8>(difference, &predicted, out),
-                    Some(16) => strip.decode_differences::<u16>(difference, &predicted, out),
-                    _ => strip.decode_differences::<u32>(difference, &predicted, out),
-                }
+        let first = first_strip(jobs);
+        jobs.iter_mut().try_for_each(|job| {
+            let reference = part.reference_of(job.strip, first, reference);
+            decode_strip(part, job.strip, job.stored_bytes(part), reference, job.out)
+        })
+    }
+}
+
+fn decode_strip(
+    part: &PreparedPart,
+    strip: usize,
+    stored: &[u8],
+    reference: Option<&[u8]>,
+    out: &mut [u8],
+) -> Result<(), DecodeError> {
+    part.check_strip(strip, stored)?;
+    let predicted = part.based().map(|_| {
+        let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
+        part.predicted_strip(strip, reference)
+    });
+    let Some(layout) = part.layout(strip) else {
+        out.copy_from_slice(predicted.as_deref().unwrap_or(stored));
+        return Ok(());
+    };
+    let strip = StripView { number: strip, stored, layout };
+    match part.kind() {
+        PartKind::Raw => unreachable!("raw parts have no symbol layout"),
+        PartKind::Based(based) => {
+            let difference = based.difference.as_ref().expect("there are symbols");
+            let predicted = predicted.expect("the part starts from a base");
+            match part.dtype().bits() {
+                Some(8) => strip.decode_differences::<u8>(difference, &predicted, out),
+                Some(16) => strip.decode_differences::<u16>(difference, &predicted, out),
+                _ => strip.decode_differences::<u32>(difference, &predicted, out),
             }
-            PartKind::Split { carrier, carrier_bits, symbols } => {
-                strip.decode_split(symbols, *carrier, *carrier_bits, out)
-            }
-            PartKind::Units { units, symbols } => strip.decode_units(symbols, units, out),
-            PartKind::Quantized { symbols, quantizer, prediction } => {
-                let prediction = prediction.as_ref().map(|prediction| {
-                    (prediction, reference.expect("a predicted part is decoded with its reference at hand"))
-                });
-                strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
-            }
+        }
+        PartKind::Split { carrier, carrier_bits, symbols } => strip.decode_split(symbols, *carrier, *carrier_bits, out),
+        PartKind::Units { units, symbols } => strip.decode_units(symbols, units, out),
+        PartKind::Quantized { symbols, quantizer, prediction } => {
+            let prediction = prediction.as_ref().map(|prediction| {
+                let reference = reference.expect("a predicted part is decoded with its reference at hand");
+                // That of a base begins with the strip.
+                let first =
+                    if part.base().is_some() { strip.first_run(symbols) * strip.layout.run_elements } else { 0 };
+                (prediction, reference, first)
+            });
+            strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
         }
     }
 }
@@ -277,7 +291,7 @@ impl StripView<'_> {
         &self,
         symbols: &Symbols,
         quantizer: &Quantizer,
-        prediction: Option<(&Prediction, &[u8])>,
+        prediction: Option<(&Prediction, &[u8], usize)>,
         dtype: &Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
@@ -296,9 +310,12 @@ impl StripView<'_> {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
             // Eqs. 68-69: the keyframe value or the residual.
             let mut value = dequantize(point, quantizer.step_of_run(run), quantizer.mean_of_run(run));
-            if let Some((prediction, reference)) = prediction {
+            if let Some((prediction, reference, first_of_reference)) = prediction {
                 let element = first_element + index;
-                let source = prediction.motion.as_ref().map_or(element, |motion| motion.reference_of(element));
+                let source = prediction
+                    .motion
+                    .as_ref()
+                    .map_or(element - first_of_reference, |motion| motion.reference_of(element));
                 let reference = read_element(dtype, &reference[source * element_bytes..][..element_bytes]);
                 value += prediction.of_run(run).predict(reference); // Eqs. 70-71
             }

@@ -16,6 +16,8 @@ pub enum EngineChoice {
     Avx512,
     /// At most AVX2.
     Avx2,
+    /// At most NEON.
+    Neon,
     /// The fast engine without special instructions.
     Portable,
     /// The reference decoder.
@@ -41,6 +43,7 @@ impl EngineChoice {
         let asked = match self {
             Self::Avx512 => Some("avx512"),
             Self::Avx2 => Some("avx2"),
+            Self::Neon => Some("neon"),
             Self::Portable => Some("portable"),
             Self::Auto => None,
             Self::Reference => return None,
@@ -91,6 +94,9 @@ pub fn cpu_engines() -> Vec<CpuEngine> {
             engines.push(unsafe { CpuEngine::new(&AVX2) });
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: every aarch64 has NEON.
+    engines.push(unsafe { CpuEngine::new(&super::cpu::NEON) });
     engines.push(CpuEngine::portable());
     engines
 }

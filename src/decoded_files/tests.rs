@@ -155,3 +155,21 @@ fn two_writers_of_one_file_both_have_it() {
     });
     assert_eq!(names(directory.path()).len(), 2);
 }
+
+#[test]
+fn a_directory_that_others_may_write_to_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    for (mode, is_refused) in [(0o700, false), (0o755, false), (0o775, true), (0o707, true), (0o1777, true)] {
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(mode)).unwrap();
+        let opened = DecodedFiles::open(directory.path(), Some(100));
+        assert_eq!(matches!(opened, Err(DecodedFilesError::NotOurs { .. })), is_refused, "{mode:o}");
+    }
+    // SAFETY: the call has no preconditions and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::chown(directory.path(), Some(12_345), None).unwrap();
+        let error = DecodedFiles::open(directory.path(), Some(100)).unwrap_err().to_string();
+        assert!(error.contains("owner 12345, mode 700"), "{error}");
+    }
+}

@@ -1,7 +1,7 @@
 //! The header of one part: how one tensor is coded, and everything its strips need (SPEC.md section 4.1; Eqs. 61-63).
 
 use super::bytes::{Reader, Writer};
-use super::difference::BasedInfo;
+use super::difference::{BaseTensor, BasedInfo};
 use super::error::FormatError;
 use super::limits;
 use super::units::UnitsInfo;
@@ -135,6 +135,8 @@ pub enum Coding {
     },
     /// Quantized codes, absolute (keyframe) or of a residual (predicted).
     Quantized(QuantizerInfo),
+    /// Quantized codes of the difference to a tensor of a base archive.
+    QuantizedFromBase(BaseTensor, QuantizerInfo),
     /// Bit-exact: integers of some bits that lie in the tensor's bytes, whatever its type.
     Units(UnitsInfo),
     /// Bit-exact: what differs from a tensor of a base archive.
@@ -146,9 +148,14 @@ impl Coding {
     pub fn has_symbols(&self) -> bool {
         match self {
             Self::Raw => false,
-            Self::Split { .. } | Self::Quantized(_) | Self::Units(_) => true,
+            Self::Split { .. } | Self::Quantized(_) | Self::QuantizedFromBase(..) | Self::Units(_) => true,
             Self::Based(info) => info.difference.is_some(),
         }
+    }
+
+    /// Whether elements lose anything.
+    pub fn is_quantized(&self) -> bool {
+        matches!(self, Self::Quantized(_) | Self::QuantizedFromBase(..))
     }
 }
 
@@ -188,6 +195,7 @@ const CODING_SPLIT: u8 = 1;
 const CODING_QUANTIZED: u8 = 2;
 const CODING_UNITS: u8 = 3;
 const CODING_BASED: u8 = 4;
+const CODING_QUANTIZED_FROM_BASE: u8 = 5;
 
 const HAS_ZERO_BITS: u8 = 1;
 
@@ -208,12 +216,26 @@ impl PartHeader {
             CODING_RAW => Coding::Raw,
             CODING_SPLIT => Self::parse_split(reader)?,
             CODING_QUANTIZED => Coding::Quantized(QuantizerInfo::parse(reader)?),
+            CODING_QUANTIZED_FROM_BASE => {
+                let reference = BaseTensor::parse(reader)?;
+                let offset = reader.position();
+                let info = QuantizerInfo::parse(reader)?;
+                if info.prediction.is_some() || info.vectors.is_some() {
+                    return Err(reader.invalid(
+                        "quantizer flags",
+                        offset,
+                        "a prediction or vectors",
+                        "none from a base",
+                    ));
+                }
+                Coding::QuantizedFromBase(reference, info)
+            }
             CODING_UNITS => Coding::Units(UnitsInfo::parse(reader)?),
             CODING_BASED => Coding::Based(BasedInfo::parse(reader)?),
             other => return Err(FormatError::UnknownFeature { feature: format!("part coding {other}") }),
         };
         let quantizer = match &coding {
-            Coding::Quantized(_) | Coding::Based(_) => reader.position() - start - 1,
+            Coding::Quantized(_) | Coding::QuantizedFromBase(..) | Coding::Based(_) => reader.position() - start - 1,
             _ => 0,
         };
         let before_entropy = reader.position();
@@ -269,6 +291,11 @@ impl PartHeader {
             }
             Coding::Quantized(info) => {
                 writer.u8(CODING_QUANTIZED);
+                info.write(writer);
+            }
+            Coding::QuantizedFromBase(reference, info) => {
+                writer.u8(CODING_QUANTIZED_FROM_BASE);
+                reference.write(writer);
                 info.write(writer);
             }
             Coding::Units(info) => {
@@ -439,7 +466,7 @@ impl StoredPrediction {
 
 #[cfg(test)]
 mod tests {
-    use super::super::difference::{BaseTensor, StoredDifference, StoredLowRank};
+    use super::super::difference::{StoredDifference, StoredLowRank};
     use super::*;
     use proptest::prelude::*;
 
@@ -498,7 +525,14 @@ mod tests {
         let quantizer = (1e-6_f32..9.0, codes, prop::option::of(integers()), means, prop::option::of(predictions()))
             .prop_map(|(step, (raw_bits, trellis, vectors), scales, means, prediction)| {
                 Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, prediction })
-            });
+            })
+            .boxed();
+        let from_base = (quantizer.clone(), 0..16_u32).prop_map(|(coding, base)| match coding {
+            Coding::Quantized(info) if info.prediction.is_none() && info.vectors.is_none() => {
+                Coding::QuantizedFromBase(BaseTensor { base, file: 1, tensor: 2 }, info)
+            }
+            other => other,
+        });
         let carrier = prop::sample::select(vec![Carrier::Own, Carrier::Bf16, Carrier::F16]);
         let split = (carrier, 1..=56_u8, prop::option::of(integers()))
             .prop_map(|(carrier, raw_bits, zero_bits)| Coding::Split { carrier, raw_bits, zero_bits });
@@ -508,7 +542,7 @@ mod tests {
             let raw_bits = if values.is_empty() { unit_bits / 4 } else { 0 };
             Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
         });
-        prop_oneof![Just(Coding::Raw), split, quantizer, units, based()]
+        prop_oneof![Just(Coding::Raw), split, quantizer, from_base, units, based()]
     }
 
     proptest! {

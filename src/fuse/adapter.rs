@@ -1,7 +1,6 @@
 //! Requests of the kernel, one method each.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -17,7 +16,8 @@ use fuser::{
 use log::{debug, warn};
 
 use super::errno::errno;
-use super::passthrough::{CACHED, PASSED, Passthrough};
+use super::opening::{close_passed, open_passed, reply_cached};
+use super::passthrough::Passthrough;
 use super::replies::Replies;
 use super::workers::Workers;
 use super::{MountOptions, RootAttributes};
@@ -216,30 +216,21 @@ impl Filesystem for Adapter {
         if flags.acc_mode() != OpenAccMode::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
-        match self.vfs.open_file(Inode(inode.0)) {
+        let inode = Inode(inode.0);
+        match self.vfs.open_file(inode) {
             Ok(path) => {
                 debug!("open: {}", path.display());
                 METRICS.opens.add(1);
-                let find = || self.vfs.decoded_file(Inode(inode.0));
-                let register = |file: &File| reply.open_backing(file);
-                // SAFETY: the name is one that the kernel gave for this mount and that nobody has closed; only the
-                // passthrough table does, once.
-                let adopt = |name| unsafe { reply.wrap_backing(name) };
-                match self.passthrough.open(Inode(inode.0), find, register, adopt) {
-                    Some(backing) => {
-                        METRICS.passed_opens.add(1);
-                        // The file system below may insist on aligned buffers where the page cache is passed by; here
-                        // any will do, so such reads come to us.
-                        let is_direct = flags.0 & libc::O_DIRECT != 0;
-                        let direct = if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-                        reply.opened_passthrough(PASSED, FopenFlags::FOPEN_NOFLUSH | direct, &backing);
-                    }
-                    // Without KEEP_CACHE the second open of a file, which safetensors does, drops what the first one read.
-                    None => reply.opened(CACHED, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
-                }
             }
-            Err(error) => reply.error(errno(&error)),
+            Err(error) => return reply.error(errno(&error)),
         }
+        if !self.passthrough.is_wanted() {
+            return reply_cached(reply);
+        }
+        // Somebody has to look on disk.
+        let (vfs, passthrough) = (Arc::clone(&self.vfs), Arc::clone(&self.passthrough));
+        self.workers.submit(move || open_passed(vfs, passthrough, inode, flags, reply));
+        self.workers.hold_while_draining();
     }
 
     fn read(
@@ -258,14 +249,14 @@ impl Filesystem for Adapter {
             warn!("read refused: inode {inode}, byte {offset}: a process died while it had this request");
             return reply.error(Errno::EIO);
         }
-        if let Some(bytes) = self.vfs.resident(inode, offset, size.into()) {
+        // The kernel keeps what it is given, but for readers that pass it by.
+        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
+        if let Some(bytes) = self.vfs.resident(inode, offset, size as usize, keeper) {
             pending.answered(Some(bytes.len()));
             return reply.data(&bytes);
         }
         let vfs = Arc::clone(&self.vfs);
         let replies = Arc::clone(&self.replies);
-        // The kernel keeps what it is given, but for readers that pass it by.
-        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
         self.workers.submit(move || {
             match vfs.read(inode, offset, size as usize, keeper, |length| replies.take(length)) {
                 Ok(bytes) => {
@@ -291,8 +282,13 @@ impl Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.passthrough.close(Inode(inode.0), handle);
-        reply.ok();
+        let inode = Inode(inode.0);
+        self.vfs.close_file(inode);
+        if self.passthrough.is_wanted() {
+            close_passed(&self.passthrough, inode, handle, reply);
+        } else {
+            reply.ok();
+        }
     }
 
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

@@ -3,16 +3,14 @@
 //! The kernel allows one way at a time for a file: while somebody has it open through its page cache, nobody gets it by
 //! passthrough, and the other way round. So the first open decides for all that overlap with it.
 //!
-//! That outlives this process: a file that a predecessor passed stays passed while somebody has it open, and opens meanwhile
-//! only under the name that the predecessor gave it. So each name is told to a [`Registry`] before it is used. A successor
-//! that is given the names opens those files under them as long as it lives, and passes no others: it does not know what
-//! its predecessor's readers have open through the page cache.
+//! That outlives this process. So whoever may succeed it is told through a [`Registry`] who has what open: of an open before
+//! it is answered, of a close after. Killed in between, a process leaves a handle too many in that account, which does no
+//! harm, and never one too few.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuser::{BackingId, FileHandle};
 use log::info;
@@ -25,119 +23,281 @@ pub(super) const CACHED: FileHandle = FileHandle(0);
 pub(super) const PASSED: FileHandle = FileHandle(1);
 
 /// More files at once are not passed, so that a successor can be told of all of them.
-const MAX_NAMES: usize = 2048;
+pub const MAX_PASSED: usize = 2048;
 
-/// Remembers the kernel's names of files beyond the life of this process.
+/// Who has a file open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Handles {
+    /// Handles that are read through the kernel's page cache.
+    pub cached: u64,
+    /// Handles that the kernel reads by itself.
+    pub passed: u64,
+    /// The kernel's name of the file on disk that it reads for them.
+    pub backing: Option<u32>,
+}
+
+/// Keeps account of open files beyond the life of this process.
 pub trait Registry: Send + Sync {
-    /// From now on `inode` may be open under the name `backing`.
-    fn passed(&self, inode: Inode, backing: u32);
+    /// From now on `handles` are those of `inode`.
+    fn note(&self, inode: Inode, handles: Handles);
+}
 
-    /// The name of `inode` is about to be given up: nobody has it open.
-    fn given_up(&self, inode: Inode);
+/// What processes before this one have left open.
+#[derive(Clone, Debug, Default)]
+pub struct Inherited {
+    /// Handles by file.
+    pub handles: HashMap<Inode, Handles>,
+    /// Whether some are missing that are read through the page cache: then no other file may be passed.
+    pub is_incomplete: bool,
 }
 
 /// Which files are open, and how.
 pub(super) struct Passthrough {
     registry: Option<Arc<dyn Registry>>,
-    /// The names that predecessors gave.
-    inherited: HashMap<Inode, u32>,
     is_wanted: bool,
-    /// A successor is about to be told the names: from now on none is made or given up.
-    is_held: AtomicBool,
-    /// Until the kernel has refused once.
-    is_allowed: AtomicBool,
-    open: Mutex<HashMap<Inode, Open>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    files: HashMap<Inode, OpenFile>,
+    passed_files: usize,
+    /// Whether files may be named that have no name: until the kernel has refused once.
+    may_name: bool,
+    /// A successor is about to be told who has what open: from now on that does not change.
+    is_held: bool,
+    /// Opens and closes that wait for the successor, or for this process to go on.
+    held: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 #[derive(Debug, Default)]
-struct Open {
-    cached: u64,
-    passed: u64,
-    /// The kernel's name of the file on disk, the same for all who have it open.
+struct OpenFile {
+    handles: Handles,
+    /// Has `handles.backing` given up when it is dropped. Missing where a predecessor got the name and nobody has opened the
+    /// file since.
     backing: Option<Arc<BackingId>>,
 }
 
+/// How an open is to be answered.
+pub(super) enum Opening {
+    /// Through the kernel's page cache.
+    Cached,
+    /// By the kernel itself; whether nobody else has the file open so.
+    Passed(Arc<BackingId>, bool),
+    /// Not now: see [`Passthrough::hold`].
+    Held,
+}
+
 impl Passthrough {
-    /// Nothing is open yet.
-    pub(super) fn new(is_wanted: bool, inherited: HashMap<Inode, u32>, registry: Option<Arc<dyn Registry>>) -> Self {
-        let (is_held, is_allowed) = (AtomicBool::new(false), AtomicBool::new(true));
-        Self { registry, inherited, is_wanted, is_held, is_allowed, open: Mutex::default() }
+    /// Nothing is open but what predecessors left.
+    pub(super) fn new(is_wanted: bool, inherited: Inherited, registry: Option<Arc<dyn Registry>>) -> Self {
+        let passed_files = inherited.handles.values().filter(|handles| handles.backing.is_some()).count();
+        let files = inherited.handles.into_iter().map(|(inode, handles)| (inode, OpenFile { handles, backing: None }));
+        let may_name = is_wanted && !inherited.is_incomplete;
+        let state = State { files: files.collect(), passed_files, may_name, ..State::default() };
+        // Files that were passed must be opened so whatever is wanted now.
+        Self { registry, is_wanted: is_wanted || passed_files > 0, state: Mutex::new(state) }
     }
 
-    /// From now on no name is made and none is given up. What was, has been told to the registry.
+    /// Whether opens and closes must be told to this at all.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.is_wanted
+    }
+
+    /// From now on nothing is opened or closed. What was, has been told to the registry; what the kernel asks for waits until
+    /// [`release`](Self::release), or goes to a successor when this process ends.
     pub(super) fn hold(&self) {
-        let _open = self.open.lock().unwrap_or_else(PoisonError::into_inner); // who is at it comes first
-        self.is_held.store(true, Ordering::Relaxed);
+        self.lock().is_held = true;
     }
 
-    /// The successor did not come: names are made and given up again.
+    /// The successor did not come: what waited is done.
     pub(super) fn release(&self) {
-        self.is_held.store(false, Ordering::Relaxed);
+        let mut state = self.lock();
+        state.is_held = false;
+        let held = std::mem::take(&mut state.held);
+        drop(state);
+        for job in held {
+            job();
+        }
     }
 
-    /// Notes an open of `inode`; returns the kernel's name of the file to read where the kernel is to read by itself.
-    /// `find` gives the file, if there is one, `register` names it to the kernel, and `adopt` takes a name that the kernel
-    /// knows already.
+    /// Has `job` done after [`release`](Self::release), if that comes.
+    pub(super) fn after_release(&self, job: impl FnOnce() + Send + 'static) {
+        let mut state = self.lock();
+        if state.is_held {
+            state.held.push(Box::new(job));
+            return;
+        }
+        drop(state);
+        job(); // it came meanwhile
+    }
+
+    /// Notes an open of `inode`, and says how to answer it. `find` gives the file on disk, if there is one, and may take its
+    /// time; `register` names it to the kernel, and `adopt` takes a name that the kernel knows already.
     pub(super) fn open(
         &self,
         inode: Inode,
         find: impl FnOnce() -> Option<Arc<File>>,
         register: impl FnOnce(&File) -> io::Result<BackingId>,
         adopt: impl FnOnce(u32) -> BackingId,
-    ) -> Option<Arc<BackingId>> {
-        let inherited = self.inherited.get(&inode);
-        if !self.is_wanted && inherited.is_none() {
-            return None;
+    ) -> Opening {
+        let may_be_named = {
+            let state = self.lock();
+            state.may_name && state.passed_files < MAX_PASSED && !state.files.contains_key(&inode)
+        };
+        let found = if may_be_named { find() } else { None };
+        let mut state = self.lock();
+        let State { files, passed_files, may_name, is_held, .. } = &mut *state;
+        if *is_held {
+            return Opening::Held;
         }
-        let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = all.len();
-        let open = all.entry(inode).or_default();
-        let is_open = open.backing.is_some() || open.cached > 0;
-        if let (Some(name), None) = (inherited, &open.backing) {
-            open.backing = Some(Arc::new(adopt(*name)));
-        } else if !is_open
-            && self.inherited.len() + count < MAX_NAMES
-            && !self.is_held.load(Ordering::Relaxed)
-            && self.is_allowed.load(Ordering::Relaxed)
+        let is_open = files.contains_key(&inode); // somebody may have been faster
+        let file = files.entry(inode).or_default();
+        if let (Some(name), None) = (file.handles.backing, &file.backing) {
+            file.backing = Some(Arc::new(adopt(name)));
+        } else if let Some(found) = found
+            && !is_open
         {
-            open.backing = find().and_then(|file| match register(&file) {
+            match register(&found) {
                 Ok(backing) => {
                     let name = backing.into_raw();
-                    if let Some(registry) = &self.registry {
-                        registry.passed(inode, name);
-                    }
-                    Some(Arc::new(adopt(name)))
+                    file.handles.backing = Some(name);
+                    file.backing = Some(Arc::new(adopt(name)));
+                    *passed_files += 1;
                 }
                 Err(error) => {
                     info!("no passthrough, decoded files are read here: {error}");
-                    self.is_allowed.store(false, Ordering::Relaxed);
-                    None
+                    *may_name = false;
                 }
-            });
+            }
         }
-        let backing = open.backing.clone();
-        *(if backing.is_some() { &mut open.passed } else { &mut open.cached }) += 1;
-        backing
+        let Handles { cached, passed, .. } = &mut file.handles;
+        let opening = match &file.backing {
+            Some(backing) => {
+                *passed += 1;
+                Opening::Passed(Arc::clone(backing), *passed == 1)
+            }
+            None => {
+                *cached += 1;
+                Opening::Cached
+            }
+        };
+        self.note(inode, file.handles);
+        opening
     }
 
-    /// Notes that a handle was closed.
-    pub(super) fn close(&self, inode: Inode, handle: FileHandle) {
-        let mut all = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.inherited.contains_key(&inode) {
-            return; // how many a predecessor's readers have open is not known, so the name stays
+    /// Notes that a handle was closed, after `answer` has said so to the kernel. Gives `answer` back where that must wait.
+    pub(super) fn close<A: FnOnce()>(&self, inode: Inode, handle: FileHandle, answer: A) -> Option<A> {
+        let mut state = self.lock();
+        if state.is_held {
+            return Some(answer);
         }
-        let Some(open) = all.get_mut(&inode) else { return };
-        let count = if handle == PASSED { &mut open.passed } else { &mut open.cached };
+        answer();
+        let file = state.files.get_mut(&inode)?;
+        let count = if handle == PASSED { &mut file.handles.passed } else { &mut file.handles.cached };
         *count = count.saturating_sub(1);
-        if open.passed == 0 && !self.is_held.load(Ordering::Relaxed) {
-            // Told before it happens: a name too many does no harm, a name too few does.
-            if let (Some(registry), Some(_)) = (&self.registry, &open.backing) {
-                registry.given_up(inode);
-            }
-            open.backing = None;
-            if open.cached == 0 {
-                all.remove(&inode);
-            }
+        let mut given_up = None;
+        if file.handles.passed == 0 && file.backing.is_some() {
+            file.handles.backing = None;
+            given_up = file.backing.take();
         }
+        let handles = file.handles;
+        if handles == Handles::default() {
+            state.files.remove(&inode);
+        }
+        state.passed_files -= usize::from(given_up.is_some());
+        self.note(inode, handles);
+        drop(given_up); // only now, when nobody will be told of it any more
+        None
+    }
+
+    fn note(&self, inode: Inode, handles: Handles) {
+        if let Some(registry) = &self.registry {
+            registry.note(inode, handles);
+        }
+    }
+
+    /// Nobody's code but the registry's and the kernel's runs under this lock, so poison tells nothing.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    const INODE: Inode = Inode(7);
+
+    /// What has been noted last.
+    #[derive(Default)]
+    struct Account(Mutex<HashMap<Inode, Handles>>);
+
+    impl Registry for Account {
+        fn note(&self, inode: Inode, handles: Handles) {
+            self.0.lock().unwrap().insert(inode, handles);
+        }
+    }
+
+    /// Opens a file that is on no disk, as it is where no kernel names files.
+    fn open(passthrough: &Passthrough) -> Opening {
+        passthrough.open(INODE, || None, |_| unreachable!("no file"), |_| unreachable!("no name"))
+    }
+
+    #[test]
+    fn a_successor_takes_the_account_over() {
+        let account = Arc::new(Account::default());
+        let passthrough = Passthrough::new(true, Inherited::default(), Some(account.clone()));
+        assert!(matches!(open(&passthrough), Opening::Cached));
+        assert!(matches!(open(&passthrough), Opening::Cached));
+        let handles = account.0.lock().unwrap().clone();
+        assert_eq!(handles[&INODE], Handles { cached: 2, ..Handles::default() });
+
+        let successor = Passthrough::new(true, Inherited { handles, is_incomplete: false }, Some(account.clone()));
+        let look = || {
+            let find = || panic!("it is open through the page cache: no name is looked for");
+            successor.open(INODE, find, |_| unreachable!("no file"), |_| unreachable!("no name"))
+        };
+        assert!(matches!(look(), Opening::Cached));
+        for left in (0..3).rev() {
+            assert!(successor.close(INODE, CACHED, || ()).is_none());
+            assert_eq!(account.0.lock().unwrap()[&INODE].cached, left);
+        }
+        let looked = AtomicUsize::new(0);
+        let find = || {
+            looked.fetch_add(1, Ordering::Relaxed);
+            None
+        };
+        successor.open(INODE, find, |_| unreachable!("no file"), |_| unreachable!("no name"));
+        assert_eq!(looked.into_inner(), 1, "nobody has it open any more");
+    }
+
+    #[test]
+    fn without_a_whole_account_no_other_file_is_passed() {
+        let inherited = Inherited { is_incomplete: true, ..Inherited::default() };
+        let passthrough = Passthrough::new(true, inherited, None);
+        let find = || panic!("nothing is looked for");
+        passthrough.open(INODE, find, |_| unreachable!("no file"), |_| unreachable!("no name"));
+    }
+
+    #[test]
+    fn while_it_is_held_nothing_is_opened_or_closed_and_all_of_it_afterwards() {
+        let passthrough = Arc::new(Passthrough::new(true, Inherited::default(), None));
+        open(&passthrough);
+        passthrough.hold();
+        assert!(matches!(open(&passthrough), Opening::Held));
+        let answered = Arc::new(AtomicUsize::new(0));
+        let answer = {
+            let answered = Arc::clone(&answered);
+            move || answered.store(1, Ordering::Relaxed)
+        };
+        let held = passthrough.close(INODE, CACHED, answer).expect("it must wait");
+        passthrough.after_release(held);
+        assert_eq!(answered.load(Ordering::Relaxed), 0);
+        passthrough.release();
+        assert_eq!(answered.load(Ordering::Relaxed), 1);
+        assert!(matches!(open(&passthrough), Opening::Cached));
     }
 }

@@ -61,8 +61,8 @@ impl Materializer {
         part: &PreparedPart,
         strips: Range<usize>,
     ) -> Result<u64, MaterializeError> {
-        let Some(based) = part.based() else { return Ok(0) };
-        let (base, address) = archive.base_tensor(based.reference).expect("checked when the part was prepared");
+        let Some(reference) = part.base() else { return Ok(0) };
+        let (base, address) = archive.base_tensor(reference).expect("checked when the part was prepared");
         let range = part.output_range(strips);
         let copied = range.end - range.start;
         let record = self.prepared.get(base, address.record)?;

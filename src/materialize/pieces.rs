@@ -14,6 +14,9 @@ use super::{bytes_of, zeroed};
 /// The longest piece, and the size of every buffer: what the kernel asks for at once.
 pub(super) const PIECE_BYTES: usize = 1 << 20;
 
+/// More buffers than this are not kept for later.
+const MOST_IDLE: usize = 32;
+
 /// Where a piece begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
@@ -125,8 +128,13 @@ impl State {
     /// Takes a buffer back from one who had it. The last who had it gives it to all.
     fn give_back(&mut self, mut buffer: Arc<[u8]>) {
         // Others get theirs under the lock that the caller holds, so that nobody is between two counts here.
-        if Arc::get_mut(&mut buffer).is_some() {
+        if Arc::get_mut(&mut buffer).is_none() {
+            return;
+        }
+        if self.idle.len() < MOST_IDLE {
             self.idle.push(buffer);
+        } else {
+            self.buffers -= 1;
         }
     }
 }
@@ -202,6 +210,21 @@ impl Pieces {
         least: usize,
         most: usize,
     ) -> Option<Decoded> {
+        self.find_or_wait((archive, file, offset), least, most, true)
+    }
+
+    /// [`find`](Self::find) without waiting.
+    pub(super) fn find_made(self: &Arc<Self>, place: (u64, usize, u64), length: usize) -> Option<Decoded> {
+        self.find_or_wait(place, length, length, false)
+    }
+
+    fn find_or_wait(
+        self: &Arc<Self>,
+        (archive, file, offset): (u64, usize, u64),
+        least: usize,
+        most: usize,
+        is_patient: bool,
+    ) -> Option<Decoded> {
         if self.most_buffers == 0 {
             return None;
         }
@@ -218,6 +241,9 @@ impl Pieces {
                 let bytes = Arc::clone(bytes);
                 state.hits += 1;
                 return Some(Decoded { bytes, range, piece: Some((Arc::clone(self), start)) });
+            }
+            if !is_patient {
+                return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

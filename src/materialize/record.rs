@@ -7,7 +7,7 @@ use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
 use crate::decode::{DecodeError, Pools, PreparedPart};
-use crate::format::difference::{BaseTensor, BasedInfo};
+use crate::format::difference::BaseTensor;
 use crate::format::part::{Coding, StoredPlacement};
 use crate::tensor::TensorInfo;
 
@@ -22,8 +22,10 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
         let tensor = archive.tensor(address);
         let check = || {
             let mut motion = None;
-            if let Coding::Based(info) = &header.coding {
-                check_base(archive, tensor, info)?;
+            match &header.coding {
+                Coding::Based(info) => check_base(archive, tensor, info.reference, info.difference.is_some())?,
+                Coding::QuantizedFromBase(reference, _) => check_base(archive, tensor, *reference, true)?,
+                _ => {}
             }
             if let Coding::Quantized(info) = &header.coding
                 && let Some(prediction) = &info.prediction
@@ -49,9 +51,14 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
 }
 
 /// What a part starts from must be a tensor of the same type, of as long rows, and where nothing says otherwise of as many.
-fn check_base(archive: &Archive, tensor: &TensorInfo, info: &BasedInfo) -> Result<(), DecodeError> {
-    let Some((base, place)) = archive.base_tensor(info.reference) else {
-        let BaseTensor { base, file, tensor } = info.reference;
+fn check_base(
+    archive: &Archive,
+    tensor: &TensorInfo,
+    reference: BaseTensor,
+    has_differences: bool,
+) -> Result<(), DecodeError> {
+    let Some((base, place)) = archive.base_tensor(reference) else {
+        let BaseTensor { base, file, tensor } = reference;
         return Err(DecodeError::Inconsistent {
             field: "base tensor",
             found: format!("tensor {tensor} of file {file} of base {base}"),
@@ -59,7 +66,7 @@ fn check_base(archive: &Archive, tensor: &TensorInfo, info: &BasedInfo) -> Resul
         });
     };
     let reference = base.tensor(place);
-    let rows_may_differ = info.difference.is_some() && tensor.shape.len() > 1;
+    let rows_may_differ = has_differences && tensor.shape.len() > 1;
     let is_alike = match (tensor.shape.split_first(), reference.shape.split_first()) {
         (Some((_, columns)), Some((_, others))) if rows_may_differ => columns == others,
         _ => tensor.shape == reference.shape,

@@ -23,7 +23,9 @@ impl Materializer {
             copy(&whole);
             return Ok(());
         }
-        let _memory = self.take_memory(self.memory_for_whole(part));
+        let needed = self.memory_for_whole(part);
+        self.check_memory(archive, address, needed)?;
+        let _memory = self.take_memory(needed);
         copy(&self.whole(archive, address)?);
         Ok(())
     }
@@ -45,7 +47,11 @@ impl Materializer {
         if !is_small_enough || self.cache.knows(&[key_of_whole(archive, address)]) == [true] {
             return Ok(());
         }
-        let _memory = self.take_memory(self.memory_for_whole(part));
+        let needed = self.memory_for_whole(part);
+        if needed > self.memory.total() {
+            return Ok(()); // for that, others must make room: whoever reads it asks them to
+        }
+        let _memory = self.take_memory(needed);
         self.whole(archive, address)?;
         METRICS.decoded_ahead_bytes.add(part.length_bytes());
         Ok(())
@@ -54,8 +60,48 @@ impl Materializer {
     /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
     /// chain are of one length, and never more than two of them are held.
     pub(super) fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
-        let held = if part.prediction().is_some() { 2 } else { 1 };
-        held * part.length_bytes() + self.processors.total() * strips::TOGETHER_BYTES as u64
+        self.memory_for(part.length_bytes(), part.prediction().is_some() || part.base().is_some())
+    }
+
+    fn memory_for(&self, length_bytes: u64, is_predicted: bool) -> u64 {
+        let held = if is_predicted { 2 * length_bytes } else { length_bytes };
+        held.saturating_add(held.min(self.processors.total() * strips::TOGETHER_BYTES as u64))
+    }
+
+    fn check_memory(&self, archive: &Archive, address: PartAddress, needed_bytes: u64) -> Result<(), MaterializeError> {
+        let available_bytes = self.memory.total().saturating_add(self.cache.stats().budget_bytes);
+        if needed_bytes <= available_bytes {
+            return Ok(());
+        }
+        Err(MaterializeError::TooLarge {
+            archive: archive.path().display().to_string(),
+            tensor: archive.tensor(address).name.clone(),
+            needed_bytes,
+            available_bytes,
+        })
+    }
+
+    /// Whether there is memory for every tensor of `archive` and its bases that may have to be decoded whole.
+    ///
+    /// # Errors
+    /// [`MaterializeError::TooLarge`] for the first for which there is not.
+    pub fn check_fits(&self, archive: &Archive) -> Result<(), MaterializeError> {
+        for base in archive.bases() {
+            self.check_fits(base)?;
+        }
+        if !archive.is_lossy() {
+            return Ok(()); // decoded strip by strip
+        }
+        for (file, entry) in archive.files().iter().enumerate() {
+            for (tensor, info) in entry.tensors.iter().enumerate() {
+                let address = archive.address(file, tensor);
+                let is_predicted = archive.record(address.record).reference.is_some();
+                if is_predicted || archive.is_referenced(address.record) {
+                    self.check_memory(archive, address, self.memory_for(info.length_bytes, is_predicted))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// A whole decoded tensor, through the cache; its reference first (Algorithm 1's context buffer). The caller holds the

@@ -20,13 +20,15 @@ use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
 use super::base::{Base, BaseError};
+use super::calibration::Calibration;
 use super::keep::{Keep, kept};
-use super::options::{PackOptions, PredictorChoice};
+use super::low_rank::FoundProduct;
+use super::options::{PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized};
+use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized, is_near};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
@@ -64,9 +66,10 @@ pub struct Encoder<'a> {
     /// Per record, per part.
     treatments: Vec<Vec<Treatment>>,
     /// The tensors that start from the base, by file and tensor.
-    based: BTreeMap<(usize, usize), BaseTensor>,
+    based: BTreeMap<(usize, usize), (BaseTensor, Option<FoundProduct>)>,
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
+    calibration: Option<Calibration<'a>>,
 }
 
 impl<'a> Encoder<'a> {
@@ -95,6 +98,7 @@ impl<'a> Encoder<'a> {
             plan: checkpoint.plan(),
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
+            calibration: None,
         };
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
@@ -107,9 +111,14 @@ impl<'a> Encoder<'a> {
                 if let (Some(base), Some(reference)) = (base, reference) {
                     let decoded = base.decoded(reference, tensor.length_bytes).map_err(BaseError::from)?;
                     let is_whole = base.tensor(reference).shape == tensor.shape;
-                    if let Some(choice) = BasedChoice::choose(treatment, reference, is_whole, tensor, bytes, &decoded) {
+                    let chosen = BasedChoice::choose(treatment, reference, is_whole, tensor, bytes, &decoded);
+                    if let Some((choice, product)) = chosen {
                         treatment = Treatment::Based(choice);
-                        encoder.based.insert((part.file, part.tensor), reference);
+                        encoder.based.insert((part.file, part.tensor), (reference, product));
+                    } else if options.quantization != Quantization::ResidualVector
+                        && is_near(treatment, tensor, bytes, &decoded)
+                    {
+                        encoder.based.insert((part.file, part.tensor), (reference, None));
                     }
                 }
                 treatments.push(treatment);
@@ -122,9 +131,25 @@ impl<'a> Encoder<'a> {
 
     /// What a tensor starts from, decoded; `None` where it stands alone.
     fn start(&self, file: usize, tensor: usize) -> Result<Option<Start>, MaterializeError> {
-        let (Some(base), Some(&reference)) = (self.base, self.based.get(&(file, tensor))) else { return Ok(None) };
-        let predicted = base.decoded(reference, self.tensor(file, tensor).0.length_bytes)?;
-        Ok(Some(Start { predicted, low_rank: None }))
+        let (Some(base), Some((reference, product))) = (self.base, self.based.get(&(file, tensor))) else {
+            return Ok(None);
+        };
+        let info = self.tensor(file, tensor).0;
+        let mut predicted = base.decoded(*reference, info.length_bytes)?;
+        if let Some(found) = product {
+            found.product.add(&info.dtype, 0, &mut predicted);
+        }
+        Ok(Some(Start {
+            reference: *reference,
+            predicted,
+            low_rank: product.as_ref().map(|found| found.stored.clone()),
+        }))
+    }
+
+    /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
+    #[must_use]
+    pub fn with_calibration(self, calibration: Calibration<'a>) -> Self {
+        Self { calibration: Some(calibration), ..self }
     }
 
     fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {
@@ -290,6 +315,8 @@ impl<'a> Encoder<'a> {
             bits_per_parameter: 8.0 * archive_bytes as f64 / parameters.max(1) as f64,
             lossless: compared.decoded == compared.sources,
             relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
+            calibration: self.calibration.as_ref().map(|calibration| calibration.description().to_owned()),
+            relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,

@@ -137,6 +137,7 @@ impl PartCandidate<'_> {
             step_of_run: self.step_of_run,
             raw_bits: self.raw_bits,
             rounding: self.rounding,
+            feedback: None,
         };
         self.bits(&symbols, pool)
     }
@@ -170,6 +171,7 @@ impl PartCandidate<'_> {
                 step_of_run: self.step_of_run,
                 raw_bits: self.raw_bits,
                 rounding: self.rounding,
+                feedback: None,
             };
             let bits = self.bits(&symbols, pool) + predictor.bits();
             MeasuredPrediction { predictor, bits }
@@ -294,6 +296,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding: NEAREST,
+            feedback: None,
         };
         // Tables for small scales too, as other parts of a checkpoint would bring them.
         let quiet: Vec<f32> = values.iter().map(|value| value / 8.0).collect();
@@ -304,6 +307,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding: NEAREST,
+            feedback: None,
         };
         let mut classes = count(&symbols, 1);
         classes.merge(&count(&quiet, 1));

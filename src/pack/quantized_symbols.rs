@@ -2,10 +2,14 @@
 
 use std::ops::Range;
 
+use ndarray::{Array2, s};
+
+use super::calibration::feedback::ColumnFeedback;
 use super::entropy_model::{FittedTable, OwnTable, StreamKind};
 use super::histogram::Histogram;
 use super::symbols::{Placed, RunLayout, Symbols};
 use super::trellis_search::Search;
+use super::trellis_search::feedback::{BEYOND_REACH, LaneColumns};
 use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::split_code;
 use crate::codec::trellis::Trellis;
@@ -56,6 +60,8 @@ pub struct QuantizedSymbols<'a> {
     pub raw_bits: u32,
     /// Scalar or trellis-coded, and how much a bit is worth.
     pub rounding: Rounding,
+    /// How errors of columns move others, where runs are rows and calibration knows their inputs.
+    pub feedback: Option<&'a ColumnFeedback>,
 }
 
 impl QuantizedSymbols<'_> {
@@ -90,7 +96,7 @@ impl QuantizedSymbols<'_> {
                 let (symbol, raw) = split_code(code, self.raw_bits);
                 let index = placed.positions.len() as u16;
                 placed.positions.push(table.position(symbol).unwrap_or_else(|| {
-                    placed.exceptions.push((index, exception_value(target)));
+                    placed.exceptions.push((index, exception_of(target).to_le_bytes().to_vec()));
                     table.filler()
                 }));
                 if self.raw_bits > 0 {
@@ -104,28 +110,47 @@ impl QuantizedSymbols<'_> {
     }
 
     fn place_trellis(&self, targets: &[f32], tables: &[[&FittedTable; 2]], trellis: Trellis) -> Placed {
-        let run_elements = self.layout.run_elements;
         let search = Search {
-            run_elements,
+            run_elements: self.layout.run_elements,
             lanes: self.layout.lanes,
             raw_bits: self.raw_bits,
             lambda: self.rounding.lambda,
             trellis,
         };
+        if let Some(feedback) = self.feedback {
+            let (multiples, exceptions) = search_with_feedback(&search, feedback, targets, tables);
+            return self.placed(&multiples, targets, exceptions, tables);
+        }
         let multiples = search.multiples(targets, tables);
+        let exceptions = (targets.iter().zip(&multiples).enumerate())
+            .filter(|(_, (target, multiple))| (*target - **multiple as f32).abs() > BEYOND_REACH)
+            .map(|(index, (&target, _))| (index, exception_of(target)))
+            .collect();
+        self.placed(&multiples, targets, exceptions, tables)
+    }
+
+    /// The symbols of these multiples, some of which are exceptions with values of their own.
+    fn placed(
+        &self,
+        multiples: &[i32],
+        values: &[f32],
+        exceptions: Vec<(usize, i16)>,
+        tables: &[[&FittedTable; 2]],
+    ) -> Placed {
+        let run_elements = self.layout.run_elements;
         let mut placed = Placed {
             quantizers: multiples.iter().map(|&multiple| (multiple & 1) as u8).collect(),
             symbols: multiples.iter().map(|&multiple| multiple >> (1 + self.raw_bits)).collect(),
-            offsets: targets.iter().zip(&multiples).map(|(target, &multiple)| target - multiple as f32).collect(),
+            offsets: values.iter().zip(multiples).map(|(value, &multiple)| value - multiple as f32).collect(),
             ..Placed::default()
         };
         if self.raw_bits > 0 {
             let raw = |&multiple: &i32| split_code(multiple >> 1, self.raw_bits).1.into();
             placed.raw = multiples.iter().map(raw).collect();
         }
-        for (index, offset) in placed.offsets.iter_mut().enumerate().filter(|(_, offset)| offset.abs() > BEYOND_REACH) {
-            placed.exceptions.push((index as u16, exception_value(targets[index])));
-            *offset = 0.0;
+        for (index, exception) in exceptions {
+            placed.exceptions.push((index as u16, exception.to_le_bytes().to_vec()));
+            placed.offsets[index] = 0.0;
         }
         placed.positions.reserve(multiples.len());
         let of_runs = placed.symbols.chunks(run_elements).zip(placed.quantizers.chunks(run_elements));
@@ -198,13 +223,47 @@ impl Symbols for QuantizedSymbols<'_> {
 
 /// An exception's value: the multiple of the step nearest to the target. One beyond 16 bits is cut; tensors that have such
 /// values are not quantized.
-fn exception_value(target: f32) -> Vec<u8> {
-    let multiple = target.round_ties_even().clamp(i16::MIN.into(), i16::MAX.into()) as i16;
-    multiple.to_le_bytes().to_vec()
+fn exception_of(target: f32) -> i16 {
+    target.round_ties_even().clamp(i16::MIN.into(), i16::MAX.into()) as i16
 }
 
-/// A trellis symbol further than this from its target, in steps, becomes an exception: its table does not reach it.
-const BEYOND_REACH: f32 = 6.0;
+/// The multiples of a strip of whole rows, lane after lane, each moved by the errors of those before; and the exceptions.
+fn search_with_feedback(
+    search: &Search,
+    feedback: &ColumnFeedback,
+    values: &[f32],
+    tables: &[[&FittedTable; 2]],
+) -> (Vec<i32>, Vec<(usize, i16)>) {
+    let columns = feedback.order.len();
+    let rows = values.len() / columns;
+    let mut multiples = vec![0; values.len()];
+    let mut exceptions = Vec::new();
+    // In the feedback's order of columns.
+    let mut errors = Array2::zeros((rows, columns));
+    for lane in &feedback.lanes {
+        let before = lane.start;
+        let moved = errors.slice(s![.., ..before]).dot(&feedback.moves.slice(s![..before, lane.clone()]));
+        let places = |index: usize| index / lane.len() * columns + feedback.order[before + index % lane.len()];
+        let lane_values: Vec<f32> = (0..rows * lane.len()).map(|index| values[places(index)]).collect();
+        let targets: Vec<f32> = lane_values.iter().zip(&moved).map(|(value, moved)| value + moved).collect();
+        let within: Vec<f32> = feedback.moves.slice(s![lane.clone(), lane.clone()]).iter().copied().collect();
+        let problem = LaneColumns {
+            columns: lane.len(),
+            values: &lane_values,
+            targets: &targets,
+            feedback: &within,
+            weights: &feedback.weights[lane.clone()],
+        };
+        let found = search.lane_multiples(&problem, tables);
+        for (index, (multiple, error)) in found.multiples.into_iter().zip(found.errors).enumerate() {
+            multiples[places(index)] = multiple;
+            errors[[index / lane.len(), before + index % lane.len()]] = error;
+        }
+        exceptions.extend(found.exceptions.into_iter().map(|(index, multiple)| (places(index), multiple)));
+    }
+    exceptions.sort_unstable();
+    (multiples, exceptions)
+}
 
 #[cfg(test)]
 mod tests {
@@ -242,6 +301,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding,
+            feedback: None,
         };
         let first = count(&symbols, 1).fit();
         let pool = count_placed(&symbols, &first, &|_| 1).expect("fitted").classes.fit();

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
+use super::calibration::feedback::ColumnFeedback;
 use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
@@ -21,7 +22,7 @@ use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
 use crate::codec::vector_quantizer::VectorQuantizer;
 use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
-use crate::format::difference::BasedInfo;
+use crate::format::difference::{BaseTensor, BasedInfo};
 use crate::format::part::{Coding, QuantizerInfo, StoredPlacement, StoredPrediction};
 use crate::format::record::StoredPermutation;
 use crate::tensor::TensorInfo;
@@ -104,13 +105,15 @@ pub struct RecordEncoder<'a> {
 }
 
 impl RecordEncoder<'_> {
-    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `context` is the
-    /// record below, where this one may be predicted from it.
+    /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `feedback` what is
+    /// known of the inputs that each is multiplied with; `context` is the record below, where this one may be predicted from
+    /// it.
     pub fn encode(
         &self,
         plan: &RecordPlan,
         source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
+        feedback: &[Option<Arc<ColumnFeedback>>],
         context: Option<&Context>,
     ) -> EncodedRecord {
         let (permutation, predictions, stages) = match context {
@@ -120,7 +123,8 @@ impl RecordEncoder<'_> {
         let predicted = predictions.iter().any(Option::is_some);
         let parts = (drafts.iter().zip(&plan.parts).zip(&predictions).enumerate())
             .map(|(ordinal, ((draft, part), prediction))| {
-                self.encode_part(draft, part, ordinal as u32, prediction.as_ref())
+                let feedback = feedback.get(ordinal).and_then(Option::as_deref);
+                self.encode_part(draft, part, ordinal as u32, prediction.as_ref(), feedback)
             })
             .collect();
         let stored = permutation.as_ref().map(|permutation| StoredPermutation {
@@ -141,6 +145,7 @@ impl RecordEncoder<'_> {
         plan: &PartPlan,
         ordinal: u32,
         prediction: Option<&PartPrediction>,
+        feedback: Option<&ColumnFeedback>,
     ) -> EncodedPart {
         match draft {
             Drafted::Raw(bytes) => EncodedPart::raw(bytes),
@@ -164,7 +169,7 @@ impl RecordEncoder<'_> {
                     .filter(|part| part.body.len() + HEADER_BYTES < bytes.len())
                     .unwrap_or_else(|| EncodedPart::raw(bytes))
             }
-            Drafted::Quantized { values, layout, quantizer } => {
+            Drafted::Quantized { values, layout, quantizer, base } => {
                 let stored = prediction.map(|prediction| StoredPrediction {
                     reference_part: ordinal,
                     placement: plan.placement.filter(|_| prediction.moved).map(|placement| StoredPlacement {
@@ -177,21 +182,23 @@ impl RecordEncoder<'_> {
                 });
                 match quantizer.choice.vectors {
                     Some(codebooks) => self.encode_vectors(values, *layout, quantizer, codebooks, prediction, stored),
-                    None => self.encode_codes(values, *layout, quantizer, prediction, stored),
+                    None => self.encode_codes((values, *base), *layout, quantizer, feedback, prediction, stored),
                 }
             }
         }
     }
 
+    /// Codes of values, or of what they differ by from a tensor of the base.
     fn encode_codes(
         &self,
-        values: &[f32],
+        (values, base): (&[f32], Option<BaseTensor>),
         layout: RunLayout,
         quantizer: &PartQuantizer,
+        feedback: Option<&ColumnFeedback>,
         prediction: Option<&PartPrediction>,
         stored: Option<StoredPrediction>,
     ) -> EncodedPart {
-        let rounding = match prediction {
+        let mut rounding = match prediction {
             // By the scale of what is left of the part.
             Some(prediction) => {
                 let allowed = Rounding { own_table: quantizer.choice.rounding.own_table, ..self.options.rounding() };
@@ -200,6 +207,9 @@ impl RecordEncoder<'_> {
             }
             None => quantizer.choice.rounding,
         };
+        if let (Some(trellis), Some(_)) = (&mut rounding.trellis, feedback) {
+            trellis.state_bits = self.options.closed_loop_states().state_bits();
+        }
         let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
         let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
         let step_of_run = |run: usize| quantizer.step_of_run(run);
@@ -211,8 +221,13 @@ impl RecordEncoder<'_> {
             step_of_run: &step_of_run,
             raw_bits: quantizer.choice.raw_bits,
             rounding,
+            feedback,
         };
-        EncodedPart::symbols(Coding::Quantized(info), &symbols, self.pool)
+        let coding = match base {
+            Some(reference) => Coding::QuantizedFromBase(reference, info),
+            None => Coding::Quantized(info),
+        };
+        EncodedPart::symbols(coding, &symbols, self.pool)
             .expect("quantized symbols were counted before tables were fitted")
     }
 
@@ -271,7 +286,7 @@ impl RecordEncoder<'_> {
         let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
         for (ordinal, draft) in drafts.iter().enumerate() {
             let (mut in_place, mut moved) = (None, None);
-            if let (Drafted::Quantized { values, layout, quantizer }, Some(decoded)) =
+            if let (Drafted::Quantized { values, layout, quantizer, base: None }, Some(decoded)) =
                 (draft, &context.decoded[ordinal])
             {
                 let decoded = values_of(&source[ordinal].0.dtype, decoded);
@@ -392,8 +407,8 @@ fn align_record(
     let compared = || {
         let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
         parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
-            Drafted::Quantized { .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
-            Drafted::Raw(_) | Drafted::Split(..) | Drafted::Based { .. } => None,
+            Drafted::Quantized { base: None, .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
+            _ => None,
         })
     };
     let current =

@@ -48,6 +48,11 @@ pub struct PackReport {
     pub lossless: bool,
     /// Squared error over squared weights, over all quantized tensors; 0 if there are none.
     pub relative_squared_error: f64,
+    /// What the model was run on, where it was calibrated.
+    pub calibration: Option<String>,
+    /// The same over the squares of what changed from the base, over the tensors that are quantized as changes; absent where
+    /// none is.
+    pub relative_squared_error_of_changes: Option<f64>,
     /// Why the target was not met, where it was not.
     pub target_missed: Option<String>,
     /// Records coded without prediction.

@@ -10,15 +10,15 @@ use rayon::prelude::*;
 
 pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
-use super::difference::{DifferencePart, Pair};
+use super::difference::{DifferenceChoice, DifferencePart, Pair};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::options::{PackOptions, Quantization};
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
-use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment};
-use crate::tensor::TensorInfo;
+use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment, changes};
+use crate::tensor::{Dtype, TensorInfo};
 
 /// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
 const COUNTED_ELEMENTS: usize = 1 << 22;
@@ -49,6 +49,8 @@ struct SurveyedPart<'a> {
     /// Number of the part, over all records.
     number: u32,
     state: State,
+    /// The part as a bit-exact difference to a base, where it is to be quantized as one.
+    exact: Option<State>,
 }
 
 enum State {
@@ -157,7 +159,14 @@ impl<'a> Survey<'a> {
         let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
         let state = match treatment {
             Treatment::Quantized(fineness) => State::Quantized {
-                sample: Sample::take(tensor, bytes, layout, share),
+                sample: match start {
+                    Some(start) => {
+                        let values = changes(tensor, bytes, &start.predicted);
+                        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                        Sample::take(&TensorInfo { dtype: Dtype::F32, ..tensor.clone() }, &bytes, layout, share)
+                    }
+                    None => Sample::take(tensor, bytes, layout, share),
+                },
                 fineness,
                 own: None,
                 exact_bits: None,
@@ -169,8 +178,20 @@ impl<'a> Survey<'a> {
                 State::based(choice, Pair { tensor, bytes, predicted: &start.predicted })
             }
         };
+        let exact = start.filter(|_| matches!(treatment, Treatment::Quantized(_))).and_then(|start| {
+            let pair = Pair { tensor, bytes, predicted: &start.predicted };
+            let (difference, _) = DifferenceChoice::choose(pair)?;
+            Some(State::based(BasedChoice { reference: start.reference, difference: Some(difference) }, pair))
+        });
         let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
-        self.parts.last_mut().expect("a record was begun").push(SurveyedPart { tensor, bytes, layout, number, state });
+        self.parts.last_mut().expect("a record was begun").push(SurveyedPart {
+            tensor,
+            bytes,
+            layout,
+            number,
+            state,
+            exact,
+        });
     }
 
     /// Elements that follow the checkpoint's step, and the sum of their squares.
@@ -256,7 +277,7 @@ impl<'a> Survey<'a> {
             match (&part.state, tried) {
                 (State::Quantized { .. }, Some(tried)) => classes.merge(&tried.counts.classes),
                 (State::Quantized { .. }, None) if settling == Settling::Settle => {
-                    part.state = State::exact(part.tensor, part.bytes);
+                    part.state = part.exact.take().unwrap_or_else(|| State::exact(part.tensor, part.bytes));
                 }
                 _ => (),
             }
@@ -327,7 +348,9 @@ impl State {
     /// Bits of a bit-exact part with tables of its own.
     fn body_bits(&self, bytes: &[u8]) -> f64 {
         match self {
-            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits,
+            Self::Split { counted, raw_bits, .. } | Self::Based { counted, raw_bits, .. } => {
+                counted.bits(&counted.fit()) + raw_bits
+            }
             _ => 8.0 * bytes.len() as f64,
         }
     }
@@ -366,10 +389,14 @@ impl SurveyedPart<'_> {
         let counts =
             sample.with_symbols(&quantizer, |symbols| count_placed(symbols, first, &|run| sample.weights[run]))?;
         let bits = (counts.classes.bits(first) + counts.other_bits) / counts.symbols.max(1) as f64;
-        if bits > DOUBTFUL_BITS && settling == Settling::Settle {
+        if (bits > DOUBTFUL_BITS || self.exact.is_some()) && settling == Settling::Settle {
             let elements = self.layout.elements as f64;
             let (tensor, bytes) = (self.tensor, self.bytes);
-            let exact = exact_bits.get_or_insert_with(|| State::exact(tensor, bytes).body_bits(bytes));
+            let based = self.exact.as_ref();
+            let exact = exact_bits.get_or_insert_with(|| match based {
+                Some(exact) => exact.body_bits(bytes),
+                None => State::exact(tensor, bytes).body_bits(bytes),
+            });
             if *exact <= bits * elements {
                 return None;
             }

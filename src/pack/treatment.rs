@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::difference::{DifferenceChoice, Pair};
 use super::keep::Keep;
 use super::lossless::Split;
+use super::low_rank::{FoundProduct, find_product};
 use super::options::PackOptions;
 use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
 use super::symbols::RunLayout;
@@ -17,6 +18,10 @@ const FEW_VALUES: usize = 32;
 
 /// Elements below which a tensor that differs from the base's stands alone: its header takes more than it could save.
 const LEAST_DIFFERENCES: u64 = 192;
+/// Energy of a change over that of the weights above which a quantized tensor stands alone: less than half a bit is to be won.
+const NEAR: f64 = 0.5;
+/// Bits per element of a difference below which no product is looked for.
+const LEAST_FACTORED_BITS: f64 = 0.3;
 
 /// How one part is coded, before a step is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -128,12 +133,20 @@ fn is_of_weights(tensor: &TensorInfo, bytes: &[u8]) -> bool {
 }
 
 /// What the elements of a part start from.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Start {
+    /// The tensor of the base.
+    pub reference: BaseTensor,
     /// The bytes of the base's elements with the product added.
     pub predicted: Vec<u8>,
     /// The product.
     pub low_rank: Option<StoredLowRank>,
+}
+
+/// Elements less what they start from, as binary32 has them.
+pub fn changes(tensor: &TensorInfo, bytes: &[u8], predicted: &[u8]) -> Vec<f32> {
+    let before = values_of(&tensor.dtype, predicted);
+    values_of(&tensor.dtype, bytes).into_iter().zip(before).map(|(value, before)| value - before).collect()
 }
 
 /// How one part is coded, everything but tables known.
@@ -192,6 +205,8 @@ pub enum Drafted<'a> {
         layout: RunLayout,
         /// Steps.
         quantizer: PartQuantizer,
+        /// The tensor of the base that `values` are the difference to, where they are one.
+        base: Option<BaseTensor>,
     },
 }
 
@@ -214,12 +229,16 @@ impl<'a> Drafted<'a> {
             Decision::Raw => Self::Raw(bytes),
             Decision::Split(split) => Self::Split(split, tensor, bytes),
             Decision::Quantized(choice) => {
-                let values = values_of(&tensor.dtype, bytes);
+                let base = start.as_ref().map(|start| start.reference);
+                let values = match &start {
+                    Some(start) => changes(tensor, bytes, &start.predicted),
+                    None => values_of(&tensor.dtype, bytes),
+                };
                 let layout = RunLayout::of_shape(&tensor.shape, options.steps.group());
                 let choice = QuantizerChoice { step: choice.step * step_factor, ..choice };
                 let quantizer = PartQuantizer::new(choice, &values, layout, options);
                 if quantizer.holds(&values, layout) {
-                    return Self::Quantized { values, layout, quantizer };
+                    return Self::Quantized { values, layout, quantizer, base };
                 }
                 // An outlier that no sample showed.
                 match Treatment::exact(tensor, bytes) {
@@ -232,7 +251,7 @@ impl<'a> Drafted<'a> {
 }
 
 impl BasedChoice {
-    /// How a tensor starts from one of the base, where that is shorter than `alone`, its treatment without a base. `decoded`
+    /// How a tensor starts from one of the base, and the product that is added, where that is shorter than `alone`, its treatment without a base. `decoded`
     /// is the base's tensor, as many bytes; `is_whole` whether it has the same shape.
     pub fn choose(
         alone: Treatment,
@@ -241,9 +260,9 @@ impl BasedChoice {
         tensor: &TensorInfo,
         bytes: &[u8],
         decoded: &[u8],
-    ) -> Option<Self> {
+    ) -> Option<(Self, Option<FoundProduct>)> {
         if is_whole && bytes == decoded {
-            return Some(Self { reference, difference: None });
+            return Some((Self { reference, difference: None }, None));
         }
         let alone_bits = match alone {
             Treatment::Raw => 8.0 * bytes.len() as f64,
@@ -251,7 +270,21 @@ impl BasedChoice {
             Treatment::Quantized(_) | Treatment::Based(_) => return None,
         };
         let (difference, bits) = DifferenceChoice::choose(Pair { tensor, bytes, predicted: decoded })?;
+        if is_whole
+            && bits > LEAST_FACTORED_BITS * tensor.elements() as f64
+            && let Some(found) = find_product(tensor, bytes, decoded)
+            && found.bits < bits.min(alone_bits)
+        {
+            return Some((Self { reference, difference: found.difference }, Some(found)));
+        }
         let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && bits < alone_bits;
-        is_shorter.then_some(Self { reference, difference: Some(difference) })
+        is_shorter.then_some((Self { reference, difference: Some(difference) }, None))
     }
+}
+
+/// Whether a tensor that is to be quantized is so near to the base's that what changed takes fewer bits at the same error.
+pub fn is_near(treatment: Treatment, tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> bool {
+    let energy = |values: &[f32]| values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>();
+    matches!(treatment, Treatment::Quantized(_))
+        && energy(&changes(tensor, bytes, decoded)) < NEAR * energy(&values_of(&tensor.dtype, bytes))
 }

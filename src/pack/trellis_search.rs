@@ -4,9 +4,10 @@
 //! With the rate in the path metric the search includes rate-distortion-optimised rounding. Each lane of a strip has its own
 //! path, as in the decoder (`codec::trellis`), and all are searched side by side.
 
+pub mod feedback;
 mod kernels;
 
-use self::kernels::{Branches, Costs, Level};
+use self::kernels::{Branches, Costs, Level, Step};
 use super::entropy_model::FittedTable;
 use crate::codec::trellis::Trellis;
 use crate::format::strip::LANES;
@@ -57,7 +58,15 @@ impl Search {
                 let mut targets = [0.0; LANES];
                 targets[..vector.len()].copy_from_slice(vector);
                 let found = &mut by_odd_code[step * states..(step + 1) * states];
-                level.step(trellis, &targets, prices, &mut branches[step], &costs, &mut next, found);
+                level.take(Step {
+                    trellis,
+                    targets: &targets,
+                    prices,
+                    branches: &mut branches[step],
+                    costs: &costs,
+                    next: &mut next,
+                    by_odd_code: found,
+                });
                 // Lanes without a symbol stay where they are.
                 for (next, cost) in next.iter_mut().zip(&costs) {
                     next.0[vector.len()..].copy_from_slice(&cost.0[vector.len()..]);
@@ -121,6 +130,8 @@ const NOT_CODED: f32 = 1e12;
 struct Prices {
     /// Per quantizer, lambda times the bits of each code from one below the lowest on.
     of_code: [[f32; PRICED]; 2],
+    /// Per quantizer, how far the point of each code lies from it, in steps.
+    points: [[f32; PRICED]; 2],
     /// Per quantizer, one less than the lowest code.
     below: [i32; 2],
     raw_bits: u32,
@@ -144,7 +155,15 @@ impl Prices {
             }
             costs
         });
-        Self { of_code, below: tables.map(|table| table.range().0 - 1), raw_bits, bounds }
+        let points = tables.map(|table| {
+            let (low, high) = table.range();
+            let mut points = [0.0; PRICED];
+            for (point, code) in points[1..].iter_mut().zip(low..=high) {
+                *point = table.position(code).map_or(0.0, |position| table.point_offset(position));
+            }
+            points
+        });
+        Self { of_code, points, below: tables.map(|table| table.range().0 - 1), raw_bits, bounds }
     }
 }
 

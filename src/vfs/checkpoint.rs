@@ -43,8 +43,13 @@ pub trait Checkpoint: Send + Sync + std::fmt::Debug {
     fn decode_ahead(&self, file: usize, offset_bytes: u64, length_bytes: u64, keeper: Keeper);
 
     /// The bytes `offset_bytes..offset_bytes + length` of file `file`, which has them, where they have been decoded already
-    /// and lie side by side. `None` means that [`read`](Self::read) must be asked.
+    /// and lie side by side; waits where they are being decoded so. `None` means that [`read`](Self::read) must be asked.
     fn decoded(&self, _file: usize, _offset_bytes: u64, _length: usize) -> Option<Decoded> {
+        None
+    }
+
+    /// [`decoded`](Self::decoded) where that takes no time at all.
+    fn decoded_already(&self, _file: usize, _offset_bytes: u64, _length: usize) -> Option<Decoded> {
         None
     }
 }
@@ -98,5 +103,9 @@ impl Checkpoint for DecodedArchive {
 
     fn decoded(&self, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
         self.materializer.decoded(&self.archive, file, offset_bytes, length)
+    }
+
+    fn decoded_already(&self, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
+        self.materializer.decoded_already(&self.archive, file, offset_bytes, length)
     }
 }

@@ -114,7 +114,7 @@ impl Stream {
 }
 
 impl Follower {
-    /// Starts `threads` threads that decode ahead into a cache of `cache_bytes`. `None` where nothing is to be done: the mode
+    /// Starts to decode ahead into a cache of `cache_bytes`, on a machine on which `threads` may decode. `None` where nothing is to be done: the mode
     /// is off, or the cache too small.
     ///
     /// # Errors
@@ -125,7 +125,8 @@ impl Follower {
             return Ok(None);
         }
         let follower = Self { mode, window_bytes, most_bytes: cache_bytes / 4, shared: Arc::default() };
-        for _ in 0..threads.max(1) {
+        // A processor is left to readers and to what the kernel does for them: one fewer decodes as much as they can take.
+        for _ in 0..(threads - 1).max(1) {
             let shared = Arc::clone(&follower.shared);
             thread::Builder::new().name("decode-ahead".to_owned()).spawn(move || shared.run())?;
         }
@@ -159,12 +160,14 @@ impl Follower {
         stream.reads += 1;
         // A file's first read is taken for the start of a load, unless it is after the header: many want no more than that.
         let goes_on = (stream.reads > 1 && stream.is_dense()) || (is_first_of_its_file && offset_bytes >= header_bytes);
+        let mut more_to_do = 0;
         if goes_on {
             let pieces = self.pieces(&mut stream, checkpoint, file, keeper);
             let mut others: u64 = state.streams.iter().map(Stream::ahead_bytes).sum();
             while others + stream.ahead_bytes() > self.most_bytes && !state.streams.is_empty() {
                 others -= state.streams.remove(0).ahead_bytes(); // if it goes on it will be seen again
             }
+            more_to_do = pieces.len();
             state.queue.extend(pieces);
         }
         if state.streams.len() >= MOST_STREAMS {
@@ -172,8 +175,10 @@ impl Follower {
         }
         state.streams.push(stream);
         drop(state);
-        if goes_on {
-            self.shared.arrived.notify_all();
+        match more_to_do {
+            0 => {}
+            1 => self.shared.arrived.notify_one(),
+            _ => self.shared.arrived.notify_all(),
         }
     }
 

@@ -218,12 +218,12 @@ fn reads_end_where_the_file_ends() {
 fn the_header_is_resident_and_nothing_past_it() {
     let (_source, vfs) = tree(&[("m.mcwc", "m.safetensors=bad"), ("sidecar", "HEADER")]);
     let inode = find(&vfs, "m.safetensors").unwrap().inode;
-    assert_eq!(vfs.resident(inode, 0, 6).as_deref(), Some(&b"HEADER"[..]));
-    assert_eq!(vfs.resident(inode, 2, 3).as_deref(), Some(&b"ADE"[..]));
-    assert!(vfs.resident(inode, 2, 5).is_none());
-    assert!(vfs.resident(inode, u64::MAX, 1).is_none());
-    assert!(vfs.resident(find(&vfs, "sidecar").unwrap().inode, 0, 1).is_none());
-    assert!(vfs.resident(Inode::ROOT, 0, 1).is_none());
+    assert_eq!(vfs.resident(inode, 0, 6, Keeper::Reader).as_deref(), Some(&b"HEADER"[..]));
+    assert_eq!(vfs.resident(inode, 2, 3, Keeper::Reader).as_deref(), Some(&b"ADE"[..]));
+    assert!(vfs.resident(inode, 2, 5, Keeper::Reader).is_none());
+    assert!(vfs.resident(inode, u64::MAX, 1, Keeper::Reader).is_none());
+    assert!(vfs.resident(find(&vfs, "sidecar").unwrap().inode, 0, 1, Keeper::Reader).is_none());
+    assert!(vfs.resident(Inode::ROOT, 0, 1, Keeper::Reader).is_none());
 }
 
 #[test]

@@ -258,6 +258,14 @@ impl ArchiveWriter {
         });
         let reference = BaseTensor { base: 0, file: 0, tensor: base_tensor as u32 };
         let mut info = BasedInfo { reference, low_rank, difference: None };
+        if is_float && random.below(3) == 0 {
+            let mut part = self.quantized(tensor, false, None);
+            part.header.coding = match part.header.coding {
+                Coding::Quantized(info) if info.vectors.is_none() => Coding::QuantizedFromBase(reference, info),
+                other => other,
+            };
+            return part;
+        }
         if !has_difference {
             let cost = PartHeaderBytes::default();
             let header = PartHeader { coding: Coding::Based(info), streams: None, strip_crcs: vec![], cost };

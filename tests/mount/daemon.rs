@@ -249,6 +249,41 @@ fn line_09_a_remount_cannot_make_it_writable() {
 }
 
 #[test]
+fn a_source_and_a_mount_point_without_a_command_are_mounted() {
+    require_fuse!();
+    let place = Place::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mcwcfs"));
+    command.args([place.source(), place.mountpoint()]).args(["-o", "ro,file_mode=0400", "--log-file"]).arg(place.log());
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(fs::metadata(place.mountpoint().join("weights.bin")).unwrap().mode() & 0o7777, 0o400);
+    assert!(place.umount(&[]).status.success());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mcwcfs"));
+    let wrong = command.args([place.source(), place.mountpoint()]).args(["-o", "frobnicate"]).output().unwrap();
+    assert_fails(&wrong, 1, &["-o frobnicate"]);
+}
+
+#[test]
+fn a_mount_point_that_is_not_empty_shows_what_it_had_when_it_is_free_again() {
+    require_fuse!();
+    let place = Place::new();
+    fs::write(place.mountpoint().join("before"), "here").unwrap();
+    assert!(place.mount(&[]).status.success());
+    assert!(!place.mountpoint().join("before").exists());
+    assert!(place.umount(&[]).status.success());
+    assert_eq!(fs::read(place.mountpoint().join("before")).unwrap(), b"here");
+}
+
+#[test]
+fn a_memory_limit_that_is_too_low_is_refused() {
+    let place = Place::new();
+    assert_fails(&place.mount(&["-o", "memory_limit=1M"]), 1, &["-o memory_limit=1M"]);
+    let output = place.mount(&["--memory-limit", "31M"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("32MiB or more"));
+}
+
+#[test]
 fn a_wrong_option_is_named_in_one_line() {
     let place = Place::new();
     assert_fails(&place.mount(&["-o", "frobnicate=1"]), 1, &["-o frobnicate=1"]);

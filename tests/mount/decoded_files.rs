@@ -53,6 +53,28 @@ impl Kept {
         status["metrics"][name].as_f64().unwrap_or_else(|| panic!("no {name} in: {status}")) as u64
     }
 
+    /// Whether the file, opened and closed, is read by the kernel itself.
+    fn is_passed(&self) -> bool {
+        let before = self.counted("mcwcfs_passthrough_opens_total");
+        drop(File::open(self.packed.model()).unwrap());
+        self.counted("mcwcfs_passthrough_opens_total") > before
+    }
+
+    /// Returns when another worker serves.
+    fn replace_worker(&self, is_killed: bool) {
+        let mountpoint = self.packed.path("mnt");
+        let worker = || mcwcfs::daemon::status(&mountpoint).unwrap().worker_pid;
+        let before = worker();
+        if is_killed {
+            kill(before as i32, libc::SIGKILL);
+        } else {
+            mcwcfs_ok(["upgrade".into(), mountpoint.clone().into_os_string()]);
+        }
+        while worker() == before {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn assert_all_ways_of_reading_agree(&self) {
         let expected = &self.expected;
         assert!(fs::read(self.packed.model()).unwrap() == *expected);
@@ -118,6 +140,53 @@ fn who_has_the_file_open_meanwhile_and_who_opens_it_then_both_read_on() {
             });
         }
     });
+}
+
+#[test]
+fn files_are_passed_through_again_after_a_worker_died_or_was_replaced() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    kept.load();
+    kept.packed.umount();
+    kept.mount(&[]);
+    if !kept.is_passed() {
+        eprintln!("not tested: the kernel does not read files by itself here");
+        return;
+    }
+    for is_killed in [true, false, true] {
+        kept.replace_worker(is_killed);
+        assert_eq!(kept.counted("mcwcfs_passthrough_opens_total"), 0, "another process, which counts anew");
+        assert!(kept.is_passed());
+        kept.assert_all_ways_of_reading_agree();
+    }
+}
+
+#[test]
+fn a_file_that_is_open_through_the_page_cache_is_not_passed_by_a_later_worker_before_it_is_closed() {
+    require_fuse!();
+    let kept = Kept::new();
+    kept.mount(&[]);
+    let held = File::open(kept.packed.model()).unwrap();
+    kept.load();
+    for is_killed in [true, false] {
+        kept.replace_worker(is_killed);
+        kept.assert_all_ways_of_reading_agree();
+        assert!(!kept.is_passed());
+    }
+    let mut out = vec![0; kept.expected.len()];
+    held.read_exact_at(&mut out, 0).unwrap();
+    assert!(out == kept.expected);
+    drop(held);
+    if kept.packed.log().contains("no passthrough") {
+        eprintln!("not tested: the kernel does not read files by itself here");
+        return;
+    }
+    // The kernel tells of a close when it is over.
+    while !kept.is_passed() {
+        thread::sleep(Duration::from_millis(20));
+    }
+    kept.assert_all_ways_of_reading_agree();
 }
 
 #[test]

@@ -177,6 +177,46 @@ fn status_tells_what_was_read() {
     assert_fails(&place.mcwcfs("status"), 32, &["not a mount of mcwcfs"]);
 }
 
+#[test]
+fn a_load_has_three_lines_in_the_log_however_many_requests_it_takes() {
+    require_fuse!();
+    let place = Place::new();
+    let bytes = place.pack("bert", &bert(1));
+    assert!(place.mount(&[]).status.success());
+    let lines = |text: &str| {
+        let log = fs::read_to_string(place.log()).unwrap();
+        log.lines().filter(|line| line.contains(text)).count()
+    };
+    let file = File::open(place.mounted(MODEL)).unwrap();
+    drop(file);
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(place.mounted(MODEL)).unwrap();
+    assert_eq!((lines("open: bert"), lines("first byte")), (0, 0), "nobody has asked for anything");
+    let mut page = vec![0; 4096];
+    for from in (0..bytes.len()).step_by(page.len()) {
+        assert!(direct.read_at(&mut page, from as u64).unwrap() > 0);
+    }
+    let open = place.until_logged("open: bert/model.safetensors");
+    assert!(open.ends_with(&format!(", {} bytes", bytes.len())), "{open}");
+    let first = place.until_logged("first byte: bert/model.safetensors");
+    assert!(first.contains(" ms after open, of "), "{first}");
+    let loaded = place.until_logged("loaded: bert/model.safetensors");
+    assert!(loaded.contains(&format!(", {} bytes in ", bytes.len())) && loaded.contains("GB/s"), "{loaded}");
+    assert!(loaded.ends_with("% decoded") && !loaded.contains(", 0 %"), "{loaded}");
+    drop(direct);
+    assert_eq!((lines("open: bert"), lines("first byte"), lines("loaded: "), lines("closed")), (1, 1, 1, 0));
+
+    let other = place.pack("other", &Bert { layers: 8, hidden: 128, ffn_units: 512, ..bert(2) });
+    assert!(other.len() > 2 << 20);
+    kill(place.daemon(), libc::SIGHUP);
+    until("the new archive appears", || place.mounted("other/model.safetensors").exists());
+    let path = place.mounted("other/model.safetensors");
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+    assert!(direct.read_at(&mut page, 100_000).unwrap() > 0);
+    drop(direct);
+    let closed = place.until_logged("closed before all was read: other/model.safetensors");
+    assert!(closed.contains(", 4096 bytes in "), "{closed}");
+}
+
 /// The port on which a mount serves its metrics.
 fn metrics_port(place: &Place) -> u16 {
     let line = place.until_logged("metrics: http://127.0.0.1:");

@@ -4,7 +4,8 @@
 //! process, over checkpoints in memory that can count, fail and wait. `daemon` runs the program, `life` changes its source and asks it
 //! how it is, and `supervisor` kills it. `archives` mounts what `mcwc-pack` wrote, `candle` loads it, and `load` has many readers at once
 //! read that. `decoded_files` reads what was kept on disk, `faults` has things go
-//! wrong, in `sources` it is the file system below, `model` compares with a plain directory, and `soak` runs when it is asked for.
+//! wrong, in `sources` it is the file system below, `variants` come and go with their base, `model` compares with a plain directory, and
+//! `soak` runs when it is asked for.
 //!
 //! Where there is no `/dev/fuse` each test says so in one line and passes; where there is one, none is skipped.
 
@@ -27,3 +28,4 @@ mod sources;
 mod supervisor;
 mod support;
 mod systemd;
+mod variants;

@@ -4,21 +4,33 @@ import numpy as np
 from spec_format import integers, require
 
 
-def read_based(part, reader):
-    """The fields of section 4.3; what needs the streams to be understood is kept as it is stored."""
-    tensor = part.tensor
+def read_base_tensor(part, reader, rows_may_differ):
+    """The first fields of section 4.3. `rows_may_differ` may be told later, where a flag says so."""
     number = reader.varint("base", 15)
     require(number < len(part.archive.bases), f"base: {number}")
     base = part.archive.bases[number]
     file, index = reader.varint("base file", 2**16), reader.varint("base tensor", 2**32 - 1)
     require(file < len(base.files) and index < len(base.files[file][2]), f"base tensor: {index} of file {file}")
     part.base, part.base_place = base, (file, index)
-    other = base.files[file][2][index]
-    flags = reader.u8("base flags", below=4)
-    part.has_difference, part.factors = bool(flags & 2), None
-    rows_may_differ = part.has_difference and min(len(tensor.shape), len(other.shape)) >= 2
+    if rows_may_differ is not None:
+        check_shapes(part, rows_may_differ)
+
+
+def check_shapes(part, rows_may_differ):
+    file, index = part.base_place
+    tensor, other = part.tensor, part.base.files[file][2][index]
+    rows_may_differ = rows_may_differ and min(len(tensor.shape), len(other.shape)) >= 2
     ours, theirs = (shape[1:] if rows_may_differ else shape for shape in (tensor.shape, other.shape))
     require(tensor.dtype == other.dtype and list(ours) == list(theirs), "base tensor: type or shape")
+
+
+def read_based(part, reader):
+    """The fields of section 4.3; what needs the streams to be understood is kept as it is stored."""
+    tensor = part.tensor
+    read_base_tensor(part, reader, rows_may_differ=None)
+    flags = reader.u8("base flags", below=4)
+    part.has_difference = bool(flags & 2)
+    check_shapes(part, part.has_difference)
     if flags & 1:
         require(tensor.dtype in ("F32", "F16", "BF16") and len(tensor.shape) >= 2 and tensor.elements, "low rank: no matrix")
         rows, columns = tensor.shape[0], tensor.elements // tensor.shape[0]

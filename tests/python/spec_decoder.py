@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from spec_based import based_elements, read_based, references
+from spec_based import based_elements, read_base_tensor, read_based, references
 from spec_blake3 import blake3
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
@@ -58,7 +58,7 @@ def side_of(archive, record):
     return record.side
 
 
-CODINGS = {0: "raw", 1: "split", 2: "quantized", 3: "units", 4: "based"}
+CODINGS = {0: "raw", 1: "split", 2: "quantized", 3: "units", 4: "based", 5: "quantized"}
 
 
 class Part:
@@ -67,7 +67,8 @@ class Part:
         number = reader.u8("part coding")
         require(number in CODINGS, f"part coding {number}")
         self.coding = CODINGS[number]
-        self.trellis = self.vectors = self.reference = self.stored_zero_bits = None
+        self.trellis = self.vectors = self.reference = self.stored_zero_bits = self.factors = None
+        self.is_from_base = number == 5
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
             self.carrier = reader.u8("carrier", below=3)
@@ -81,6 +82,8 @@ class Part:
         if self.coding == "based":
             read_based(self, reader)
             self.bits = tensor.bits
+        if self.is_from_base:
+            read_base_tensor(self, reader, rows_may_differ=True)
         per_run = self.read_quantizer(reader, side) if self.coding == "quantized" else []
         has_symbols = self.coding in ("split", "quantized", "units") or self.coding == "based" and self.has_difference
         if self.vectors:
@@ -141,6 +144,7 @@ class Part:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
             per_run.append(("means", reader.f32("mean step"), reader.blob("means")))
+        require(not (flags & 20 and self.is_from_base), "quantizer flags: a prediction or vectors from a base")
         if flags & 4:
             require(self.record.reference is not None, "reference part: the record has no reference")
             parts = side_of(self.archive, self.record.reference).parts
@@ -438,6 +442,8 @@ def quantized_elements(part):
         if part.offsets is not None:
             prediction = prediction + part.offsets[run]
         values = values + prediction
+    if part.is_from_base:
+        values = values + to_float(references(part, decoded, to_float, from_float), part.tensor.dtype)
     require(values.dtype == FLOAT, "numpy has widened binary32")
     return from_float(values, part.tensor.dtype)
 
@@ -476,6 +482,7 @@ def count(part):
         MET["other rows"] += part.base.files[part.base_place[0]][2][part.base_place[1]].shape != part.tensor.shape
     if part.coding == "quantized":
         MET["predicted"] += part.reference is not None
+        MET["quantized from a base"] += part.is_from_base
         MET["moved"] += part.reference is not None and part.axis is not None
         MET["row affine"] += part.reference is not None and part.offsets is not None
         MET["trellis"] += part.trellis is not None

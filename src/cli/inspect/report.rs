@@ -122,6 +122,10 @@ pub fn mode(header: &PartHeader) -> &'static str {
             (Some(_), None) => "low rank",
             (Some(_), Some(_)) => "low rank and difference",
         },
+        Coding::QuantizedFromBase(_, info) => match info.trellis {
+            None => "from the base",
+            Some(_) => "from the base, trellis",
+        },
         Coding::Quantized(info) => {
             if info.vectors.is_some() {
                 return if info.prediction.is_some() { "predicted, vectors" } else { "keyframe, vectors" };
@@ -197,7 +201,7 @@ impl Report {
             block_type.parameters += tensor.elements();
             if with_parts {
                 let step = match &header.coding {
-                    Coding::Quantized(info) => Some(info.step),
+                    Coding::Quantized(info) | Coding::QuantizedFromBase(_, info) => Some(info.step),
                     Coding::Raw | Coding::Split { .. } | Coding::Units(_) | Coding::Based(_) => None,
                 };
                 self.parts.push(PartReport {

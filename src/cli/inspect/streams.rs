@@ -66,7 +66,7 @@ impl StreamBytes {
     fn codes_of(&mut self, header: &PartHeader) -> &mut u64 {
         match &header.coding {
             Coding::Raw | Coding::Split { .. } | Coding::Units(_) => &mut self.verbatim,
-            Coding::Based(_) => &mut self.residual_codes,
+            Coding::Based(_) | Coding::QuantizedFromBase(..) => &mut self.residual_codes,
             Coding::Quantized(info) if info.prediction.is_some() => &mut self.residual_codes,
             Coding::Quantized(_) => &mut self.keyframe_codes,
         }

@@ -242,8 +242,9 @@ fn dequantize_codes(codes: &[[u8; 2]], raw: &RawBits<'_>, step: f32, mean: Optio
     }
 }
 
+/// Dequantizes trellis-coded codes with raw bits below them, and leaves the states where the run ends.
 #[inline(always)]
-fn dequantize_trellis(
+pub fn dequantize_trellis(
     codes: &[[u8; 2]],
     raw: &RawBits<'_>,
     (trellis, states): (Trellis, &mut [u16; LANES]),

@@ -4,9 +4,11 @@
 //! hide one another's latency. What a symbol turns into is a table too ([`RunValues`]), so that a kernel knows nothing of
 //! exponents, weights or rounding.
 
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
-use super::{finish, portable};
+use super::{differences, finish, portable};
 use crate::codec::entropy::{CodingTable, LaneError, PADDED, STATE_LOW};
 use crate::codec::trellis::Trellis;
 use crate::format::part::TrellisTables;
@@ -214,6 +216,8 @@ pub struct Kernels {
     pub joined: Option<Joined>,
     /// What is done with values after entropy decoding.
     pub finish: finish::Kernels,
+    /// What is done with differences to a base.
+    pub differences: differences::Kernels,
 }
 
 /// Any CPU.
@@ -224,6 +228,7 @@ pub static PORTABLE: Kernels = Kernels {
     wide: [portable::run::<0, [u8; 4]>, portable::run::<1, [u8; 4]>, portable::run::<2, [u8; 4]>],
     joined: None,
     finish: finish::PORTABLE,
+    differences: differences::PORTABLE,
 };
 
 /// x86-64 with AVX2: nearly all of them.
@@ -235,6 +240,7 @@ pub static AVX2: Kernels = Kernels {
     wide: [avx2::run::<0, [u8; 4]>, avx2::run::<1, [u8; 4]>, avx2::run::<2, [u8; 4]>],
     joined: None,
     finish: finish::AVX2,
+    differences: differences::AVX2,
 };
 
 /// x86-64 with AVX-512 F, BW, VL, VBMI, VBMI2 and GFNI: Ice Lake, Zen 4 and later.
@@ -245,7 +251,20 @@ pub static AVX512: Kernels = Kernels {
     narrow: [avx512::narrow::<0>, avx512::narrow::<1>, avx512::narrow::<2>],
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
     joined: Some(Joined { narrow: avx512::narrow_joined, wide: avx512::wide_joined }),
-    finish: finish::AVX512,
+    finish: finish::Kernels { dequantize_trellis: avx512::dequantize_trellis, ..finish::AVX512 },
+    differences: differences::AVX512,
+};
+
+/// Any aarch64.
+#[cfg(target_arch = "aarch64")]
+pub static NEON: Kernels = Kernels {
+    name: "neon",
+    strips_at_once: neon::STRIPS,
+    narrow: [neon::run::<0, [u8; 2]>, neon::run::<1, [u8; 2]>, neon::run::<2, [u8; 2]>],
+    wide: [neon::run::<0, [u8; 4]>, neon::run::<1, [u8; 4]>, neon::run::<2, [u8; 4]>],
+    joined: None,
+    finish: finish::PORTABLE, // compilers vectorize it: NEON is part of the architecture
+    differences: differences::PORTABLE,
 };
 
 /// Two or four bytes that a symbol turns into.

@@ -16,6 +16,28 @@ pub unsafe fn run<const TABLE_USE: usize, O: Output>(jobs: &mut [RunJob<'_, O>])
     }
 }
 
+/// Has `whole_vectors` decode as many whole vectors of 32 symbols as the jobs start with, and decodes what is left of them.
+#[inline(always)]
+pub fn with_rest<const TABLE_USE: usize, O: Output>(
+    jobs: &mut [RunJob<'_, O>],
+    whole_vectors: impl Fn(&mut [RunJob<'_, O>], usize),
+) {
+    let symbols = jobs.first().map_or(0, |job| job.out.len());
+    assert!(jobs.iter().all(|job| job.out.len() == symbols), "runs in lockstep are equally long");
+    let whole = symbols / LANES * LANES;
+    if whole > 0 {
+        whole_vectors(jobs, whole);
+    }
+    if whole < symbols {
+        for job in jobs {
+            let RunJob { words, tables, values, trellis, raw, .. } = *job;
+            let out = &mut job.out[whole..];
+            let mut rest = RunJob { lanes: &mut *job.lanes, words, tables, values, trellis, raw, out };
+            run_of_one_strip::<TABLE_USE, O>(&mut rest, LANES);
+        }
+    }
+}
+
 #[inline(always)]
 fn run_of_one_strip<const TABLE_USE: usize, O: Output>(job: &mut RunJob<'_, O>, lanes: usize) {
     let slots = job.tables.map(|table| &table.slots().0);

@@ -142,6 +142,14 @@ impl<'a> RawBits<'a> {
         Self { stored_bits, zeros, planes }
     }
 
+    /// Those of the symbols from number `first` on.
+    pub fn from(&self, first: usize) -> Self {
+        let mut later = *self;
+        let in_use = self.planes().len();
+        later.planes[..in_use].iter_mut().for_each(|plane| *plane = &plane[first..]);
+        later
+    }
+
     /// Raw bits per symbol, those that are not stored included.
     #[inline(always)]
     pub fn count(&self) -> u32 {

@@ -186,11 +186,11 @@ impl PreparedPart {
     /// The reference of strip number `strip`, given that of strips that lie side by side from number `first` on: a part that
     /// starts from a base is decoded with the references of the strips that are wanted, any other with the whole tensor.
     pub fn reference_of<'r>(&self, strip: usize, first: usize, reference: Option<&'r [u8]>) -> Option<&'r [u8]> {
-        match self.kind {
-            PartKind::Based(_) => {
+        match self.base {
+            Some(_) => {
                 reference.map(|reference| &reference[(strip - first) * self.full_strip_output_bytes() as usize..])
             }
-            _ => reference,
+            None => reference,
         }
     }
 }

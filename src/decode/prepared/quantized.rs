@@ -61,6 +61,11 @@ enum Coefficients {
 }
 
 impl Prediction {
+    /// The reference itself, each element from its own place.
+    pub(super) fn copy() -> Self {
+        Self { reference_part: 0, motion: None, coefficients: Coefficients::ScaledCopy(1.0) }
+    }
+
     /// The predictor of a run.
     pub fn of_run(&self, run: usize) -> RunPredictor {
         match &self.coefficients {

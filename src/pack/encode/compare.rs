@@ -1,14 +1,16 @@
 //! The end of packing: the finished archive is decoded from first to last byte and compared with its source.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+use super::super::base::BaseError;
 use super::super::counting::sum_of_squares;
 use super::super::quantize::values_of;
 use super::super::survey::ProbedPart;
+use super::super::treatment::changes;
 use super::{Encoder, PackError, quantized_tensors};
 use crate::archive::Archive;
 use crate::materialize::{MaterializeOptions, Materializer};
@@ -26,6 +28,8 @@ pub(super) struct Compared {
     pub(super) decoded_blake3: Vec<[u8; 32]>,
     /// Per file, per tensor: squared error and energy.
     pub(super) errors: Vec<Vec<(f64, f64)>>,
+    /// Of tensors that are quantized from the base: squared error, and energy of what changed.
+    pub(super) changes: BTreeMap<(usize, usize), (f64, f64)>,
 }
 
 impl Encoder<'_> {
@@ -83,6 +87,10 @@ impl Encoder<'_> {
                     return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                 }
                 errors.push((squared_error, energy));
+                if is_quantized && let Some(start) = self.start(file, number).map_err(BaseError::from)? {
+                    let change = sum_of_squares(&changes(tensor, bytes, &start.predicted));
+                    compared.changes.insert((file, number), (squared_error, change));
+                }
                 self.finish_part(file, number);
             }
             compared.decoded.push(decoded_hash.finalize().into());
@@ -104,6 +112,12 @@ impl Encoder<'_> {
 }
 
 impl Compared {
+    /// Squared error over squared changes of all tensors that are quantized from the base; `None` where none is.
+    pub(super) fn error_of_changes(&self) -> Option<f64> {
+        let sums = self.changes.values().fold((0.0, 0.0), |sum, change| (sum.0 + change.0, sum.1 + change.1));
+        (sums.1 > 0.0).then(|| sums.0 / sums.1)
+    }
+
     /// Squared error and energy of these tensors, each a file and its tensor.
     pub(super) fn error_of(&self, tensors: &BTreeSet<(usize, usize)>) -> (f64, f64) {
         let errors = tensors.iter().map(|&(file, tensor)| self.errors[file][tensor]);

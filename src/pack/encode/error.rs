@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::super::base::BaseError;
+use super::super::calibration::CalibrationError;
 use super::super::part::SelfCheckError;
 use super::super::source::SourceError;
 use crate::archive::ArchiveError;
@@ -72,6 +73,9 @@ pub enum PackError {
     /// The archive just written does not decode.
     #[error("the new archive does not decode: {0}; please report this")]
     Redecode(#[from] MaterializeError),
+    /// The model cannot be run on calibration inputs.
+    #[error("calibration: {0}")]
+    Calibration(#[from] CalibrationError),
     /// An encoded part does not decode.
     #[error(transparent)]
     SelfCheck(#[from] SelfCheckError),

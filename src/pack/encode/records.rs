@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
 
+use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
+use super::super::symbols::RunLayout;
 use super::super::treatment::{Decision, Drafted};
 use super::Encoder;
 use super::steering::Steering;
@@ -19,6 +21,7 @@ use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
+use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
@@ -39,6 +42,7 @@ pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
     Base(MaterializeError),
+    Forward(ForwardError),
     Interrupted,
 }
 
@@ -51,6 +55,12 @@ impl From<std::io::Error> for WriteError {
 impl From<MaterializeError> for WriteError {
     fn from(error: MaterializeError) -> Self {
         Self::Base(error)
+    }
+}
+
+impl From<ForwardError> for WriteError {
+    fn from(error: ForwardError) -> Self {
+        Self::Forward(error)
     }
 }
 
@@ -87,6 +97,7 @@ impl Encoder<'_> {
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let encoder = RecordEncoder { pool, options: self.options };
+        let mut statistics = self.calibration.as_ref().map(Calibration::statistics);
         for (ordinal, (record, planned)) in self.plan.records.iter().zip(&plan.parts).enumerate() {
             if self.progress.is_interrupted() {
                 return Err(WriteError::Interrupted);
@@ -104,7 +115,11 @@ impl Encoder<'_> {
                 .collect::<Result<_, MaterializeError>>()?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
-            let encoded = encoder.encode(record, &source, &drafts, context.as_ref());
+            let feedback = match &mut statistics {
+                Some(statistics) => statistics.of_record(record, &quantized_layouts(&source, &drafts))?,
+                None => Vec::new(),
+            };
+            let encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
             written.stages.add(&encoded.stages);
             written.predicted_records += u64::from(encoded.predicted);
             written.keyframe_records += u64::from(!encoded.predicted);
@@ -141,7 +156,7 @@ impl Encoder<'_> {
     ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
-                let Drafted::Quantized { .. } = draft else { return Ok(None) };
+                let Drafted::Quantized { base: None, .. } = draft else { return Ok(None) };
                 let tensor = source[ordinal].0;
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
@@ -174,7 +189,11 @@ impl Encoder<'_> {
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
-            provenance: self.options.provenance(),
+            provenance: {
+                let calibration = self.calibration.as_ref().map(Calibration::description);
+                let calibration = calibration.map(|text| ("calibration".to_owned(), text.to_owned()));
+                self.options.provenance().into_iter().chain(calibration).collect()
+            },
         }
     }
 
@@ -195,6 +214,18 @@ impl Encoder<'_> {
 
 fn stored_codebooks(pool: &TablePool) -> Vec<StoredCodebook> {
     pool.codebooks().iter().map(|codebook| codebook.stored()).collect()
+}
+
+/// The tensors of a record, each with the layout of its runs where it is quantized.
+fn quantized_layouts<'a>(
+    source: &[(&'a TensorInfo, &[u8])],
+    drafts: &[Drafted<'_>],
+) -> Vec<(&'a TensorInfo, Option<RunLayout>)> {
+    let layout = |draft: &Drafted<'_>| match draft {
+        Drafted::Quantized { layout, .. } => Some(*layout),
+        _ => None,
+    };
+    source.iter().zip(drafts).map(|(&(tensor, _), draft)| (tensor, layout(draft))).collect()
 }
 
 /// Writes one record, adds it to the index, and returns its length in bytes.

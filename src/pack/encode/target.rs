@@ -182,6 +182,7 @@ impl Encoder<'_> {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
                 WriteError::Base(error) => PackError::Base(error.into()),
+                WriteError::Forward(error) => PackError::Calibration(error.into()),
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;

@@ -81,6 +81,7 @@ impl Sample {
             step_of_run: &|run| quantizer.step_of_run(run),
             raw_bits: choice.raw_bits,
             rounding: choice.rounding,
+            feedback: None,
         };
         take(&symbols)
     }

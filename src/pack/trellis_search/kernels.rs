@@ -69,64 +69,54 @@ impl Level {
         Self::all_of_this_cpu().next().unwrap_or(Self::Portable)
     }
 
-    /// One symbol of every lane: what each residue costs, and the cheapest way to every state. `costs` and `next` are by
-    /// state; so is `by_odd_code`, the lanes that enter the state by an odd code.
-    #[allow(clippy::too_many_arguments)]
-    pub fn step(
-        self,
-        trellis: Trellis,
-        targets: &[f32; LANES],
-        prices: &Prices,
-        branches: &mut Branches,
-        costs: &[Costs],
-        next: &mut [Costs],
-        by_odd_code: &mut [u32],
-    ) {
+    /// Takes a step.
+    pub fn take(self, step: Step<'_>) {
         match self {
-            Self::Portable => {
-                price(targets, prices, branches);
-                select(trellis, &branches.costs, costs, next, by_odd_code, select_portable);
-            }
+            Self::Portable => step.take(select_portable),
             // SAFETY: `all_of_this_cpu` has seen that the CPU has the instructions, here and below.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { step_avx2(trellis, targets, prices, branches, costs, next, by_odd_code) },
+            Self::Avx2 => unsafe { avx2(step) },
             // SAFETY: see above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { step_avx512(trellis, targets, prices, branches, costs, next, by_odd_code) },
+            Self::Avx512 => unsafe { avx512(step) },
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn step_avx2(
-    trellis: Trellis,
-    targets: &[f32; LANES],
-    prices: &Prices,
-    branches: &mut Branches,
-    costs: &[Costs],
-    next: &mut [Costs],
-    by_odd_code: &mut [u32],
-) {
-    price(targets, prices, branches);
-    let cheaper = |even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs| select_avx2(even, odd, next);
-    select(trellis, &branches.costs, costs, next, by_odd_code, cheaper);
+/// One symbol of every lane: what each residue costs, and the cheapest way to every state. `costs`, `next` and `by_odd_code`
+/// are by state.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Which states lead to which.
+    pub trellis: Trellis,
+    /// What is to be met, in steps.
+    pub targets: &'a [f32; LANES],
+    /// What codes cost.
+    pub prices: &'a Prices,
+    /// To be found.
+    pub branches: &'a mut Branches,
+    /// The cheapest ways to the states before this symbol.
+    pub costs: &'a [Costs],
+    /// To be found: those after it.
+    pub next: &'a mut [Costs],
+    /// To be found: the lanes that enter a state by an odd code.
+    pub by_odd_code: &'a mut [u32],
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx2")]
-fn step_avx512(
-    trellis: Trellis,
-    targets: &[f32; LANES],
-    prices: &Prices,
-    branches: &mut Branches,
-    costs: &[Costs],
-    next: &mut [Costs],
-    by_odd_code: &mut [u32],
-) {
-    price(targets, prices, branches);
-    let cheaper = |even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs| select_avx512(even, odd, next);
-    select(trellis, &branches.costs, costs, next, by_odd_code, cheaper);
+impl Step<'_> {
+    /// `select` puts the lesser of two sums into its last argument and gives the lanes where it is the second.
+    #[inline(always)]
+    fn take(self, select: impl Fn([&Costs; 2], [&Costs; 2], &mut Costs) -> u32) {
+        price(self.targets, self.prices, self.branches);
+        let to_states = self.next.iter_mut().zip(self.by_odd_code);
+        for (state, (next, by_odd_code)) in (0..).zip(to_states) {
+            let [even, odd] = [0, 1].map(|odd| {
+                let from = self.trellis.previous_state(state, odd);
+                [&self.costs[usize::from(from)], &self.branches.costs[usize::from(2 * odd + (from & 1))]]
+            });
+            *by_odd_code = select(even, odd, next);
+        }
+    }
 }
 
 /// The cheapest multiple of each residue: the nearest, or the next one towards zero if its code is so much shorter.
@@ -157,26 +147,6 @@ fn price(targets: &[f32; LANES], prices: &Prices, branches: &mut Branches) {
     }
 }
 
-/// The cheapest way to every state, from the two that lead to it.
-#[inline(always)]
-fn select(
-    trellis: Trellis,
-    branches: &[Costs; RESIDUES],
-    costs: &[Costs],
-    next: &mut [Costs],
-    by_odd_code: &mut [u32],
-    cheaper: impl Fn([&Costs; 2], [&Costs; 2], &mut Costs) -> u32,
-) {
-    for (state, (next, by_odd_code)) in (0..).zip(next.iter_mut().zip(by_odd_code)) {
-        let [even, odd] = [0, 1].map(|odd| {
-            let from = trellis.previous_state(state, odd);
-            [&costs[usize::from(from)], &branches[usize::from(2 * odd + (from & 1))]]
-        });
-        *by_odd_code = cheaper(even, odd, next);
-    }
-}
-
-/// The lesser of two sums, and the lanes where it is the second.
 fn select_portable(even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs) -> u32 {
     let mut lanes = 0;
     for (lane, next) in next.0.iter_mut().enumerate() {
@@ -188,36 +158,41 @@ fn select_portable(even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs) -> u32
     lanes
 }
 
+/// A step with registers of some lanes: how to load, add, take the lesser, store, and tell where the second is the lesser.
 #[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx2")]
-fn select_avx2(even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs) -> u32 {
-    let mut lanes = 0;
-    for register in 0..LANES / 8 {
-        // SAFETY: four registers of eight lanes are all of them.
-        let load = |costs: &Costs| unsafe { _mm256_loadu_ps(costs.0.as_ptr().add(8 * register)) };
-        let [by_even, by_odd] = [even, odd].map(|[from, branch]| _mm256_add_ps(load(from), load(branch)));
-        let is_odd = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(by_odd, by_even)) as u32;
-        // SAFETY: see above.
-        unsafe { _mm256_storeu_ps(next.0.as_mut_ptr().add(8 * register), _mm256_min_ps(by_odd, by_even)) };
-        lanes |= is_odd << (8 * register);
-    }
-    lanes
+macro_rules! step_with_registers {
+    ($name:ident, $features:literal, $lanes:literal, $load:ident, $add:ident, $min:ident, $store:ident, $is_less:expr) => {
+        #[target_feature(enable = $features)]
+        fn $name(step: Step<'_>) {
+            step.take(|even, odd, next| {
+                let mut lanes = 0;
+                for first in (0..LANES).step_by($lanes) {
+                    // SAFETY: whole registers of lanes are all of them.
+                    let load = |costs: &Costs| unsafe { $load(costs.0.as_ptr().add(first)) };
+                    let [by_even, by_odd] = [even, odd].map(|[from, branch]| $add(load(from), load(branch)));
+                    // SAFETY: see above.
+                    unsafe { $store(next.0.as_mut_ptr().add(first), $min(by_odd, by_even)) };
+                    lanes |= $is_less(by_odd, by_even) << first;
+                }
+                lanes
+            });
+        }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn select_avx512(even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs) -> u32 {
-    let mut lanes = 0;
-    for register in 0..LANES / 16 {
-        // SAFETY: two registers of sixteen lanes are all of them.
-        let load = |costs: &Costs| unsafe { _mm512_loadu_ps(costs.0.as_ptr().add(16 * register)) };
-        let [by_even, by_odd] = [even, odd].map(|[from, branch]| _mm512_add_ps(load(from), load(branch)));
-        let is_odd = u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(by_odd, by_even));
-        // SAFETY: see above.
-        unsafe { _mm512_storeu_ps(next.0.as_mut_ptr().add(16 * register), _mm512_min_ps(by_odd, by_even)) };
-        lanes |= is_odd << (16 * register);
-    }
-    lanes
-}
+step_with_registers!(avx2, "avx2", 8, _mm256_loadu_ps, _mm256_add_ps, _mm256_min_ps, _mm256_storeu_ps, |a, b| {
+    _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) as u32
+});
+
+#[cfg(target_arch = "x86_64")]
+step_with_registers!(
+    avx512,
+    "avx512f,avx512vl,avx2",
+    16,
+    _mm512_loadu_ps,
+    _mm512_add_ps,
+    _mm512_min_ps,
+    _mm512_storeu_ps,
+    |a, b| u32::from(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b))
+);

@@ -1,9 +1,9 @@
 //! What runs still need when their symbols are decoded: raw bits, predictions, rounding, and at the end exceptions.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::{PartDecoder, Path, Strip};
-use crate::codec::difference::Bits;
 use crate::codec::lossless::widen;
 use crate::codec::motion::Motion;
 use crate::codec::quantizer::{dequantize, join_code};
@@ -19,6 +19,12 @@ use crate::decode::prepared::{Based, Difference, PartKind, Prediction};
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::raw_bytes_of_run;
 use crate::tensor::Dtype;
+
+thread_local! {
+    /// A strip's differences in coded order, and its classes: memory that is new for every strip would cost more time than
+    /// what is done with it.
+    static SCRATCH: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
 
 impl<'a> PartDecoder<'a> {
     /// What is left to do with the runs that fill `elements`, whose values are there.
@@ -119,9 +125,7 @@ impl<'a> PartDecoder<'a> {
                         }
                     }
                 }
-                if prediction.is_some() {
-                    self.ended(Stage::RawBits);
-                }
+                self.ended(Stage::RawBits);
                 let first = self.first_element(strip) + elements.start;
                 let prediction = prediction.and_then(|prediction| {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
@@ -163,7 +167,14 @@ impl<'a> PartDecoder<'a> {
         'a: 's,
     {
         let reference = self.reference.expect("a predicted part is decoded with its reference at hand");
-        let bytes_of = |elements: Range<usize>| elements.start * self.element_bytes..elements.end * self.element_bytes;
+        // The reference of a part that starts from a base begins with the first of the strips.
+        let skipped = match self.part.base() {
+            Some(_) => self.first_strip * self.symbols.runs_per_strip * self.symbols.run_elements,
+            None => 0,
+        };
+        let bytes_of = |elements: Range<usize>| {
+            (elements.start - skipped) * self.element_bytes..(elements.end - skipped) * self.element_bytes
+        };
         let predictor = prediction.of_run(run);
         let Some(motion) = &prediction.motion else {
             return Some((predictor, &reference[bytes_of(elements)]));
@@ -237,24 +248,27 @@ impl<'a> PartDecoder<'a> {
         }
         if let PartKind::Based(Based { difference: Some(difference), .. }) = self.part.kind() {
             match self.element_bytes {
-                1 => self.add_differences::<u8>(difference, number, out),
-                2 => self.add_differences::<u16>(difference, number, out),
-                _ => self.add_differences::<u32>(difference, number, out),
+                1 => self.add_differences(difference, number, out, differences::add::<u8>),
+                2 => self.add_differences(difference, number, out, self.kernels.differences.add_16),
+                _ => self.add_differences(difference, number, out, differences::add::<u32>),
             }
         }
         Ok(())
     }
 
     /// Replaces the differences of a strip, in coded order, by its elements.
-    fn add_differences<T: Bits>(&self, difference: &Difference, strip: usize, out: &mut [u8]) {
+    fn add_differences(&self, difference: &Difference, strip: usize, out: &mut [u8], add: differences::Add) {
         let reference = self.part.reference_of(strip, self.first_strip, self.reference);
         let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
         let predicted = self.part.predicted_strip(strip, reference);
         let first_element = strip * self.symbols.runs_per_strip * self.symbols.run_elements;
-        let mut classes = Vec::new();
-        difference.classes.of::<T>(first_element, &predicted, &mut classes);
-        let differences = out.to_vec();
-        differences::merge::<T>(&classes, &differences, &predicted, out);
+        SCRATCH.with_borrow_mut(|(differences, classes)| {
+            differences.clear();
+            differences.extend_from_slice(out);
+            differences.resize(out.len() + differences::PADDING, 0);
+            // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+            unsafe { add(&difference.classes, first_element, &predicted, differences, out, classes) }
+        });
         self.ended(Stage::Prediction);
     }
 

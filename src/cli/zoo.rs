@@ -1,0 +1,268 @@
+//! `mcwc-pack zoo`: a directory of checkpoints, each variant packed against its base.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::SystemTime;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::inspect::hex;
+use super::pack::{Bar, Destination, PackCommandError, print};
+use super::{lies_inside, parse_threads};
+use crate::archive::Archive;
+use crate::pack::base::Base;
+use crate::pack::encode::{Encoder, PackError, Silent, hidden_file};
+use crate::pack::options::{Effort, PackOptions};
+use crate::pack::source::Checkpoint;
+use crate::pack::zoo::{self, Member};
+
+/// The manifest's name in the output.
+const MANIFEST: &str = "zoo.json";
+
+/// Packs a directory of checkpoints, losslessly: finds which are variants of one another, chooses a base for each family,
+/// and packs the others as what changed.
+#[derive(Args, Debug)]
+pub struct ZooArgs {
+    /// A directory with a directory for each checkpoint, at any depth.
+    input: PathBuf,
+    /// A directory that receives the archives, each with its other files, and the manifest zoo.json.
+    output: PathBuf,
+    /// How much time packing may take.
+    #[arg(long, value_enum, default_value_t)]
+    effort: Effort,
+    /// Threads; all cores by default. The archives are the same for any number.
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
+    threads: Option<usize>,
+    /// Say what would be packed against what, and write nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Measure besides what each would take alone, and what zstd -3 makes of it where that is installed.
+    #[arg(long)]
+    compare: bool,
+    /// Print the manifest, or the plan, as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Pack again what was packed before; otherwise archives newer than their checkpoints are kept.
+    #[arg(long)]
+    force: bool,
+}
+
+/// One checkpoint, as the manifest lists it.
+#[derive(Debug, Serialize)]
+struct Entry {
+    /// The checkpoint's directory, from the root of the zoo.
+    checkpoint: String,
+    /// The base's directory, where it is a variant.
+    base: Option<String>,
+    /// How far it is from its base: 0 is equal, 1 unrelated.
+    distance: Option<f64>,
+    /// Bytes of its safetensors files.
+    raw_bytes: u64,
+    /// The archive, from the output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packed: Option<PackedEntry>,
+    /// Bytes that it would take alone, estimated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alone_bytes: Option<u64>,
+    /// Bytes that zstd -3 makes of its safetensors files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zstd_bytes: Option<u64>,
+}
+
+/// What was written of a checkpoint.
+#[derive(Debug, Serialize)]
+struct PackedEntry {
+    archive: String,
+    bytes: u64,
+    bits_per_parameter: f64,
+    content_id: String,
+    base_content_id: Option<String>,
+    /// Name and SHA-256 of every safetensors file.
+    files: Vec<(String, String)>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// See [`PackCommandError`]. What was packed before an error stays, and is not packed again by the next run.
+pub fn run(args: &ZooArgs) -> Result<ExitCode, PackCommandError> {
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build_global()?;
+    let root = args.input.canonicalize().map_err(super::pack::io_at(&args.input))?;
+    if lies_inside(&args.output, &root) {
+        return Err(PackCommandError::InsideInput(args.output.clone()));
+    }
+    let paths = zoo::checkpoints(&root).map_err(super::pack::io_at(&args.input))?;
+    if paths.is_empty() {
+        return Err(PackCommandError::NoCheckpoints(args.input.clone()));
+    }
+    let members = zoo::plan(&root, paths).map_err(PackError::from)?;
+    let mut entries: Vec<Entry> = members.iter().map(|member| entry_of(member, &members)).collect();
+    if !args.dry_run {
+        let progress = Bar::new()?;
+        // Bases first: variants are packed against what they will be decoded from.
+        let (bases, variants): (Vec<usize>, Vec<usize>) =
+            (0..members.len()).partition(|&member| members[member].base.is_none());
+        for member in bases.into_iter().chain(variants) {
+            progress.bar.println(members[member].path.display().to_string());
+            let packed = pack_member(args, &root, &members, member, &progress)?;
+            let entry = &mut entries[member];
+            entry.packed = Some(packed);
+            if args.compare {
+                compare(args, &root.join(&members[member].path), entry)?;
+            }
+            write_manifest(&args.output, &entries)?;
+        }
+        progress.bar.finish_and_clear();
+    }
+    print(|output| {
+        if args.json {
+            return writeln!(output, "{}", serde_json::to_string_pretty(&entries).expect("plain data"));
+        }
+        print_table(output, &entries)
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn entry_of(member: &Member, members: &[Member]) -> Entry {
+    Entry {
+        checkpoint: member.path.display().to_string(),
+        base: member.base.map(|(base, _)| members[base].path.display().to_string()),
+        distance: member.base.map(|(_, distance)| distance),
+        raw_bytes: member.bytes,
+        packed: None,
+        alone_bytes: None,
+        zstd_bytes: None,
+    }
+}
+
+fn options(args: &ZooArgs) -> PackOptions {
+    PackOptions { effort: args.effort, ..PackOptions::default() }
+}
+
+/// Packs one checkpoint, unless that was done before.
+fn pack_member(
+    args: &ZooArgs,
+    root: &Path,
+    members: &[Member],
+    member: usize,
+    progress: &Bar,
+) -> Result<PackedEntry, PackCommandError> {
+    let Member { path, base, .. } = &members[member];
+    let checkpoint = Checkpoint::open(&root.join(path)).map_err(PackError::from)?;
+    let directory = args.output.join(path);
+    let destination = Destination::of(&directory, &checkpoint)?;
+    let base = match base {
+        Some((base, _)) => Some(Base::open(&args.output.join(&members[*base].path)).map_err(PackError::from)?),
+        None => None,
+    };
+    let base_id = base.as_ref().map(|base| base.reference().content_id);
+    let is_packed = !args.force && is_packed(&destination.archive, &checkpoint, base_id);
+    if !is_packed {
+        fs::create_dir_all(&directory).map_err(super::pack::io_at(&directory))?;
+        let options = options(args);
+        let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), progress)?;
+        destination.fill(&encoder, &checkpoint.sidecars, true)?;
+    }
+    let archive = Archive::open(&destination.archive).map_err(PackError::from)?;
+    let name = destination.archive.strip_prefix(&args.output).unwrap_or(&destination.archive);
+    Ok(PackedEntry {
+        archive: name.display().to_string(),
+        bytes: archive.stored_bytes(),
+        bits_per_parameter: 8.0 * archive.stored_bytes() as f64 / archive.parameters().max(1) as f64,
+        content_id: hex(&archive.content_id()),
+        base_content_id: base_id.map(|id| hex(&id)),
+        files: archive.files().iter().map(|file| (file.name.clone(), hex(&file.decoded_sha256))).collect(),
+    })
+}
+
+/// Whether there is a sound archive of the checkpoint as it is, against the same base: nothing is read but headers, so
+/// a file that was changed without a newer time is not seen to be.
+fn is_packed(archive_path: &Path, checkpoint: &Checkpoint, base: Option<[u8; 32]>) -> bool {
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let Ok(archive) = Archive::open(archive_path) else { return false };
+    let packed = modified(archive_path).unwrap_or(SystemTime::UNIX_EPOCH);
+    let is_the_base = archive.index().bases.first().map(|base| base.content_id) == base;
+    let is_newer = checkpoint.files.iter().all(|file| modified(&file.path).is_some_and(|changed| changed <= packed));
+    let has_its_headers = archive.files().len() == checkpoint.files.len()
+        && archive
+            .files()
+            .iter()
+            .zip(&checkpoint.files)
+            .all(|(ours, theirs)| ours.name == theirs.name && ours.header == theirs.header.bytes);
+    is_the_base && is_newer && has_its_headers && !archive.is_lossy()
+}
+
+/// What the checkpoint takes alone, and compressed by zstd.
+fn compare(args: &ZooArgs, path: &Path, entry: &mut Entry) -> Result<(), PackCommandError> {
+    let checkpoint = Checkpoint::open(path).map_err(PackError::from)?;
+    let options = options(args);
+    entry.alone_bytes = match (&entry.base, &entry.packed) {
+        (None, Some(packed)) => Some(packed.bytes),
+        _ => {
+            let tensors = Encoder::new(&checkpoint, &options, &Silent).dry_run()?;
+            let bits = |tensor: &crate::pack::report::TensorReport| {
+                tensor.bits_per_element * tensor.shape.iter().product::<u64>() as f64
+            };
+            Some((tensors.iter().map(bits).sum::<f64>() / 8.0) as u64)
+        }
+    };
+    entry.zstd_bytes = checkpoint.files.iter().map(|file| zstd_bytes(&file.path)).sum();
+    Ok(())
+}
+
+/// What the program zstd makes of a file; `None` where there is none.
+fn zstd_bytes(file: &Path) -> Option<u64> {
+    let mut child = Command::new("zstd")
+        .args(["-3", "--quiet", "--stdout"])
+        .arg(file)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    let bytes = std::io::copy(child.stdout.as_mut()?, &mut std::io::sink()).ok();
+    child.wait().ok().filter(std::process::ExitStatus::success).and(bytes)
+}
+
+/// Writes the manifest under a temporary name, then gives it its own.
+fn write_manifest(output: &Path, entries: &[Entry]) -> Result<(), PackCommandError> {
+    let path = output.join(MANIFEST);
+    let mut file = hidden_file(output, "").map_err(super::pack::io_at(&path))?;
+    serde_json::to_writer_pretty(&mut file, entries).map_err(|error| super::pack::io_at(&path)(error.into()))?;
+    file.persist(&path).map_err(|error| super::pack::io_at(&path)(error.error))?;
+    Ok(())
+}
+
+fn print_table(output: &mut impl Write, entries: &[Entry]) -> std::io::Result<()> {
+    let megabytes = |bytes: Option<u64>| bytes.map_or("-".into(), |bytes| format!("{:.1}", bytes as f64 / 1e6));
+    writeln!(
+        output,
+        "{:>10} {:>10} {:>10} {:>10} {:>10}  checkpoint",
+        "MB", "packed", "bits/param", "alone", "zstd -3"
+    )?;
+    for entry in entries {
+        let bits = entry.packed.as_ref().map_or("-".into(), |packed| format!("{:.3}", packed.bits_per_parameter));
+        let base = entry.base.as_ref().map_or(String::new(), |base| {
+            format!(" (variant of {base}, distance {:.3})", entry.distance.unwrap_or(0.0))
+        });
+        writeln!(
+            output,
+            "{:>10} {:>10} {bits:>10} {:>10} {:>10}  {}{base}",
+            megabytes(Some(entry.raw_bytes)),
+            megabytes(entry.packed.as_ref().map(|packed| packed.bytes)),
+            megabytes(entry.alone_bytes),
+            megabytes(entry.zstd_bytes),
+            entry.checkpoint
+        )?;
+    }
+    let raw: u64 = entries.iter().map(|entry| entry.raw_bytes).sum();
+    let packed: u64 = entries.iter().filter_map(|entry| entry.packed.as_ref()).map(|packed| packed.bytes).sum();
+    if packed > 0 {
+        let percent = 100.0 * packed as f64 / raw.max(1) as f64;
+        writeln!(output, "{raw} -> {packed} bytes ({percent:.1} %) in {} checkpoints", entries.len())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! Closed-loop quantization through the command line: nearer outputs at the same rate, the same bytes on any number of
+//! threads, and one line of error where a model or its inputs cannot be run.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{Bert, Random, Tensor, mcwcfs, mcwcfs_ok, safetensors};
+use mcwcfs::pack::calibration::{Calibration, CalibrationSource};
+use mcwcfs::pack::source::Checkpoint;
+use ndarray::Array2;
+
+const HIDDEN: usize = 64;
+const POSITIONS: usize = 24;
+
+/// A BERT that can be run, and inputs for it.
+struct Work {
+    directory: tempfile::TempDir,
+    checkpoint: PathBuf,
+}
+
+impl Work {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let checkpoint = directory.path().join("checkpoint");
+        let bert = Bert { layers: 2, hidden: HIDDEN, ffn_units: 128, ..Bert::default() };
+        bert.write(&checkpoint);
+        let mut random = Random::new(11);
+        let mut tensors = bert.tensors();
+        let mut push = |name: &str, shape: &[usize], values: &[f32]| {
+            tensors.push(Tensor::floats(&format!("embeddings.{name}"), "F32", shape, values));
+        };
+        push("position_embeddings.weight", &[POSITIONS, HIDDEN], &random.normals(POSITIONS * HIDDEN, 0.02));
+        push("token_type_embeddings.weight", &[2, HIDDEN], &random.normals(2 * HIDDEN, 0.02));
+        push("LayerNorm.weight", &[HIDDEN], &[1.0; HIDDEN]);
+        push("LayerNorm.bias", &[HIDDEN], &[0.0; HIDDEN]);
+        fs::write(checkpoint.join("model.safetensors"), safetensors(&tensors)).expect("model.safetensors");
+        let work = Self { directory, checkpoint };
+        work.write_ids("calibration", 1);
+        work.write_ids("evaluation", 2);
+        work
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// 40 sequences of the 16 tokens there are.
+    fn write_ids(&self, name: &str, seed: u64) {
+        let mut random = Random::new(seed);
+        let ids: Vec<u8> = (0..40 * POSITIONS).flat_map(|_| (random.below(16) as u16).to_le_bytes()).collect();
+        let tensor = Tensor::raw("input_ids", "U16", &[40, POSITIONS], ids);
+        fs::write(self.path(&format!("{name}.safetensors")), safetensors(&[tensor])).expect("ids");
+    }
+
+    /// Packs at a rate, unpacks, and gives the unpacked checkpoint.
+    fn packed(&self, name: &str, options: &[&str]) -> PathBuf {
+        let (packed, unpacked) = (self.path(&format!("{name}.packed")), self.path(name));
+        let mut arguments =
+            arguments!["pack", &self.checkpoint, &packed, "--bpp", "4", "--keep", "embeddings.*=lossless"].to_vec();
+        arguments.extend(options.iter().map(Into::into));
+        mcwcfs_ok(arguments);
+        mcwcfs_ok(arguments!["unpack", &packed, &unpacked]);
+        unpacked
+    }
+
+    /// What a checkpoint says to the inputs for evaluation.
+    fn outputs(&self, checkpoint: &Path) -> Array2<f32> {
+        let checkpoint = Checkpoint::open(checkpoint).expect("a checkpoint");
+        let inputs = CalibrationSource::File(self.path("evaluation.safetensors"));
+        Calibration::load(&checkpoint, &inputs).expect("it can be run").outputs().expect("it runs")
+    }
+
+    /// Packs, which must fail, and gives what it said.
+    fn refusal(&self, options: &[&str]) -> String {
+        let mut arguments = arguments!["pack", &self.checkpoint, self.path("refused"), "--bpp", "3"].to_vec();
+        arguments.extend(options.iter().map(Into::into));
+        let output = mcwcfs(arguments);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(!self.path("refused").exists());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+}
+
+#[test]
+fn outputs_are_nearer_with_calibration_at_the_same_rate() {
+    let work = Work::new();
+    let calibration = work.path("calibration.safetensors");
+    let calibration = calibration.to_str().expect("UTF-8");
+    let original = work.outputs(&work.checkpoint);
+    let error = |name: &str, options: &[&str]| {
+        let difference = work.outputs(&work.packed(name, options)) - &original;
+        difference.iter().map(|value| value * value).sum::<f32>()
+    };
+    let (plain, calibrated) = (error("plain", &[]), error("calibrated", &["--calibration", calibration]));
+    assert!(calibrated < 0.5 * plain, "{calibrated} and {plain}");
+    let sizes = ["plain", "calibrated"]
+        .map(|name| fs::metadata(work.path(&format!("{name}.packed/model.mcwc"))).expect("an archive").len() as f64);
+    assert!((sizes[0] / sizes[1] - 1.0).abs() < 0.01, "{sizes:?}");
+}
+
+#[test]
+fn an_archive_says_what_it_was_calibrated_with_and_is_the_same_on_any_number_of_threads() {
+    let work = Work::new();
+    let calibration = work.path("calibration.safetensors");
+    let archive = |threads: &str| {
+        let path = work.path(&format!("{threads}.mcwc"));
+        mcwcfs_ok(arguments![
+            "pack",
+            &work.checkpoint.join("model.safetensors"),
+            &path,
+            "--bpp",
+            "3",
+            "--threads",
+            threads,
+            "--calibration",
+            &calibration
+        ]);
+        path
+    };
+    let (one, three) = (archive("1"), archive("3"));
+    assert!(fs::read(&one).expect("an archive") == fs::read(three).expect("an archive"));
+    let inspected = mcwcfs_ok(arguments!["inspect", &one]);
+    assert!(inspected.contains("calibration: file, sha256"), "{inspected}");
+}
+
+#[test]
+fn models_and_inputs_that_cannot_be_run_are_refused_before_anything_is_written() {
+    let work = Work::new();
+    assert!(work.refusal(&["--calibrate"]).contains("tokenizer.json"), "text needs a tokenizer");
+    assert!(work.refusal(&["--calibrate", "--quantization", "scalar"]).contains("changes nothing"));
+    let ids = Tensor::raw("input_ids", "U16", &[2], vec![3, 0, 16, 0]);
+    fs::write(work.path("beyond.safetensors"), safetensors(&[ids])).expect("ids");
+    let beyond = work.path("beyond.safetensors");
+    let said = work.refusal(&["--calibration", beyond.to_str().expect("UTF-8")]);
+    assert!(said.contains("token 16 at position 1, expected one of 16 tokens"), "{said}");
+    fs::write(work.checkpoint.join("config.json"), r#"{"model_type":"mamba"}"#).expect("config.json");
+    let calibration = work.path("calibration.safetensors");
+    let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
+    assert!(said.contains("no forward pass for model_type \"mamba\""), "{said}");
+}
