@@ -8,9 +8,10 @@ Needs benches/setup's environment and an evaluation folder: models/, and eval.py
 plain open, seek and read, and prints its task metric and the distance to the original as JSON. Beside each rate stand
 NNCodec and GGUF's format at the rate nearest to it: their decoded matrices in a copy of the checkpoint, everything
 else as it was and counted as it was. Where the folder has calibration inputs for a model there is a calibrated archive
-too; a model of images is calibrated on every fourth image and evaluated on all. Prints one Markdown table, a line for each model and rate; a cell has the bits per
-parameter of the whole file, the metric and the distance. The lossless archive's metric is the original's. Every point is
-told on standard error as soon as it is known, with its squared error.
+too; a model of images is calibrated on every fourth image, and all its lines are of the others. Prints one Markdown table,
+a line for each model and rate; a cell has the bits per parameter of the whole file, the metric and the distance. The
+lossless archive's metric is the original's. Every point is told on standard error as soon as it is known, with its squared
+error.
 """
 
 import argparse
@@ -40,13 +41,23 @@ def mounted(mcwcfs, source, mount_point):
         mcwcfs.run("umount", mount_point)
 
 
-def evaluate(script, directory, original):
-    """The JSON line of the evaluation of `directory`, with its distance to `original`."""
-    command = [sys.executable, str(script), str(directory), "--ref", str(original)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr.strip()}")
-    return json.loads(done.stdout)
+@dataclass
+class Evaluation:
+    """How a model is evaluated."""
+
+    script: Path
+    original: Path
+    data: Path | None
+
+    def of(self, directory):
+        """The JSON line of the evaluation of `directory`, with its distance to the original."""
+        command = [sys.executable, str(self.script), str(directory), "--ref", str(self.original)]
+        if self.data is not None:
+            command += ["--data", str(self.data)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr.strip()}")
+        return json.loads(done.stdout)
 
 
 def distance(result):
@@ -81,11 +92,11 @@ def told(model, asked, point, error):
 class Peers:
     """What the other codecs make of one model."""
 
-    def __init__(self, ggml, store, script, model):
+    def __init__(self, ggml, store, evaluation, model):
         from measure import nncodec  # only where it is installed
 
         self.nncodec = nncodec
-        self.ggml, self.store, self.script, self.model = ggml, store, script, model
+        self.ggml, self.store, self.evaluation, self.model = ggml, store, evaluation, model
         self.weights = checkpoint.matrices(model.files())
         self.fingerprint = checkpoint.fingerprint(model.files())
         self.parameters = rewritten.parameters(model)
@@ -113,13 +124,13 @@ class Peers:
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
             directory = Path(work) / self.model.name
             rewritten.write(self.model, directory, decoded)
-            result = evaluate(self.script, directory, self.model.directory)
+            result = self.evaluation.of(directory)
         error = checkpoint.relative_squared_error(self.weights, decoded)
         point = Point(codec, detail, (bits + self.other_bits) / self.parameters, result)
         return told(self.model, f"{rate:g}", point, error)
 
 
-def measure(mcwcfs, script, model, rates, work, peers, inputs):
+def measure(mcwcfs, evaluation, model, rates, work, peers, inputs):
     """The lines of the table for one model."""
     packed, mount_point = work / "packed", work / "mnt"
     packed.mkdir()
@@ -139,7 +150,7 @@ def measure(mcwcfs, script, model, rates, work, peers, inputs):
     with mounted(mcwcfs, packed, mount_point):
         for asked, codec, _ in choices:
             name = f"{asked} {codec}"
-            result = evaluate(script, mount_point / name, model.directory)
+            result = evaluation.of(mount_point / name)
             report = reports[name]
             point = Point(codec, "", report["bits_per_parameter"], result)
             points.setdefault(asked, []).append(told(model, asked, point, report["relative_squared_error"]))
@@ -160,6 +171,7 @@ def main():
         "--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per parameter of the file"
     )
     parser.add_argument("--no-peers", action="store_true", help="mcwcfs alone: needs numpy and nothing else")
+    parser.add_argument("--no-calibration", action="store_true", help="leave the calibrated archives out")
     parser.add_argument(
         "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
     )
@@ -178,10 +190,11 @@ def main():
     rows = []
     for model in checkpoint.open_models(folder, arguments.models):
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
-            script = folder / "eval.py"
-            peers = None if arguments.no_peers else Peers(ggml, store, script, model)
-            inputs = calibration.inputs(folder, model, Path(work))
-            rows += measure(mcwcfs, script, model, arguments.rates, Path(work), peers, inputs)
+            work = Path(work)
+            inputs = None if arguments.no_calibration else calibration.inputs(folder, model, work)
+            evaluation = Evaluation(folder / "eval.py", model.directory, calibration.held_out(folder, model, work))
+            peers = None if arguments.no_peers else Peers(ggml, store, evaluation, model)
+            rows += measure(mcwcfs, evaluation, model, arguments.rates, work, peers, inputs)
     print("| model, metric of the original | asked | " + " | ".join(CODECS) + " |")
     print("|---" * (2 + len(CODECS)) + "|")
     print("\n".join(rows))

@@ -32,6 +32,19 @@ def images(source, path):
     return path
 
 
+def held_out(folder, model, work):
+    """A folder of evaluation data without what `inputs` takes of it; `None` where it takes nothing."""
+    source = folder / "data" / "imagenet_sample.npz"
+    if json.loads((model.directory / "config.json").read_text())["model_type"] != "vit" or not source.exists():
+        return None
+    data = work / "data"
+    data.mkdir()
+    sample = np.load(source)
+    rest = np.arange(len(sample["y"])) % IMAGES_STEP != 0
+    np.savez(data / source.name, x=sample["x"][rest], y=sample["y"][rest])
+    return data
+
+
 def sentences(source, path):
     """Padded token ids and their mask, as a safetensors file."""
     if not source.exists():
