@@ -56,6 +56,12 @@ pub enum ForwardError {
         /// What the family needs.
         expected: String,
     },
+    /// Running the model gives no numbers.
+    #[error("inputs of {tensor}: not finite: a weight, the calibration data or a field of config.json is not sound")]
+    NotFinite {
+        /// The tensor that they are multiplied with.
+        tensor: String,
+    },
     /// Inputs that the model does not take.
     #[error("calibration inputs: {found}, expected {expected}")]
     Inputs {

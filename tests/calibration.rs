@@ -135,8 +135,15 @@ fn models_and_inputs_that_cannot_be_run_are_refused_before_anything_is_written()
     let beyond = work.path("beyond.safetensors");
     let said = work.refusal(&["--calibration", beyond.to_str().expect("UTF-8")]);
     assert!(said.contains("token 16 at position 1, expected one of 16 tokens"), "{said}");
-    fs::write(work.checkpoint.join("config.json"), r#"{"model_type":"mamba"}"#).expect("config.json");
+    let weights = work.checkpoint.join("model.safetensors");
+    let sound = fs::read(&weights).expect("a checkpoint");
     let calibration = work.path("calibration.safetensors");
+    // The last element is the embeddings' norm's: every input after it is no number.
+    fs::write(&weights, [&sound[..sound.len() - 4], &f32::NAN.to_le_bytes()].concat()).expect("a checkpoint");
+    let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
+    assert!(said.contains("not finite"), "{said}");
+    fs::write(&weights, sound).expect("a checkpoint");
+    fs::write(work.checkpoint.join("config.json"), r#"{"model_type":"mamba"}"#).expect("config.json");
     let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
     assert!(said.contains("no forward pass for model_type \"mamba\""), "{said}");
 }

@@ -342,3 +342,37 @@ fn a_zoo_is_packed_against_the_bases_that_were_found_and_not_packed_twice() {
     fs::remove_file(path("unpacked/zoo.json")).expect("the manifest is a sidecar");
     assert_same_directories(&path("zoo"), &path("unpacked"));
 }
+
+#[test]
+fn a_twin_of_the_base_is_not_taken_for_the_base_and_a_pipe_is_not_opened() {
+    let packed = Packed::new();
+    let checkpoint = packed.scratch.path().join("base.safetensors");
+    fs::write(&checkpoint, VARIANTS[0].base.checkpoint()).expect("a file");
+    let directory = packed.base.parent().expect("a directory");
+    // Found before the base by name, and of the same content: neither a base for itself nor for the other variant.
+    let twin = directory.join("a-twin.mcwc");
+    mcwcfs_ok(arguments!["pack", "--base", &packed.base, &checkpoint, &twin].to_vec());
+    let pipe = std::process::Command::new("mkfifo").arg(directory.join("a-pipe.mcwc")).status();
+    assert!(pipe.expect("mkfifo starts").success());
+    let out = packed.scratch.path().join("twin.safetensors");
+    mcwcfs_ok(arguments!["unpack", &twin, &out].to_vec());
+    assert!(fs::read(out).expect("the file") == VARIANTS[0].base.checkpoint());
+    assert!(packed.unpack(&[]) == packed.original);
+    fs::remove_file(&packed.base).expect("the base");
+    assert!(mcwcfs_fails(&arguments!["verify", &twin]).contains("needs the base"));
+}
+
+#[test]
+fn a_variant_does_not_take_the_place_of_its_base_and_names_none_that_it_does_not_need() {
+    let packed = Packed::new();
+    let checkpoint = packed.scratch.path().join("other.safetensors");
+    fs::write(&checkpoint, &packed.original).expect("a file");
+    let said = mcwcfs_fails(&arguments!["pack", "--force", "--base", &packed.base, &checkpoint, &packed.base]);
+    assert!(said.contains("is the base"), "{said}");
+    assert!(packed.unpack(&[]) == packed.original);
+    let unlike = Tensor::floats("unlike", "F32", &[40, 40], &Random::new(3).normals(1600, 1.0));
+    fs::write(&checkpoint, safetensors(&[unlike])).expect("a file");
+    let alone = packed.scratch.path().join("alone.mcwc");
+    mcwcfs_ok(arguments!["pack", "--base", &packed.base, &checkpoint, &alone].to_vec());
+    mcwcfs_ok(arguments!["verify", &alone].to_vec());
+}

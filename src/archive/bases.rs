@@ -21,6 +21,8 @@ type Identity = (u64, u64, u64, i64, i64);
 pub struct Bases {
     places: Vec<Place>,
     known: Mutex<HashMap<Identity, Known>>,
+    /// Where content was found last.
+    found: Mutex<HashMap<[u8; 32], PathBuf>>,
 }
 
 /// Where bases are looked for.
@@ -39,20 +41,35 @@ impl Place {
     }
 }
 
+/// Whether an archive needs no other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct StandsAlone(bool);
+
 /// What is known of a file.
 #[derive(Debug)]
 enum Known {
-    /// An archive: its content id, and itself while anybody holds it.
+    /// An archive that stands alone: its content id, and itself while anybody holds it.
     Archive([u8; 32], Weak<Archive>),
+    /// An archive that starts from others, likewise.
+    Variant([u8; 32], Weak<Archive>),
     /// None, or a damaged one.
     Nothing,
+}
+
+impl Known {
+    fn of(archive: &Archive, held: Weak<Archive>) -> Self {
+        match archive.index().bases.is_empty() {
+            true => Self::Archive(archive.content_id(), held),
+            false => Self::Variant(archive.content_id(), held),
+        }
+    }
 }
 
 impl Bases {
     /// Bases are looked for in these places, in the order given; of two in one directory that are equally good the first in
     /// byte order is taken.
     pub fn new(places: Vec<Place>) -> Self {
-        Self { places, known: Mutex::default() }
+        Self { places, known: Mutex::default(), found: Mutex::default() }
     }
 
     /// Opens the archive at `path`, and what it starts from.
@@ -66,7 +83,7 @@ impl Bases {
     fn open_below(&self, path: &Path, depth: usize) -> Result<Arc<Archive>, ArchiveError> {
         let io = |source| ArchiveError::Io { path: path.to_owned(), source };
         let identity = identity_of(&fs::metadata(path).map_err(io)?);
-        if let Some(Known::Archive(_, known)) = self.lock().get(&identity)
+        if let Some(Known::Archive(_, known) | Known::Variant(_, known)) = self.lock().get(&identity)
             && let Some(archive) = known.upgrade()
             && archive.bases().iter().all(|base| base.is_still_there())
         {
@@ -85,61 +102,66 @@ impl Bases {
         let bases = wanted.iter().map(|base| self.find(path, base, depth + 1)).collect::<Result<Vec<_>, _>>()?;
         archive.attach_bases(bases)?;
         let archive = Arc::new(archive);
-        self.lock().insert(identity, Known::Archive(archive.content_id(), Arc::downgrade(&archive)));
+        self.lock().insert(identity, Known::of(&archive, Arc::downgrade(&archive)));
         Ok(archive)
     }
 
-    /// The archive with the content that `path` starts from.
+    /// The archive with the content that `path` starts from: one that stands alone if there is any, for a variant may decode
+    /// to the same content as its base, and never `path` itself.
     fn find(&self, path: &Path, base: &BaseReference, depth: usize) -> Result<Arc<Archive>, ArchiveError> {
-        for place in &self.places {
-            let Ok(root) = place.path.canonicalize() else { continue };
-            if root.is_file() && self.has_content(&root, base.content_id) {
-                return self.open_below(&root, depth);
-            }
-            let mut waiting = vec![(root.clone(), 0)];
-            while let Some((directory, level)) = waiting.pop() {
-                // What cannot be listed has no base; the error at the end says which one is missing.
-                let Ok(entries) = fs::read_dir(&directory) else { continue };
-                let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
-                names.sort_unstable();
-                for name in names {
-                    let candidate = directory.join(&name);
-                    let Ok(link) = fs::symlink_metadata(&candidate) else { continue };
-                    if link.is_dir() {
-                        if level < place.levels {
-                            waiting.push((candidate, level + 1));
-                        }
-                    } else if is_archive_name(&candidate)
-                        && candidate.canonicalize().is_ok_and(|real| real.starts_with(&root))
-                        && self.has_content(&candidate, base.content_id)
-                    {
-                        return self.open_below(&candidate, depth);
+        let wanted = base.content_id;
+        let is_base = |candidate: &Path| self.has_content(candidate, wanted) == Some(StandsAlone(true));
+        let last = self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&wanted).cloned();
+        if let Some(last) = last.filter(|last| is_base(last))
+            && let Ok(archive) = self.open_below(&last, depth)
+        {
+            return Ok(archive);
+        }
+        let mut variants = Vec::new();
+        for candidate in self.places.iter().flat_map(candidates) {
+            match self.has_content(&candidate, wanted) {
+                Some(StandsAlone(true)) => {
+                    if let Ok(archive) = self.open_below(&candidate, depth) {
+                        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+                        found.insert(wanted, candidate);
+                        return Ok(archive);
                     }
                 }
+                Some(StandsAlone(false)) => variants.push(candidate),
+                None => (),
             }
         }
-        Err(ArchiveError::BaseMissing {
+        let own = path.canonicalize().ok();
+        let mut variants = variants.into_iter().filter(|variant| variant.canonicalize().ok() != own);
+        let found = variants.find_map(|variant| self.open_below(&variant, depth).ok());
+        found.ok_or_else(|| ArchiveError::BaseMissing {
             path: path.to_owned(),
             name: base.name.clone(),
-            content_id: hex(&base.content_id),
+            content_id: hex(&wanted),
             places: self.places.iter().map(|place| place.path.clone()).collect(),
         })
     }
 
-    /// Whether the file is an archive that decodes to this content. Each file is looked at once.
-    fn has_content(&self, path: &Path, content_id: [u8; 32]) -> bool {
-        let Ok(metadata) = fs::metadata(path) else { return false };
+    /// Whether the file is an archive that decodes to this content, and if so which kind. Each file is looked at once.
+    fn has_content(&self, path: &Path, content_id: [u8; 32]) -> Option<StandsAlone> {
+        let metadata = fs::metadata(path).ok().filter(Metadata::is_file)?; // opening a pipe would wait for its writer
         let identity = identity_of(&metadata);
-        if let Some(known) = self.lock().get(&identity) {
-            return matches!(known, Known::Archive(found, _) if *found == content_id);
-        }
-        let (known, is_it) = match Archive::open(path) {
-            Ok(archive) => (Known::Archive(archive.content_id(), Weak::new()), archive.content_id() == content_id),
-            Err(ArchiveError::Io { .. }) => return false, // which may pass
-            Err(_) => (Known::Nothing, false),
+        let kind = |known: &Known| match known {
+            Known::Archive(found, _) if *found == content_id => Some(StandsAlone(true)),
+            Known::Variant(found, _) if *found == content_id => Some(StandsAlone(false)),
+            _ => None,
         };
+        if let Some(known) = self.lock().get(&identity) {
+            return kind(known);
+        }
+        let known = match Archive::open(path) {
+            Ok(archive) => Known::of(&archive, Weak::new()),
+            Err(ArchiveError::Io { .. }) => return None, // which may pass
+            Err(_) => Known::Nothing,
+        };
+        let found = kind(&known);
         self.lock().insert(identity, known);
-        is_it
+        found
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Identity, Known>> {
@@ -160,6 +182,35 @@ impl Archive {
 
 fn identity_of(metadata: &Metadata) -> Identity {
     (metadata.dev(), metadata.ino(), metadata.len(), metadata.ctime(), metadata.ctime_nsec())
+}
+
+/// The archives of a place, in byte order of their names within a directory.
+fn candidates(place: &Place) -> Vec<PathBuf> {
+    let Ok(root) = place.path.canonicalize() else { return Vec::new() };
+    if root.is_file() {
+        return vec![root];
+    }
+    let (mut found, mut waiting) = (Vec::new(), vec![(root.clone(), 0)]);
+    while let Some((directory, level)) = waiting.pop() {
+        // What cannot be listed has no base; the error at the end says which one is missing.
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        names.sort_unstable();
+        for name in names {
+            let candidate = directory.join(&name);
+            let Ok(link) = fs::symlink_metadata(&candidate) else { continue };
+            if link.is_dir() {
+                if level < place.levels {
+                    waiting.push((candidate, level + 1));
+                }
+            } else if is_archive_name(&candidate)
+                && (link.is_file() || candidate.canonicalize().is_ok_and(|real| real.starts_with(&root)))
+            {
+                found.push(candidate);
+            }
+        }
+    }
+    found
 }
 
 fn is_archive_name(path: &Path) -> bool {

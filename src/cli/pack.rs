@@ -168,6 +168,12 @@ pub enum PackCommandError {
     /// The output directory would become part of the input.
     #[error("{0}: lies inside the input, expected another directory or a .mcwc file")]
     InsideInput(PathBuf),
+    /// The output would take the place of what it needs.
+    #[error("{0}: is the base, which the variant cannot do without: expected another name")]
+    OverBase(PathBuf),
+    /// Codebooks are for whole weights.
+    #[error("--quantization residual-vector: not for variants of a base, expected trellis, trellis-shared or scalar")]
+    VectorsOfVariant,
     /// A file name for the output, where it would become a directory.
     #[error("{0}: named like a file, expected a .mcwc file or a directory")]
     OddName(PathBuf),
@@ -241,6 +247,15 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     }
     let progress = Bar::new()?;
     let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
+    if let Some(base) = &base {
+        if options.quantization == Quantization::ResidualVector {
+            return Err(PackCommandError::VectorsOfVariant);
+        }
+        let real = |path: &Path| path.canonicalize().ok();
+        if real(base.archive().path()).is_some_and(|base| real(&destination.archive) == Some(base)) {
+            return Err(PackCommandError::OverBase(destination.archive));
+        }
+    }
     let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
     if let Some(source) = calibration {
         encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);

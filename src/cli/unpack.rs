@@ -68,7 +68,7 @@ pub enum UnpackError {
     #[error(transparent)]
     Decode(#[from] MaterializeError),
     /// A file decodes to other bytes than were packed.
-    #[error("{}: {file}: the decoded file has {found}, expected {expected}: nothing was written", archive.display())]
+    #[error("{}: {file}: the decoded file has {found}, expected {expected}: it was not written", archive.display())]
     WrongContent {
         /// The archive.
         archive: PathBuf,

@@ -155,7 +155,12 @@ fn pack_member(
     let directory = args.output.join(path);
     let destination = Destination::of(&directory, &checkpoint)?;
     let base = match base {
-        Some((base, _)) => Some(Base::open(&args.output.join(&members[*base].path)).map_err(PackError::from)?),
+        Some((base, _)) => {
+            let path = &members[*base].path;
+            let checkpoint = Checkpoint::open(&root.join(path)).map_err(PackError::from)?;
+            let packed = Destination::of(&args.output.join(path), &checkpoint)?;
+            Some(Base::open(&packed.archive).map_err(PackError::from)?)
+        }
         None => None,
     };
     let base_id = base.as_ref().map(|base| base.reference().content_id);
@@ -173,7 +178,7 @@ fn pack_member(
         bytes: archive.stored_bytes(),
         bits_per_parameter: 8.0 * archive.stored_bytes() as f64 / archive.parameters().max(1) as f64,
         content_id: hex(&archive.content_id()),
-        base_content_id: base_id.map(|id| hex(&id)),
+        base_content_id: archive.index().bases.first().map(|base| hex(&base.content_id)),
         files: archive.files().iter().map(|file| (file.name.clone(), hex(&file.decoded_sha256))).collect(),
     })
 }

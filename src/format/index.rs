@@ -149,7 +149,7 @@ impl Index {
         let offset = reader.position();
         let count = reader.count("bases", limits::BASES)?;
         if (count > 0) != (features & FEATURE_BASES != 0) {
-            let expected = if count > 0 { "none without feature 1" } else { "one at least with feature 1" };
+            let expected = if count > 0 { "none without feature 2" } else { "one at least with feature 2" };
             return Err(reader.invalid("bases", offset, count, expected));
         }
         let mut bases = Vec::with_capacity(count);

@@ -48,6 +48,8 @@ pub const SIDE_BYTES: u64 = 1 << 30;
 pub const STRIP_SYMBOLS: u64 = 1 << 16;
 /// Bytes of one strip of a raw part.
 pub const RAW_STRIP_BYTES: u64 = 1 << 17;
+/// Strips of all parts of one record: some have strips that no stored byte pays for.
+pub const RECORD_STRIPS: u64 = 1 << 20;
 /// Raw low bits per symbol.
 pub const RAW_BITS: u64 = 56;
 /// Base-2 logarithm of the states of a trellis.

@@ -230,6 +230,10 @@ impl<'a> Pass<'a> {
         let side = self.model.patch;
         let (rows, columns) = match side {
             0 => return Err(ForwardError::Config { field: "patch_size", problem: "absent".into() }),
+            side if side > height || side > width => {
+                let expected = format!("at least one patch of {side} by {side}");
+                return Err(ForwardError::Inputs { found: format!("images of {width} by {height}"), expected });
+            }
             side => (height / side, width / side),
         };
         let mut patches = Array2::zeros((count * rows * columns, channels * side * side));

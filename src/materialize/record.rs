@@ -8,6 +8,7 @@ use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
 use crate::decode::{DecodeError, Pools, PreparedPart};
 use crate::format::difference::BaseTensor;
+use crate::format::limits;
 use crate::format::part::{Coding, StoredPlacement};
 use crate::tensor::TensorInfo;
 
@@ -16,11 +17,11 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
     let side = archive.side_information(record)?;
     let permutation = if side.permutation.is_some() { decode_permutation(archive, record)? } else { None };
     let entry = archive.record(record);
-    let mut parts = Vec::with_capacity(side.parts.len());
+    let (mut parts, mut strips) = (Vec::with_capacity(side.parts.len()), 0);
     for (ordinal, header) in side.parts.iter().enumerate() {
         let address = PartAddress { record, part: ordinal as u32 };
         let tensor = archive.tensor(address);
-        let check = || {
+        let mut check = || {
             let mut motion = None;
             match &header.coding {
                 Coding::Based(info) => check_base(archive, tensor, info.reference, info.difference.is_some())?,
@@ -37,6 +38,11 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
             }
             let pools = Pools { tables: archive.tables(), codebooks: archive.codebooks() };
             let part = PreparedPart::new(tensor, header, pools, motion)?;
+            strips += part.strips() as u64;
+            if strips > limits::RECORD_STRIPS {
+                let expected = format!("at most {} in a record", limits::RECORD_STRIPS);
+                return Err(DecodeError::Inconsistent { field: "strips", found: strips.to_string(), expected });
+            }
             let stated = entry.parts[ordinal].body_bytes;
             if part.body_bytes() != stated {
                 let found = part.body_bytes().to_string();

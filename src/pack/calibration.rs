@@ -230,6 +230,10 @@ impl InputStatistics<'_> {
             Stage::Layer(_) => (), // another stack than the model's
             Stage::Head => drop(self.pass.take().expect("it was started").finish(&mut keep)?),
         }
+        let is_finite = |hessian: &Hessian| hessian.matrix.iter().all(|value| value.is_finite());
+        if let Some((tensor, _)) = self.hessians.iter().find(|(_, hessian)| !is_finite(hessian)) {
+            return Err(ForwardError::NotFinite { tensor: tensor.clone() });
+        }
         self.stage = Some(stage);
         Ok(())
     }

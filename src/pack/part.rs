@@ -145,6 +145,11 @@ impl EncodedPart {
         matches!(self.coding, Coding::Units(_))
     }
 
+    /// Whether a base is needed to decode the part.
+    pub fn starts_from_base(&self) -> bool {
+        matches!(self.coding, Coding::Based(_) | Coding::QuantizedFromBase(..))
+    }
+
     /// Pool numbers of the tables used, in the part's order.
     pub fn tables(&self) -> &[usize] {
         &self.tables

@@ -92,12 +92,16 @@ fn shortened(inputs: Inputs, model: &Transformer) -> Inputs {
     }
 }
 
+/// Bytes of text for each token that is kept, at most: what follows is not looked at.
+const TOKEN_BYTES: usize = 64;
+
 /// For causal models the whole text, for others a sequence per line, with the special tokens that the tokenizer adds.
 fn from_text(text: &str, model: &Transformer, tokenizer: &Path) -> Result<Inputs, CalibrationError> {
     let failed = |problem: String| CalibrationError::Format { path: tokenizer.to_owned(), problem };
     let mut tokenizer = Tokenizer::from_bytes(read_file(tokenizer)?).map_err(|error| failed(error.to_string()))?;
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
+    let text = &text[..text.floor_char_boundary(TOKEN_BYTES * MOST_TOKENS)];
     let encode = |text: &str| {
         let encoded = tokenizer.encode(text, true).map_err(|error| failed(error.to_string()))?;
         Ok(encoded.get_ids().to_vec())

@@ -43,7 +43,8 @@ impl Encoder<'_> {
         self.progress.phase("comparing", self.source_bytes());
         let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let mut archive = Archive::open(&path)?;
-        archive.attach_bases(self.base.iter().map(|base| Arc::clone(base.archive())).collect())?;
+        let needed = self.base.iter().take(archive.index().bases.len()); // none, where nothing starts from it
+        archive.attach_bases(needed.map(|base| Arc::clone(base.archive())).collect())?;
         let archive = Arc::new(archive);
         let materializer = Materializer::new(MaterializeOptions {
             cache_bytes: self.compare_cache(),
