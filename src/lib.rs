@@ -5,12 +5,12 @@
 //! # The map
 //!
 //! A `.mcwc` file is bytes ([`mod@format`]). Bytes become weights through stages that encoder and decoder share ([`codec`]).
-//! Engines run the decoding stages, all to the same bits ([`decode`]). [`forward`] runs a model, so that the encoder knows what
-//! its weights are multiplied with. [`materialize`] gives any byte range of any mounted
-//! file from an opened [`archive`], through a [`cache`] and within a [`budget`] of memory; whole files may be kept on disk
-//! ([`decoded_files`]). Two products stand on it: [`vfs`] serves the bytes as files,
-//! [`pack`] makes archives. [`fuse`] and [`telemetry`] face Linux; [`daemon`] and [`cli`] are the process and its front door.
-//! What any of them counts is declared in [`metrics`].
+//! Engines run the decoding stages, all to the same bits ([`decode`]). [`forward`] runs a model, so that the encoder knows
+//! what its weights are multiplied with. [`materialize`] gives any byte range of any mounted file from an opened [`archive`]
+//! and the base it may start from, through a [`cache`] and within a [`budget`] of memory; whole files may be kept on disk
+//! ([`decoded_files`]). Two products stand on it: [`vfs`] serves the bytes as files, [`pack`] makes archives. [`fuse`] and
+//! [`telemetry`] face Linux; [`daemon`] and [`cli`] are the process and its front door. What any of them counts is declared
+//! in [`metrics`].
 //!
 //! *If this line were wrong, what would break?* The file cannot be read: `format`. It reads but decodes to other weights:
 //! `codec` or `decode`. It only got bigger or less accurate: `pack`. Only the mounted files are wrong: `vfs`. Only the
@@ -32,7 +32,7 @@
 //! | checkpoint | the input: safetensors files and their sidecars |
 //! | block | what a permutation moves: an attention head, an FFN unit (section 4.1) |
 //! | block type | which blocks: FFN units, attention heads (t in the paper) |
-//! | record | one (layer, block type) in the archive (Eq. 50) |
+//! | record | one (layer, block type) in the archive (Eq. 50), or one expert of a layer |
 //! | part | one tensor of a record: its codes are read alone |
 //! | run | the consecutive elements of a part that share an entropy table, usually one row |
 //! | strip | whole runs coded together: the entropy coder's independent piece |
