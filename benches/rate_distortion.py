@@ -2,28 +2,27 @@
 """Rate and error of mcwcfs beside its peers, on the real checkpoints of an evaluation folder.
 
     benches/setup
-    .bench-venv/bin/python benches/rate_distortion.py [--eval DIR] [--models NAME ...] [--plot FILE]
+    .bench-venv/bin/python benches/rate_distortion.py [--eval DIR] [--models NAME ...] [--plot FILE] [--summary]
 
 For every model: relative squared error over its two-dimensional tensors against bits per matrix weight, for mcwcfs
 (packed and unpacked by the release binary, every tensor at one step: --embedding-refinement 1), NNCodec with dependent
 quantization, GGUF's formats, round to nearest in groups of 128, ideal entropy-coded scalar quantization, and the
-Gaussian rate-distortion bound with row scales. Then, at no error, mcwcfs beside zipnn. Prints Markdown tables and
-writes a plot. See measure/ for what each means exactly.
+Gaussian rate-distortion bound with row scales. Prints Markdown tables, with --plot a figure of them. See measure/
+for what each means exactly.
 
 Measurements are kept (--keep), those of mcwcfs by the digest of its binary: a second run measures only what is new.
+--summary prints one table for all models.
 """
 
 import argparse
 import functools
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import checkpoint, gguf, lossless, nncodec, plot, theory
+from measure import checkpoint, gguf, nncodec, page, plot, theory
 from measure.curve import Curve
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
+from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs, say
 from measure.store import Store
 
 RATES = (2.0, 3.0, 4.0, 5.0, 5.9)
@@ -44,10 +43,6 @@ class Result:
     def over_bound(self, point):
         """Bits above the bound at equal error."""
         return point.bits - self.bound.bits_at(point.error)
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def measure(model, mcwcfs, ggml, store, rates):
@@ -136,20 +131,21 @@ def report(result, rates):
     return "\n".join(lines)
 
 
-def report_lossless(models, mcwcfs):
-    """The table at no error, in Markdown."""
-    lines = ["### Lossless, bits per parameter", "", f"| model | {lossless.VERSION} | ours |", "|---|---|---|"]
-    for model in models:
-        with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
-            rounded = Path(work) / "rounded.safetensors"
-            for file in model.files():
-                variants = [("", file)]
-                if lossless.write_as_bf16(file, rounded):
-                    variants.append((", rounded to BF16", rounded))
-                for how, path in variants:
-                    theirs, ours = lossless.zipnn_bits(path), lossless.ours_bits(mcwcfs, path, Path(work))
-                    lines.append(f"| {model.name}{how} | {theirs:.3f} | {ours:.3f} |")
-    return "\n".join(lines)
+def summary(results, rates):
+    """One table: the errors of ours and of the best peer at the rates, and what the difference is worth in bits."""
+    rows = []
+    for result in results:
+        ours, peer = result.curves["ours"], result.curves["NNCodec"]
+        for rate in rates:
+            error = ours.error_at(rate)
+            if error is None:
+                continue
+            above, saved = rate - result.bound.bits_at(error), difference(peer.bits_at(error), rate)
+            peer_error = cell(peer.error_at(rate))
+            rows.append([result.model.name, f"{rate:g}", cell(result.bound.error_at(rate)), cell(error), peer_error])
+            rows[-1] += [cell(above, "{:.3f}"), cell(saved, "{:.3f}")]
+    columns = ["model", "bits per matrix weight", "bound", "mcwcfs", "NNCodec"]
+    return page.table([*columns, "above the bound, bits", "below NNCodec, bits"], rows)
 
 
 def main():
@@ -158,12 +154,11 @@ def main():
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per matrix weight")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
-    parser.add_argument(
-        "--plot", type=Path, default=REPOSITORY / "target" / "rate_distortion.svg", help="where it is written"
-    )
+    parser.add_argument("--plot", type=Path, help="write the curves there")
     parser.add_argument(
         "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
     )
+    parser.add_argument("--summary", action="store_true", help="print one short table")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:
@@ -175,14 +170,15 @@ def main():
     except gguf.Unavailable as why:
         ggml = None
         print(f"GGUF is not measured: {why}")
-    models, results = checkpoint.open_models(folder, arguments.models), []
-    for model in models:
+    results = []
+    for model in checkpoint.open_models(folder, arguments.models):
         results.append(measure(model, mcwcfs, ggml, store, rates))
-        print(report(results[-1], rates), flush=True)
-    print(report_lossless(models, mcwcfs))
-    arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot.draw(results, arguments.plot)
-    say(f"plot: {arguments.plot}")
+        if not arguments.summary:
+            print(report(results[-1], rates), flush=True)
+    if arguments.summary:
+        print(summary(results, rates))
+    if arguments.plot:
+        plot.draw(results, arguments.plot)
 
 
 if __name__ == "__main__":
