@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Puts what a driver prints into the pages: between the two lines that name its section, touching nothing else.
 
-    DRIVER | python3 benches/publish.py SECTION
+    DRIVER | python3 benches/publish.py SECTION [--fenced]
 
 README.md and benches/RESULTS.md have such sections, `<!-- SECTION -->` to `<!-- /SECTION -->`. What is read from standard
-input is shown as well. Nothing is written where the driver printed nothing.
+input is shown as well. Nothing is written where the driver printed nothing. --fenced is for what is no Markdown.
 """
 
 import argparse
@@ -27,11 +27,14 @@ def published(page, section, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", metavar="SECTION")
-    section = parser.parse_args().section
-    text = sys.stdin.read()
+    parser.add_argument("--fenced", action="store_true", help="show it as it is, in a fixed-width font")
+    arguments = parser.parse_args()
+    section, text = arguments.section, sys.stdin.read()
     print(text, end="")
     if not text.strip():
         raise SystemExit(f"{section}: nothing on standard input, pages left as they are")
+    if arguments.fenced:
+        text = f"```text\n{text.strip()}\n```"
     found = False
     for path in PAGES:
         page = published(path.read_text(), section, text)
