@@ -6,10 +6,11 @@
     .bench-venv/bin/python benches/paper_ablations.py [--eval DIR] [--model NAME]
 
 Each row packs the model with the options of ROWS below, mounts the archive, evaluates it on the mounted files, and asks
-`mcwcfs inspect` where the bits went and `mcwcfs bench` how long one thread decodes. *Full* has the paper's default
-configuration (its Table 3) where we have a switch for it; *mcwcfs* is our own default. Rows that the paper compares at one
-rate are packed at 4.2 bits per parameter; those whose point is the rate (keyframes, entropy model, coding of permutations)
-at the squared error of the full configuration.
+`mcwcfs inspect` where the bits went and `mcwcfs bench` how long one thread decodes. *Full* is the paper's default
+configuration (its Table 3), alignment and prediction forced whether they pay or not, with two differences: our quantizer is
+trellis-coded, and calibration by closed-loop quantization stands for the paper's distillation. *mcwcfs* is our own default.
+Rows that the paper compares at one rate are packed at 4.2 bits per parameter; those whose point is the rate (keyframes,
+entropy model, coding of permutations) at the squared error of the full configuration.
 
 *Nats lost* is the KL divergence from the original's predictions; for the paper ln(perplexity / 15.31), 15.31 being the
 perplexity at 22.1 bits in its Table 6. *Residual entropy* is bits per code of predicted parts, *permutations* their share of
@@ -72,43 +73,123 @@ class Row:
     """Packed to the error of the full configuration, not to its rate."""
     repeated: tuple = ()
     """An option, and its values over which the mean is taken."""
+    beside: str = "Full, K = 4"
+    """The row that this one's cost is over."""
     note: str = ""
     """Why there is no such switch, or where ours is another."""
 
 
-FULL = {"--quantization": "scalar", "--steps": "per-run", "--keyframe-interval": "4"}
-"""The paper's Table 3. An option without a value has an empty one."""
+@dataclass(frozen=True)
+class Section:
+    """A heading between rows."""
+
+    name: str
+
+
+FULL = {
+    "--force-prediction": "",
+    "--alignment": "hybrid",
+    "--calibration": CALIBRATION,
+    "--assignment": "exact",
+    "--predictor": "network",
+    "--steps": "per-run",
+    "--permutations": "lehmer",
+    "--keyframe-interval": "4",
+}
+"""The paper's default (its Table 3) with our quantizer: an option without a value has an empty one."""
+UNCALIBRATED = {"--calibration": None, "--alignment": "weights"}
+"""What scalar and vector quantizers need: calibration is within the search of the trellis."""
+OURS = dict.fromkeys(FULL)
 FULL_IN_PAPER = InPaper(4.2, 15.95, 2.05, 5.4, 2.5)
+FULL_NAME = "Full, K = 4"
+BASE_NAME = "Full without calibration (weight similarity)"
 ROWS = [
-    Row("**Full (the paper's default, K = 4)**", FULL_IN_PAPER, {}),
-    Row("*mcwcfs*: our default", None, dict.fromkeys(FULL)),
-    Row("*mcwcfs*, calibrated", None, {**dict.fromkeys(FULL), "--calibration": CALIBRATION}),
+    Row(FULL_NAME, FULL_IN_PAPER, {}),
+    Row(BASE_NAME, None, UNCALIBRATED),
+    Row("*mcwcfs, our default*", None, OURS),
+    Row("*mcwcfs, our default, calibrated*", None, {**OURS, "--calibration": CALIBRATION}),
+    Section("Table 14"),
+    Row("Residual-energy alignment", InPaper(4.2, 15.85, 1.98, 5.4, 2.6), {"--alignment": "residual-energy"}),
+    Row(
+        "Permutations delta-coded across depth",
+        InPaper(4.1, 15.95, 2.05, 3.8, 2.5),
+        {"--permutations": "delta"},
+        equal_error=True,
+    ),
     Row("No alignment", InPaper(4.2, 16.55, 2.42, None, 2.4), {"--alignment": "none"}),
     Row("Random alignment", InPaper(4.2, 16.80, 2.55, None, 2.4), {"--alignment": "random"}),
-    Row("No predictor (direct coding)", InPaper(4.2, 16.70, 2.50, None, 2.3), {"--predictor": "none"}),
+    Row(
+        "No predictor (direct coding)",
+        InPaper(4.2, 16.70, 2.50, None, 2.3),
+        {"--predictor": "none", "--force-prediction": None},
+    ),
     Row(
         "No entropy model (fixed length)",
         InPaper(5.1, 15.97, 2.05, None, 2.4),
         {"--entropy-model": "fixed-length"},
-        True,
+        equal_error=True,
     ),
-    Row("Keyframes K = 2", InPaper(4.6, 15.80, 1.95, None, 2.7), {"--keyframe-interval": "2"}, True),
-    Row("Keyframes K = 8", InPaper(3.9, 16.10, 2.12, None, 2.4), {"--keyframe-interval": "8"}, True),
-    Row("Keyframes K = 16", InPaper(3.6, 16.35, 2.18, None, 2.3), {"--keyframe-interval": "16"}, True),
-    Row("FFN-only alignment", InPaper(4.2, 16.12, 2.15, 3.1, 2.5), {"--alignment": "ffn"}),
-    Row("Head-only alignment", InPaper(4.2, 16.28, 2.23, 2.2, 2.5), {"--alignment": "heads"}),
+    Row("Keyframes K = 2", InPaper(4.6, 15.80, 1.95, None, 2.7), {"--keyframe-interval": "2"}, equal_error=True),
+    Row("Keyframes K = 8", InPaper(3.9, 16.10, 2.12, None, 2.4), {"--keyframe-interval": "8"}, equal_error=True),
+    Row("Keyframes K = 16", InPaper(3.6, 16.35, 2.18, None, 2.3), {"--keyframe-interval": "16"}, equal_error=True),
+    Section("Table 15: alignment objective and similarity"),
+    Row("Weight-only similarity", InPaper(4.2, 16.20, 2.18, 5.4, 2.5), {"--alignment": "weights"}),
+    Row("Activation-only similarity", InPaper(4.2, 16.30, 2.22, 5.4, 2.6), {"--alignment": "activations"}),
+    Row("FFN-only alignment", InPaper(4.2, 16.12, 2.15, 3.1, 2.5), {"--alignment": "ffn"}, note="ours by weights"),
+    Row("Head-only alignment", InPaper(4.2, 16.28, 2.23, 2.2, 2.5), {"--alignment": "heads"}, note="ours by weights"),
+    Row(
+        "Coarse blocks (pairs)", InPaper(4.2, 16.35, 2.26, 3.0, 2.4), {"--alignment": "coarse"}, note="ours by weights"
+    ),
+    Section("Table 15: alignment solver"),
+    Row("Screened greedy, 16, refined", InPaper(4.2, 16.00, 2.08, 5.4, 2.3), {"--assignment": "screened"}),
+    Row("Screened greedy, 8", InPaper(4.2, 16.10, 2.12, 5.4, 2.2), {"--assignment": "screened-unrefined"}),
+    Row(
+        "Random tie-breaking (mean of 5)",
+        InPaper(4.2, 16.02, 2.09, 5.4, 2.5),
+        {},
+        repeated=("--alignment-seed", ("1", "2", "3", "4", "5")),
+    ),
+    Section("Table 15: predictor"),
+    Row("Linear predictor", InPaper(4.2, 16.55, 2.40, 5.4, 2.3), {"--predictor": "network-linear"}),
+    Row("MLP without embeddings", InPaper(4.2, 16.18, 2.20, 5.4, 2.4), {"--predictor": "network-bare"}),
+    Row("MLP of width 128", InPaper(4.2, 16.03, 2.09, 5.4, 2.4), {"--predictor": "network-narrow"}),
+    Row("Two-step context", InPaper(4.2, 15.88, 2.00, 5.4, 2.6), {"--predictor": "network-two-step"}),
+    Row("No layer embeddings", InPaper(4.2, 16.12, 2.15, 5.4, 2.5), {"--predictor": "network-type-only"}),
+    Section("Table 15: quantizer and entropy model"),
+    Row("Shared step sizes", InPaper(4.2, 16.10, 2.12, 5.4, 2.5), {"--steps": "shared"}, note="ours one per tensor"),
+    Row(
+        "Groupwise steps",
+        InPaper(4.2, 16.22, 2.20, 5.4, 2.5),
+        {**UNCALIBRATED, "--steps": "per-group"},
+        beside=BASE_NAME,
+        note="the paper's of 8 channels, ours of 128 columns of a row",
+    ),
+    Row("*Scalar quantizer*", None, {**UNCALIBRATED, "--quantization": "scalar"}, beside=BASE_NAME),
     Row(
         "Residual VQ (1024 entries, 2 stages)",
         InPaper(4.2, 15.92, 2.02, 5.4, 2.8),
-        {"--quantization": "residual-vector"},
+        {**UNCALIBRATED, "--quantization": "residual-vector"},
+        beside=BASE_NAME,
     ),
-    Row("Entropy model without context (IID)", InPaper(4.9, 15.96, 2.05, 5.4, 2.4), {"--entropy-model": "iid"}, True),
+    Row(
+        "Entropy model without context (IID)",
+        InPaper(4.9, 15.96, 2.05, 5.4, 2.4),
+        {"--entropy-model": "iid"},
+        equal_error=True,
+    ),
+    Section("Table 15: side information"),
+    Row(
+        "Permutations of fixed length",
+        InPaper(4.5, 15.95, 2.05, 10.6, 2.5),
+        {"--permutations": "raw"},
+        equal_error=True,
+    ),
     Row(
         "No permutation transmission (recomputed at decoding)",
         InPaper(4.2, 15.95, 2.05, 0.0, 9.8),
         None,
-        note="not offered: a decoder would have to find permutations from floats, and the last bit of a sum decides ties; "
-        "it would save the share that permutations have in the full configuration",
+        note="not offered: a decoder would find permutations by floating-point sums, whose last bits differ between "
+        "machines; it would save the permutations' share of the full configuration",
     ),
 ]
 
@@ -137,7 +218,9 @@ def spelled(options, inputs):
 
 
 def runs(row):
-    """The options of every run of a row."""
+    """The options of every run of a row; none where there is no such switch."""
+    if isinstance(row, Section) or row.change is None:
+        return []
     options = {**FULL, **row.change}
     if not row.repeated:
         return [options]
@@ -148,7 +231,7 @@ def runs(row):
 def check(mcwcfs, rows):
     """Fails on the first row with options that the binary does not know. Options are read before --help is obeyed."""
     for row in rows:
-        for options in runs(row) if row.change is not None else ():
+        for options in runs(row):
             command = [str(mcwcfs.binary), "pack", "IN", "OUT", *spelled(options, "inputs"), "--help"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
@@ -206,8 +289,8 @@ def mean(found):
 
 
 def verdict(row, measured, full):
-    """What the row costs over the full configuration, there and here, in a few words."""
-    if row.in_paper is None or row.name == ROWS[0].name:
+    """What the row costs over `full`, the row it stands beside, there and here, in a few words."""
+    if row.in_paper is None or row.name == row.beside:
         return row.note
     bits = row.in_paper.bits - FULL_IN_PAPER.bits
     if abs(bits) >= 0.05:
@@ -236,12 +319,14 @@ def both(here, there, form):
     return f"{ours} ({there:g})" if there is not None else ours
 
 
-def line(row, measured, full):
-    """A row of the table."""
-    if measured is None:
-        saved = full.bits * full.permutations / 100
-        return [row.name, "", "", "", "", "", "", f"{row.note}: {saved:.4f} bits per parameter"]
-    paper = row.in_paper
+def line(row, found):
+    """A row of the table, after the rows found."""
+    if isinstance(row, Section):
+        return [f"**{row.name}**", *[""] * 7]
+    if row.change is None:
+        full = found[row.beside]
+        return [row.name, *[""] * 6, f"{row.note}: {full.bits * full.permutations / 100:.4f} bits per parameter"]
+    measured, paper = found[row.name], row.in_paper
     return [
         row.name,
         both(measured.bits, paper and paper.bits, ".3f"),
@@ -250,7 +335,7 @@ def line(row, measured, full):
         both(measured.residual_entropy, paper and paper.residual_entropy, ".2f"),
         both(measured.permutations, paper and paper.permutations, ".2f"),
         both(1000 * measured.seconds, paper and 1000 * paper.seconds, ".1f"),
-        verdict(row, measured, full),
+        verdict(row, measured, found[row.beside]),
     ]
 
 
@@ -267,18 +352,17 @@ def main():
     mcwcfs, results = Mcwcfs(arguments.binary), Results(arguments.results)
     check(mcwcfs, ROWS)
     [model] = checkpoint.open_models(folder, [arguments.model])
-    full, lines = None, []
+    found, lines = {}, []
     with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
         evaluation = Evaluation(folder, model, Path(work))
         inputs = calibration.inputs(folder, model, Path(work))
         bench = Bench(mcwcfs, results, evaluation, model, inputs)
         for row in ROWS:
-            measured = None
-            if row.change is not None:
-                target = ["--max-rel-mse", f"{full.squared_error:.6g}"] if row.equal_error else ["--bpp", f"{RATE}"]
-                measured = bench.row(row, target)
-                full = full or measured
-            lines.append(line(row, measured, full))
+            if runs(row):
+                equal = row.equal_error
+                target = ["--max-rel-mse", f"{found[FULL_NAME].squared_error:.6g}"] if equal else ["--bpp", f"{RATE}"]
+                found[row.name] = bench.row(row, target)
+            lines.append(line(row, found))
             say(" | ".join(lines[-1]))
     columns = [
         f"{model.name} (the paper's Pythia-1.4B)",
