@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from measure import checkpoint, lossless, page
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs, say
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs, say
 from measure.results import Results
 
 PEERS = {
@@ -46,7 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eval", metavar="DIR", help="evaluation folder; MCWCFS_EVAL without it")
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="only these")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benches" / "results" / "lossless.json")
+    parser.add_argument("--results", type=Path, default=RESULTS / "lossless.json", help="kept results")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)

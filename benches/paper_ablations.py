@@ -32,7 +32,7 @@ from pathlib import Path
 
 from measure import calibration, checkpoint, page
 from measure.evaluation import Evaluation
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs, say
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs, say
 from measure.results import Results
 
 MODEL = "neox-8x256-tinystories"
@@ -343,7 +343,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eval", metavar="DIR", help="evaluation folder; MCWCFS_EVAL without it")
     parser.add_argument("--model", default=MODEL, metavar="NAME", help="this one (%(default)s)")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benches" / "results" / "paper_ablations.json")
+    parser.add_argument("--results", type=Path, default=RESULTS / "paper_ablations.json", help="kept results")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)

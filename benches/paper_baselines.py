@@ -26,10 +26,9 @@ from pathlib import Path
 from measure import activations, calibration, checkpoint, entropy_coded, page, plot, rewritten, weight_only
 from measure.curve import Curve, Point
 from measure.evaluation import Evaluation, Rewriter, TaskPoint
-from measure.ours import DEFAULT_BINARY, Mcwcfs, OnTask, say
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs, OnTask, say
 from measure.peers import Peers
 from measure.results import Results
-from task_metric import RESULTS
 
 MODELS = ("neox-8x256-tinystories", "vit-tiny-imagenet")
 PAPER_MODELS = ("Pythia-1.4B, ppl", "ViT-B/16, top-1 %")
@@ -243,7 +242,7 @@ def main():
     parser.add_argument("--eval", metavar="DIR", help="evaluation folder; MCWCFS_EVAL without it")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="these")
     parser.add_argument("--only-peers", action="store_true", help="without mcwcfs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="kept results")
+    parser.add_argument("--results", type=Path, default=RESULTS / "task_metric.json", help="kept results")
     parser.add_argument("--plot", type=Path, help="write the curves there")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()

@@ -10,7 +10,7 @@ quantization, GGUF's formats, round to nearest in groups of 128, ideal entropy-c
 Gaussian rate-distortion bound with row scales. Prints Markdown tables, with --plot a figure of them. See measure/
 for what each means exactly.
 
-Measurements are kept (--keep), those of mcwcfs by the digest of its binary: a second run measures only what is new.
+Measurements are kept in benches/results/rate_distortion.json: a second run measures only what is new.
 --summary prints one table for all models.
 """
 
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from measure import checkpoint, gguf, nncodec, page, plot, theory
 from measure.curve import Curve
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs, say
-from measure.store import Store
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs, say
+from measure.results import Results
 
 RATES = (2.0, 3.0, 4.0, 5.0, 5.9)
 MARGIN = 0.25
@@ -45,7 +45,7 @@ class Result:
         return point.bits - self.bound.bits_at(point.error)
 
 
-def measure(model, mcwcfs, ggml, store, rates):
+def measure(model, mcwcfs, ggml, kept, rates):
     """Everything on one model."""
     files = model.files()
     weights = checkpoint.matrices(files)
@@ -60,7 +60,7 @@ def measure(model, mcwcfs, ggml, store, rates):
     def pack(rate):
         """An error near that of this rate; what rate it takes is then measured."""
         target = f"{theory.gaussian_bound(weights, rate - 0.1):.6g}"
-        point = mcwcfs.kept_point(store, weights, files, "--max-rel-mse", target, "--embedding-refinement", "1")
+        point = mcwcfs.kept_point(kept, model, weights, "--max-rel-mse", target, "--embedding-refinement", "1")
         say(f"  ours {point.bits:.3f} bits, error {point.error:.4g}")
         return point
 
@@ -74,12 +74,16 @@ def measure(model, mcwcfs, ggml, store, rates):
     peers, scalar = {}, theory.ScalarQuantization(weights)
     for rate in (*rates, asked[-1]):
         measure_peer = functools.partial(nncodec.around, weights, rate)
-        for point in store.points(f"{fingerprint}-nncodec-{nncodec.VERSION}-{rate}", measure_peer):
+        made_with = {"model": fingerprint, "codec": f"nncodec {nncodec.VERSION}"}
+        for point in kept.points(f"{model.name}/NNCodec/{rate:g}", made_with, measure_peer):
             peers[point.label] = point
         say(f"  NNCodec around {rate} bits")
     formats = [theory.round_to_nearest(weights, 4), theory.round_to_nearest(weights, 8)]
     if ggml:
-        formats += store.points(f"{fingerprint}-gguf", lambda: [gguf.point(ggml, weights, name) for name in gguf.TYPES])
+        made_with = {"model": fingerprint, "codec": gguf.VERSION}
+        formats += kept.points(
+            f"{model.name}/GGUF", made_with, lambda: [gguf.point(ggml, weights, name) for name in gguf.TYPES]
+        )
     curves = {
         "ours": Curve(ours),
         "NNCodec": Curve(peers.values()),
@@ -155,15 +159,13 @@ def main():
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per matrix weight")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     parser.add_argument("--plot", type=Path, help="write the curves there")
-    parser.add_argument(
-        "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
-    )
+    parser.add_argument("--results", type=Path, default=RESULTS / "rate_distortion.json", help="kept results")
     parser.add_argument("--summary", action="store_true", help="print one short table")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:
         return
-    mcwcfs, store = Mcwcfs(arguments.binary), Store(arguments.keep)
+    mcwcfs, kept = Mcwcfs(arguments.binary), Results(arguments.results)
     rates = sorted(arguments.rates)
     try:
         ggml = gguf.Ggml()
@@ -172,7 +174,7 @@ def main():
         print(f"GGUF is not measured: {why}")
     results = []
     for model in checkpoint.open_models(folder, arguments.models):
-        results.append(measure(model, mcwcfs, ggml, store, rates))
+        results.append(measure(model, mcwcfs, ggml, kept, rates))
         if not arguments.summary:
             print(report(results[-1], rates), flush=True)
     if arguments.summary:

@@ -25,14 +25,13 @@ from pathlib import Path
 
 from measure import checkpoint, page, plot
 from measure.evaluation import Evaluation, Rewriter, TaskPoint
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs, OnTask, say
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs, OnTask, say
 from measure.peers import Peers
 from measure.results import Results
 
 RATES = (8.3, 8.0, 5.5, 5.0, 4.2, 3.3, 2.8, 2.1)
 ENCODER_RATES = (4.2, 2.8, 2.1)
 CODECS = ("mcwcfs", "mcwcfs calibrated", "NNCodec", "GGUF")
-RESULTS = REPOSITORY / "benches" / "results" / "task_metric.json"
 
 
 @dataclass
@@ -112,7 +111,7 @@ def main():
     parser.add_argument(
         "--encoder", action="store_true", help=f"{checkpoint.MINILM} with all but its encoder bit-exact"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="kept results")
+    parser.add_argument("--results", type=Path, default=RESULTS / "task_metric.json", help="kept results")
     parser.add_argument("--plot", type=Path, help="write the curves there")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """What the drivers measure with: run by tests/run, needs numpy alone.
 
-    python3 -m unittest discover --start-directory benches
+python3 -m unittest discover --start-directory benches
 """
 
 import json

@@ -1,6 +1,5 @@
 """mcwcfs, through its command line: packs a checkpoint, takes it apart again and measures what came back."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from .evaluation import TaskPoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_BINARY = REPOSITORY / "target" / "release" / "mcwcfs"
+RESULTS = REPOSITORY / "benches" / "results"
+"""Where results are kept."""
 
 
 def say(text):
@@ -82,19 +83,19 @@ class Mcwcfs:
             whole_file_bits=report["bits_per_parameter"],
         )
 
-    def kept_point(self, store, weights, files, *options):
-        """The same of the safetensors `files` alone, kept for this binary, these files and options."""
+    def kept_point(self, results, model, weights, *options):
+        """The same of the safetensors files of `model` alone, kept for this binary."""
 
         def measure():
             with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
                 source = Path(work) / "source"
                 source.mkdir()
-                for file in files:
+                for file in model.files():
                     (source / file.name).symlink_to(file.resolve())
                 return [self.point(weights, source, Path(work), *options)]
 
-        spelled = hashlib.sha256(" ".join(options).encode()).hexdigest()[:16]
-        return store.points(f"{fingerprint(files)}-ours-{self.digest}-{spelled}", measure)[0]
+        made_with = {"model": fingerprint(model.files()), "codec": self.digest}
+        return results.points(f"{model.name}/mcwcfs/{' '.join(options)}", made_with, measure)[0]
 
 
 ENCODER_MATRICES = ("encoder.layer.*.dense.weight", "encoder.layer.*.self.*.weight")

@@ -15,7 +15,7 @@ class Peers:
 
     def at(self, rate):
         """The point of each codec near `rate` bits per parameter."""
-        yield self._kept("NNCodec", f"{rate:g}", nncodec.VERSION, lambda: self._nncodec(rate))
+        yield self._kept("NNCodec", f"{rate:g}", f"nncodec {nncodec.VERSION}", lambda: self._nncodec(rate))
         name = gguf.nearest(self.rewriter.matrix_bits(rate))
         try:
             yield self._kept("GGUF", name, gguf.VERSION, lambda: self._gguf(name))

@@ -1,9 +1,9 @@
 """Quantizers that the paper's Table 2 and Figure 3 compare with (G.5): small references of our own, in numpy.
 
-The packages that users have for these (llmcompressor, GPTQModel, AutoAWQ) pin other versions of PyTorch and transformers
-than the readers here, or ask for a GPU. Each function takes one matrix `[outputs, inputs]`, with `activations.Inputs` where
-it needs them, and returns a `Quantized`: the values that come back, and the bits that they take with all that decoding needs,
-scales being F16.
+Of the packages that users have for these, llmcompressor 0.14 pins older versions of PyTorch and transformers than the
+readers here, and NNCodec an older numpy than it; AutoAWQ had its last release in 2025; GPTQModel was not tried. Each
+function takes one matrix `[outputs, inputs]`, with `activations.Inputs` where it needs them, and returns a `Quantized`: the
+values that come back, and the bits that they take with all that decoding needs, scales being F16.
 """
 
 from dataclasses import dataclass
