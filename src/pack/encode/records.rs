@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
+use super::super::evaluation::EvaluationReport;
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
@@ -26,6 +27,9 @@ use crate::format::record::{PartEntry, RecordEntry, SideInformation};
 use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
+
+/// Stands for an error that is not yet measured, and takes as many bytes.
+const UNKNOWN_ERROR: f64 = 1.2345e-3;
 
 /// An archive's records, written.
 pub(super) struct Written {
@@ -197,12 +201,28 @@ impl Encoder<'_> {
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
-            provenance: {
-                let calibration = self.calibration.as_ref().map(Calibration::description);
-                let calibration = calibration.map(|text| ("calibration".to_owned(), text.to_owned()));
-                self.options.provenance().into_iter().chain(calibration).collect()
-            },
+            provenance: self.provenance(UNKNOWN_ERROR, None),
         }
+    }
+
+    /// How the archive came to be, and what was measured on what it decodes to. Nothing of the machine or the hour is in it.
+    pub(super) fn provenance(
+        &self,
+        relative_squared_error: f64,
+        evaluation: Option<&EvaluationReport>,
+    ) -> Vec<(String, String)> {
+        let mut provenance = self.options.provenance();
+        let mut add = |key: &str, value: String| provenance.push((key.to_owned(), value));
+        if let Some(calibration) = &self.calibration {
+            add("calibration", calibration.data().origin.to_string());
+        }
+        if self.has_quantized() {
+            add("measured", format!("relative squared error {relative_squared_error:.4e}"));
+        }
+        if let Some(evaluation) = evaluation {
+            add("evaluation", evaluation.to_string());
+        }
+        provenance
     }
 
     /// Bits of preamble and index for records like these, about.
