@@ -13,12 +13,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use serde::Serialize;
 
-use self::outputs::{compare_embeddings, compare_logits};
+use self::outputs::{ComparedLogits, compare_embeddings, compare_logits};
 use self::weights::ArchiveWeights;
-use super::calibration::inputs::{DataOrigin, InputData, load};
+use super::calibration::inputs::{DataOrigin, IMAGE_TOKENS, InputData, load};
 use super::calibration::{Calibration, CalibrationError, CalibrationSource, CheckpointWeights, open_model};
 use super::counting::sum_of_squares;
 use super::source::Checkpoint;
@@ -31,6 +31,8 @@ use crate::materialize::MaterializeError;
 
 /// Tokens and patches that a model is judged by, together.
 const MOST_TOKENS: usize = 65_536;
+/// Tokens and patches that a model is run on at once: memory holds their hidden states and those of one layer's units.
+const TOKENS_AT_ONCE: usize = 8_192;
 
 /// Why nothing was evaluated.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +59,6 @@ pub struct Evaluation<'a> {
     model: Transformer,
     weights: CheckpointWeights<'a>,
     data: InputData,
-    path: PathBuf,
     /// Inputs that the model was calibrated on, too.
     calibrated_on: usize,
 }
@@ -178,22 +179,7 @@ impl<'a> Evaluation<'a> {
         if calibrated_on == data.inputs.count() {
             return Err(EvaluationError::NotHeldOut(path.to_owned()));
         }
-        Ok(Self { model, weights, data, path: path.to_owned(), calibrated_on })
-    }
-
-    /// Where the data was read from.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Where the data is from.
-    pub fn origin(&self) -> &DataOrigin {
-        &self.data.origin
-    }
-
-    /// Whether the model foretells tokens.
-    pub fn has_targets(&self) -> bool {
-        self.model.is_causal()
+        Ok(Self { model, weights, data, calibrated_on })
     }
 
     /// Compares what an archive of the checkpoint decodes to with the checkpoint.
@@ -209,16 +195,72 @@ impl<'a> Evaluation<'a> {
         }
     }
 
+    /// A report as long as the real one will be, for whoever must know how much room that takes.
+    pub(super) fn stand_in(&self) -> EvaluationReport {
+        let value = 1.2345e-3;
+        let spread = Distribution { mean: value, median: value, percentile_99_9: value, largest: value };
+        let both = BeforeAfter { before: 12.3456, after: 12.3457 };
+        let has_head = self.model.is_causal() || self.model.takes_images();
+        EvaluationReport {
+            data: self.data.origin.clone(),
+            inputs_calibrated_on: self.calibrated_on,
+            outputs: 0,
+            divergence: has_head.then_some(spread),
+            top1_agreement: has_head.then_some(0.9876),
+            perplexity: self.model.is_causal().then_some(both),
+            accuracy: self.data.labels.as_ref().map(|_| both),
+            embedding_distance: (!has_head).then_some(spread),
+            layers: Vec::new(),
+        }
+    }
+
     fn compare(&self, decoded: &dyn Weights) -> Result<EvaluationReport, EvaluationError> {
+        let mut sums = Sums::default();
+        for (inputs, labels) in chunks(&self.data) {
+            self.add(decoded, &inputs, labels, &mut sums)?;
+        }
+        let Sums { logits, embedding_distances, hidden_errors } = sums;
+        let outputs = logits.divergences.len() + embedding_distances.len();
+        let has_head = !logits.divergences.is_empty();
+        let loss = logits.mean_loss();
+        Ok(EvaluationReport {
+            data: self.data.origin.clone(),
+            inputs_calibrated_on: self.calibrated_on,
+            outputs,
+            top1_agreement: has_head.then(|| logits.agreement()),
+            perplexity: loss
+                .filter(|_| self.model.is_causal())
+                .map(|BeforeAfter { before, after }| BeforeAfter { before: before.exp(), after: after.exp() }),
+            accuracy: logits.accuracy().filter(|_| self.model.takes_images()),
+            divergence: has_head.then(|| Distribution::of(logits.divergences)),
+            embedding_distance: (!embedding_distances.is_empty()).then(|| Distribution::of(embedding_distances)),
+            layers: hidden_errors
+                .into_iter()
+                .map(|(error, energy)| if energy > 0.0 { error / energy } else { 0.0 })
+                .collect(),
+        })
+    }
+
+    /// Runs both models on some of the inputs, side by side.
+    fn add(
+        &self,
+        decoded: &dyn Weights,
+        inputs: &Inputs,
+        labels: Option<&[u32]>,
+        sums: &mut Sums,
+    ) -> Result<(), EvaluationError> {
         let ignore = &mut |_: &[String], _: &Array2<f32>| ();
-        let inputs = &self.data.inputs;
         let mut before = Pass::new(&self.model, &self.weights, inputs, ignore)?;
         let mut after = Pass::new(&self.model, decoded, inputs, ignore)?;
-        let mut layers = vec![relative_squared_error(&before, &after)];
-        while before.next_layer() < self.model.layers {
-            before.layer(ignore)?;
-            after.layer(ignore)?;
-            layers.push(relative_squared_error(&before, &after));
+        sums.hidden_errors.resize(self.model.layers + 1, (0.0, 0.0));
+        for stage in 0..=self.model.layers {
+            if stage > 0 {
+                before.layer(ignore)?;
+                after.layer(ignore)?;
+            }
+            let (error, energy) = error_and_energy(&before, &after);
+            sums.hidden_errors[stage].0 += error;
+            sums.hidden_errors[stage].1 += energy;
         }
         for (pass, which) in [(&before, "original"), (&after, "decoded")] {
             if !pass.hidden().iter().all(|value| value.is_finite()) {
@@ -227,50 +269,64 @@ impl<'a> Evaluation<'a> {
         }
         let sequences = before.sequences().to_vec();
         let (before, after) = (before.outputs(ignore)?, after.outputs(ignore)?);
-        let mut report = EvaluationReport {
-            data: self.data.origin.clone(),
-            inputs_calibrated_on: self.calibrated_on,
-            outputs: before.count(),
-            divergence: None,
-            top1_agreement: None,
-            perplexity: None,
-            accuracy: None,
-            embedding_distance: None,
-            layers,
-        };
         if before.are_logits() {
-            let compared = compare_logits(&before, &after, &self.targets(before.width()));
-            report.divergence = Some(Distribution::of(compared.divergences));
-            report.top1_agreement = Some(compared.agreement);
-            report.perplexity = compared
-                .loss
-                .filter(|_| self.model.is_causal())
-                .map(|loss| BeforeAfter { before: loss.before.exp(), after: loss.after.exp() });
-            report.accuracy = compared.accuracy.filter(|_| self.model.takes_images());
+            let targets = self.targets(inputs, labels, before.width());
+            compare_logits(&before, &after, &targets, &mut sums.logits);
         } else {
-            let distances = compare_embeddings(&before, &after, &sequences, self.model.takes_images());
-            report.outputs = distances.len();
-            report.embedding_distance = Some(Distribution::of(distances));
+            let rows_are_images = self.model.takes_images();
+            sums.embedding_distances.extend(compare_embeddings(&before, &after, &sequences, rows_are_images));
         }
-        Ok(report)
+        Ok(())
     }
 
     /// What each output should have been: the token that follows, or the image's class; `None` where nobody knows.
-    fn targets(&self, classes: usize) -> Vec<Option<usize>> {
-        match (&self.data.inputs, &self.data.labels) {
+    fn targets(&self, inputs: &Inputs, labels: Option<&[u32]>, classes: usize) -> Vec<Option<usize>> {
+        let class = |&number: &u32| Some(number as usize).filter(|&number| number < classes);
+        match (inputs, labels) {
             (Inputs::Tokens(sequences), _) if self.model.is_causal() => {
-                let following = sequences.iter().flat_map(|sequence| {
-                    let next =
-                        sequence.iter().skip(1).map(|&token| Some(token as usize).filter(|&token| token < classes));
-                    next.chain((!sequence.is_empty()).then_some(None))
-                });
+                let following = sequences.iter().flat_map(|sequence| sequence[1..].iter().map(class).chain([None]));
                 following.collect()
             }
             (Inputs::Tokens(sequences), _) => vec![None; sequences.iter().map(Vec::len).sum()],
-            (Inputs::Images(_), Some(labels)) => {
-                labels.iter().map(|&label| Some(label as usize).filter(|&label| label < classes)).collect()
-            }
+            (Inputs::Images(_), Some(labels)) => labels.iter().map(class).collect(),
             (Inputs::Images(images), None) => vec![None; images.dim().0],
+        }
+    }
+}
+
+/// What was found so far.
+#[derive(Default)]
+struct Sums {
+    logits: ComparedLogits,
+    embedding_distances: Vec<f64>,
+    /// Squared error and squares of the hidden states, after the embedding and after each layer.
+    hidden_errors: Vec<(f64, f64)>,
+}
+
+/// The inputs, as many at a time as memory should hold the hidden states of.
+fn chunks(data: &InputData) -> Vec<(Inputs, Option<&[u32]>)> {
+    match &data.inputs {
+        Inputs::Tokens(sequences) => {
+            let mut chunks: Vec<Vec<Vec<u32>>> = Vec::new();
+            let mut tokens = TOKENS_AT_ONCE;
+            for sequence in sequences {
+                if tokens + sequence.len() > TOKENS_AT_ONCE {
+                    chunks.push(Vec::new());
+                    tokens = 0;
+                }
+                tokens += sequence.len();
+                chunks.last_mut().expect("one was begun").push(sequence.clone());
+            }
+            chunks.into_iter().map(|chunk| (Inputs::Tokens(chunk), None)).collect()
+        }
+        Inputs::Images(images) => {
+            let at_once = TOKENS_AT_ONCE / IMAGE_TOKENS;
+            let labels = data.labels.as_deref();
+            let chunk = |(number, chunk): (usize, ndarray::ArrayView4<'_, f32>)| {
+                let first = number * at_once;
+                (Inputs::Images(chunk.to_owned()), labels.map(|labels| &labels[first..first + chunk.dim().0]))
+            };
+            images.axis_chunks_iter(Axis(0), at_once).enumerate().map(chunk).collect()
         }
     }
 }
@@ -291,12 +347,11 @@ fn shared(inputs: &Inputs, others: &Inputs) -> usize {
     }
 }
 
-/// Squared error over squares of the hidden states.
-fn relative_squared_error(before: &Pass<'_>, after: &Pass<'_>) -> f64 {
+/// Squared error and squares of the hidden states.
+fn error_and_energy(before: &Pass<'_>, after: &Pass<'_>) -> (f64, f64) {
     let (before, after) = (before.hidden(), after.hidden());
     let error: Vec<f32> = before.iter().zip(after).map(|(before, after)| after - before).collect();
-    let energy = sum_of_squares(before.as_slice().expect("rows one after another"));
-    if energy > 0.0 { sum_of_squares(&error) / energy } else { 0.0 }
+    (sum_of_squares(&error), sum_of_squares(before.as_slice().expect("rows one after another")))
 }
 
 #[cfg(test)]
@@ -310,6 +365,28 @@ mod tests {
         assert_eq!(thousand, expected);
         let one = Distribution { mean: 3.0, median: 3.0, percentile_99_9: 3.0, largest: 3.0 };
         assert_eq!(Distribution::of(vec![3.0]), one);
+    }
+
+    #[test]
+    fn chunks_hold_all_inputs_in_order_and_few_tokens_each() {
+        let sequences: Vec<Vec<u32>> = (0..40).map(|number| vec![number; 500]).collect();
+        let origin = DataOrigin { built_in: false, sha256: String::new(), inputs: 40, tokens: Some(20_000) };
+        let data = InputData { inputs: Inputs::Tokens(sequences.clone()), labels: None, origin };
+        let chunks = chunks(&data);
+        let of = |inputs: &Inputs| match inputs {
+            Inputs::Tokens(sequences) => sequences.clone(),
+            Inputs::Images(_) => unreachable!("these are tokens"),
+        };
+        assert_eq!(chunks.iter().map(|(inputs, _)| inputs.count()).collect::<Vec<_>>(), [16, 16, 8]);
+        assert_eq!(chunks.iter().flat_map(|(inputs, _)| of(inputs)).collect::<Vec<_>>(), sequences);
+        let images = ndarray::Array4::from_shape_fn((70, 1, 1, 1), |(image, ..)| image as f32);
+        let labels = Some((0..70).collect());
+        let data = InputData { inputs: Inputs::Images(images), labels, ..data };
+        for (inputs, labels) in super::chunks(&data) {
+            let Inputs::Images(images) = inputs else { unreachable!("these are images") };
+            assert_eq!(labels.map(|labels| labels[0] as f32), Some(images[[0, 0, 0, 0]]));
+            assert_eq!(labels.map(<[u32]>::len), Some(images.dim().0));
+        }
     }
 
     #[test]

@@ -334,7 +334,7 @@ impl PackOptions {
         ]
     }
 
-    /// The options as they would be given on the command line, those that follow from others too.
+    /// The options as they would be given on the command line. What the effort chooses is left to it.
     fn arguments(&self) -> String {
         let mut arguments = match self.target {
             Target::Lossless => "--lossless".to_owned(),
@@ -352,17 +352,19 @@ impl PackOptions {
         // The rest says how weights are quantized: nothing of it matters where none are.
         if self.target.is_lossy() || self.keep.iter().any(KeepRule::is_lossy) {
             add(format!(
-                " --keyframe-interval {} --alignment {} --predictor {} --steps {} --quantization {} --trellis-states {} \
-                 --entropy-model {} --embedding-refinement {}",
+                " --keyframe-interval {} --alignment {} --predictor {} --steps {} --quantization {} --entropy-model {} \
+                 --embedding-refinement {}",
                 self.keyframe_interval,
                 name_of(self.alignment),
                 name_of(self.predictor),
                 name_of(self.steps),
                 name_of(self.quantization),
-                self.trellis_states(),
                 name_of(self.entropy_model),
                 self.embedding_refinement
             ));
+            if let Some(states) = self.trellis_states {
+                add(format!(" --trellis-states {states}"));
+            }
             if !self.rate_aware_rounding {
                 add(" --no-rate-aware-rounding".to_owned());
             }

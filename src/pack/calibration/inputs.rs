@@ -19,7 +19,7 @@ use crate::safetensors::Header;
 use crate::tensor::{Dtype, TensorInfo};
 
 /// Patches that an image counts for.
-const IMAGE_TOKENS: usize = 256;
+pub(in crate::pack) const IMAGE_TOKENS: usize = 256;
 /// Tokens of a sequence.
 const SEQUENCE_TOKENS: usize = 512;
 /// Text for models of language when nobody gives a better one.

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
-use super::super::evaluation::EvaluationReport;
+use super::super::evaluation::{Evaluation, EvaluationReport};
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
@@ -201,7 +201,7 @@ impl Encoder<'_> {
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
-            provenance: self.provenance(UNKNOWN_ERROR, None),
+            provenance: self.provenance(UNKNOWN_ERROR, self.evaluation.as_ref().map(Evaluation::stand_in).as_ref()),
         }
     }
 

@@ -12,15 +12,38 @@ use crate::forward::pass::Outputs;
 const LOGITS: usize = 1 << 24;
 
 /// What comparing logits found.
+#[derive(Default)]
 pub(super) struct ComparedLogits {
     /// Kullback-Leibler divergence of each row, nats.
     pub(super) divergences: Vec<f64>,
+    /// Rows with the same likeliest class.
+    agreeing: usize,
+    /// `-ln p(target)` of rows that have a target, of both models.
+    losses: Vec<[f64; 2]>,
+    /// How many of these have the target as their likeliest class.
+    hits: [usize; 2],
+}
+
+impl ComparedLogits {
     /// Share of rows with the same likeliest class.
-    pub(super) agreement: f64,
-    /// Mean of `-ln p(target)` over rows that have one; `None` where none has.
-    pub(super) loss: Option<BeforeAfter>,
-    /// Share of these rows whose likeliest class is the target.
-    pub(super) accuracy: Option<BeforeAfter>,
+    pub(super) fn agreement(&self) -> f64 {
+        self.agreeing as f64 / self.divergences.len().max(1) as f64
+    }
+
+    /// Mean of `-ln p(target)`; `None` where no row has a target.
+    pub(super) fn mean_loss(&self) -> Option<BeforeAfter> {
+        self.of_targets(|which| self.losses.iter().map(|loss| loss[which]).sum())
+    }
+
+    /// Share of targets that are the likeliest class; `None` where no row has one.
+    pub(super) fn accuracy(&self) -> Option<BeforeAfter> {
+        self.of_targets(|which| self.hits[which] as f64)
+    }
+
+    fn of_targets(&self, sum: impl Fn(usize) -> f64) -> Option<BeforeAfter> {
+        let count = self.losses.len() as f64;
+        (count > 0.0).then(|| BeforeAfter { before: sum(0) / count, after: sum(1) / count })
+    }
 }
 
 /// Of one row.
@@ -32,29 +55,23 @@ struct ComparedRow {
 }
 
 /// Compares distributions: `sum p ln(p / q)` where p is the original's softmax and q the decoded model's.
-pub(super) fn compare_logits(before: &Outputs, after: &Outputs, targets: &[Option<usize>]) -> ComparedLogits {
+pub(super) fn compare_logits(before: &Outputs, after: &Outputs, targets: &[Option<usize>], found: &mut ComparedLogits) {
     let at_once = (LOGITS / before.width().max(1)).max(1);
-    let mut rows = Vec::with_capacity(before.count());
     for start in (0..before.count()).step_by(at_once) {
         let range = start..before.count().min(start + at_once);
         let (p, q) = (before.rows(range.clone()), after.rows(range.clone()));
-        let compared = (0..range.len()).into_par_iter();
-        rows.par_extend(compared.map(|row| compare_row(p.row(row), q.row(row), targets[start + row])));
-    }
-    let agreeing = rows.iter().filter(|row| row.likeliest[0] == row.likeliest[1]).count();
-    let losses: Vec<[f64; 2]> = rows.iter().filter_map(|row| row.loss).collect();
-    let has_targets = !losses.is_empty();
-    let mean = |which: usize| losses.iter().map(|loss| loss[which]).sum::<f64>() / losses.len() as f64;
-    let right = |which: usize| {
-        let hits = rows.iter().zip(targets).filter(|(row, target)| **target == Some(row.likeliest[which])).count();
-        hits as f64 / losses.len() as f64
-    };
-    let both = |of: &dyn Fn(usize) -> f64| has_targets.then(|| BeforeAfter { before: of(0), after: of(1) });
-    ComparedLogits {
-        agreement: agreeing as f64 / rows.len().max(1) as f64,
-        loss: both(&mean),
-        accuracy: both(&right),
-        divergences: rows.into_iter().map(|row| row.divergence).collect(),
+        let rows: Vec<ComparedRow> = (0..range.len())
+            .into_par_iter()
+            .map(|row| compare_row(p.row(row), q.row(row), targets[start + row]))
+            .collect();
+        for (row, target) in rows.iter().zip(&targets[range]) {
+            found.divergences.push(row.divergence);
+            found.agreeing += usize::from(row.likeliest[0] == row.likeliest[1]);
+            found.losses.extend(row.loss);
+            for (hits, likeliest) in found.hits.iter_mut().zip(row.likeliest) {
+                *hits += usize::from(*target == Some(likeliest));
+            }
+        }
     }
 }
 
