@@ -11,6 +11,7 @@
 pub mod align;
 pub mod base;
 pub mod calibration;
+pub mod columns;
 pub mod counting;
 pub mod difference;
 pub mod encode;

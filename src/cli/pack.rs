@@ -22,7 +22,8 @@ use crate::pack::encode::{Encoder, PackError};
 use crate::pack::evaluation::Evaluation;
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
+    AlignmentChoice, ColumnScales, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target,
+    TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::Checkpoint;
@@ -69,6 +70,9 @@ pub struct PackArgs {
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
+    /// Which columns have steps of their own.
+    #[arg(long, value_enum, default_value_t, help_heading = "Ablations")]
+    column_scales: ColumnScales,
     /// How values become codes.
     #[arg(long, value_enum, default_value_t)]
     quantization: Quantization,
@@ -333,6 +337,7 @@ fn options(args: &PackArgs) -> Result<Vec<PackOptions>, PackCommandError> {
         alignment: args.alignment,
         predictor: args.predictor,
         steps: args.steps,
+        column_scales: args.column_scales,
         quantization: args.quantization,
         entropy_model: args.entropy_model,
         trellis_states: args.trellis_states,
