@@ -14,7 +14,6 @@ use super::Calibration;
 use super::cholesky::Factor;
 use super::feedback::{ColumnFeedback, damped};
 use super::hessian::{cross_moments, hessian};
-use super::inputs::InputData;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::forward::ForwardError;
 use crate::forward::pass::Pass;
@@ -193,7 +192,8 @@ impl<'a> InputStatistics<'a> {
         if self.stage == Some(stage) {
             return Ok(());
         }
-        let Calibration { model, weights, deployed, data: InputData { inputs, .. } } = self.calibration;
+        let Calibration { model, weights, deployed, data } = self.calibration;
+        let inputs = &data.inputs;
         let mut kept: BTreeMap<String, Arc<Array2<f32>>> = BTreeMap::new();
         let mut ignore = |_: &[String], _: &Array2<f32>| ();
         let mut keep = |names: &[String], inputs: &Array2<f32>| {
@@ -237,7 +237,8 @@ impl<'a> InputStatistics<'a> {
 
     /// Runs the deployed model until it is before the stage.
     fn run_deployed(&mut self, stage: Stage) -> Result<(), ForwardError> {
-        let Calibration { model, deployed, data: InputData { inputs, .. }, .. } = self.calibration;
+        let Calibration { model, deployed, data, .. } = self.calibration;
+        let inputs = &data.inputs;
         let mut ignore = |_: &[String], _: &Array2<f32>| ();
         let mut pass = match self.deployed.take() {
             Some(pass) => pass,

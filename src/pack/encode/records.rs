@@ -30,12 +30,12 @@ use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
-/// Stands for an error that is not yet measured, and takes as many bytes.
-const UNKNOWN_ERROR: f64 = 1.2345e-3;
 /// How far off a rate of its own a part may be, relative, before it is coded once more.
 const OWN_RATE_TOLERANCE: f64 = 0.002;
 /// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
 const BITS_PER_OCTAVE: f64 = 0.95;
+/// Stands for an error that is not yet measured, and takes as many bytes.
+const UNKNOWN_ERROR: f64 = 1.2345e-3;
 
 /// An archive's records, written.
 pub(super) struct Written {
