@@ -143,6 +143,11 @@ fn models_and_inputs_that_cannot_be_run_are_refused_before_anything_is_written()
     let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
     assert!(said.contains("not finite"), "{said}");
     fs::write(&weights, sound).expect("a checkpoint");
+    let config = fs::read_to_string(work.checkpoint.join("config.json")).expect("config.json");
+    let headless = config.replace("\"num_attention_heads\":4", "\"num_attention_heads\":0");
+    fs::write(work.checkpoint.join("config.json"), headless).expect("config.json");
+    let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
+    assert!(said.contains("num_attention_heads: 0, expected a positive number"), "{said}");
     fs::write(work.checkpoint.join("config.json"), r#"{"model_type":"mamba"}"#).expect("config.json");
     let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
     assert!(said.contains("no forward pass for model_type \"mamba\""), "{said}");
