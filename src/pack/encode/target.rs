@@ -7,7 +7,7 @@ use std::path::Path;
 use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
-use super::super::treatment::Treatment;
+use super::super::treatment::{Fineness, Treatment};
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
 use super::steering::{Steering, replan};
@@ -129,11 +129,7 @@ impl Encoder<'_> {
             let least = 0.1 * following;
             if budget - fixed < least {
                 let needed = (wanted * parameters - budget + fixed + least) / parameters;
-                let mut reason = format!("what is not quantized leaves too little: at least {needed:.2} is needed");
-                if let Some(largest) = self.largest_exact(&probe) {
-                    reason.push_str(&largest);
-                }
-                return Err(PackError::Rate { wanted, reason });
+                return Err(PackError::Rate { wanted, reason: self.unreachable_because(&probe, needed) });
             }
             let excess = bits + fixed - budget;
             let is_enough = attempt >= self.options.effort.least_probes();
@@ -146,6 +142,25 @@ impl Encoder<'_> {
             log::debug!("step tried: {octaves:.3} octaves, {excess:.0} bits above the budget");
             probe = survey.probe(step, Some(&probe));
         }
+    }
+
+    /// Why a rate cannot be reached.
+    fn unreachable_because(&self, probe: &Probe, needed: f64) -> String {
+        let treatments = self.treatments.iter().flatten().zip(probe.parts.iter().flatten());
+        let mut could_be =
+            treatments.filter(|(treatment, _)| matches!(treatment, Treatment::Quantized(Fineness::Times(_))));
+        if could_be.clone().next().is_some() && could_be.all(|(_, part)| !part.decision.is_quantized()) {
+            // The rest would have to be so fine that nothing is won by it.
+            return format!(
+                "what is left for the tensors that may be quantized is so much that bit-exact they are shorter, and all \
+                 bit-exact takes {needed:.2}; expected --lossless, or a lower rate"
+            );
+        }
+        let mut reason = format!("what is not quantized leaves too little: at least {needed:.2} is needed");
+        if let Some(largest) = self.largest_exact(probe) {
+            reason.push_str(&largest);
+        }
+        reason
     }
 
     /// The bit-exact tensor that takes most, what it takes, and why it is bit-exact where that is a matter of the rate.
