@@ -9,6 +9,7 @@ use super::entropy_model::{ClassHistograms, StreamKind, TablePool};
 use super::histogram::Histogram;
 use super::part::{EncodedPart, EncodedStrip, strip_bytes};
 use super::symbols::{Placed, RunLayout};
+use super::treatment::changes;
 use crate::codec::difference::{Bits, CLASSES, Classes, coded_order};
 use crate::codec::integers::{self, Integers};
 use crate::format::difference::{BaseTensor, BasedInfo, StoredDifference, StoredLowRank};
@@ -44,6 +45,15 @@ pub struct DifferenceChoice {
     by_row: bool,
     zero_bits: u8,
     has_few_lanes: bool,
+}
+
+/// What all choices of parameters begin with, found out once.
+#[derive(Clone, Debug, Default)]
+struct Facts {
+    /// The largest magnitude of what elements start from, as an unsigned integer.
+    highest: u32,
+    /// By row, octaves of the root mean square change; `None` where nothing changed. Empty where classes do not follow rows.
+    row_octaves: Vec<Option<f64>>,
 }
 
 /// A tensor beside what it starts from.
@@ -95,22 +105,25 @@ impl DifferenceChoice {
             _ => width - 1,
         };
         let zero_bits = common_zero_bits(pair);
-        let strips = DifferencePart::new(pair, Self::plain(mantissa_bits, zero_bits)).layout.strips();
+        let follows_rows = pair.tensor.shape.len() >= 2 && pair.is_float();
+        let facts = Facts::of(pair, follows_rows);
+        let plain = Self::plain(mantissa_bits, zero_bits);
+        let strips = DifferencePart::with_facts(pair, plain, &facts).layout.strips();
         let sampled: Vec<usize> = (0..strips).step_by(strips.div_ceil(SAMPLED_STRIPS)).collect();
         let cost = |choice: Self| {
-            let part = DifferencePart::new(pair, choice);
+            let part = DifferencePart::with_facts(pair, choice, &facts);
             let (classes, raw_bits) = part.count(&sampled);
             let elements: usize = sampled.iter().map(|&strip| part.layout.strip_elements(strip)).sum();
             let offsets =
                 if choice.by_row { 8.0 * part.offsets().0.len() as f64 / pair.elements() as f64 } else { 0.0 };
             (classes.bits(&classes.fit()) + raw_bits) / elements.max(1) as f64 + offsets
         };
-        let mut best = Self::plain(mantissa_bits, zero_bits);
+        let mut best = plain;
         let mut least = cost(best);
         for (finer, by_row) in [(0, true), (1, false), (2, false), (2, true)] {
             let class_shift = (mantissa_bits as u8).saturating_sub(finer);
             let choice = Self { class_shift, by_row, ..best };
-            if by_row && (pair.tensor.shape.len() < 2 || !pair.is_float()) {
+            if by_row && !follows_rows {
                 continue;
             }
             let bits = cost(choice);
@@ -135,6 +148,41 @@ impl Pair<'_> {
 
     fn is_float(&self) -> bool {
         matches!(self.tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    }
+
+    fn element_bytes(&self) -> usize {
+        self.bytes.len() / self.elements().max(1)
+    }
+
+    fn columns(&self) -> usize {
+        self.tensor.shape[1..].iter().product::<u64>() as usize
+    }
+
+    fn for_width<R>(&self, work: &impl ForWidth<R>) -> R {
+        match self.element_bytes() {
+            1 => work.of::<u8>(),
+            2 => work.of::<u16>(),
+            _ => work.of::<u32>(),
+        }
+    }
+}
+
+impl Facts {
+    fn of(pair: Pair<'_>, follows_rows: bool) -> Self {
+        let highest = pair.for_width(&Highest(pair.predicted));
+        if !follows_rows {
+            return Self { highest, row_octaves: Vec::new() };
+        }
+        let columns = pair.columns();
+        let row_bytes = columns * pair.element_bytes();
+        let rows = pair.bytes.par_chunks(row_bytes).zip(pair.predicted.par_chunks(row_bytes));
+        let row_octaves = rows.map(|(row, predicted)| {
+            let changes = changes(pair.tensor, row, predicted);
+            let squares: f64 = changes.into_iter().map(|change| f64::from(change) * f64::from(change)).sum();
+            let octaves = 0.5 * (squares / columns as f64).log2();
+            octaves.is_finite().then_some(octaves)
+        });
+        Self { highest, row_octaves: row_octaves.collect() }
     }
 }
 
@@ -179,6 +227,10 @@ struct RunSymbols {
 impl<'a> DifferencePart<'a> {
     /// The differences of a pair, coded as chosen.
     pub fn new(pair: Pair<'a>, choice: DifferenceChoice) -> Self {
+        Self::with_facts(pair, choice, &Facts::of(pair, choice.by_row))
+    }
+
+    fn with_facts(pair: Pair<'a>, choice: DifferenceChoice, facts: &Facts) -> Self {
         let elements = pair.elements();
         let mut layout = RunLayout::of_runs(elements, RUN_ELEMENTS);
         if choice.has_few_lanes {
@@ -194,57 +246,40 @@ impl<'a> DifferencePart<'a> {
             },
             layout,
         };
-        part.classes = part.fit_classes();
+        part.classes = part.fit_classes(facts);
         part
     }
 
     /// Where classes begin: none is lost at the upper end, and where classes follow the rows each row's offset is how much
     /// larger its changes are than the least.
-    fn fit_classes(&self) -> Classes {
-        let shift = u32::from(self.choice.class_shift);
-        let highest = self.for_width(&Highest { shift, bytes: self.pair.predicted });
+    fn fit_classes(&self, facts: &Facts) -> Classes {
+        let highest = (facts.highest >> self.choice.class_shift) as i32;
         let mut classes = self.classes.clone();
         if !self.choice.by_row {
             classes.offsets = Integers::Constant((highest - (CLASSES as i32 - 1)).max(0));
             return classes;
         }
-        let columns = self.pair.tensor.shape[1..].iter().product::<u64>() as usize;
-        let row_bytes = columns * self.element_bytes();
-        let values = |bytes: &[u8]| super::quantize::values_of(&self.pair.tensor.dtype, bytes);
-        let rows: Vec<(&[u8], &[u8])> =
-            self.pair.bytes.chunks(row_bytes).zip(self.pair.predicted.chunks(row_bytes)).collect();
-        // Octaves of the root mean square change of each row, in units of classes.
+        // In units of classes.
         let mantissa = match self.pair.tensor.dtype {
             Dtype::BF16 => 7,
             Dtype::F16 => 10,
             _ => 23,
         };
         let per_octave = f64::from(1_u32 << (mantissa - self.choice.class_shift));
-        let changes: Vec<Option<i32>> = rows
-            .par_iter()
-            .map(|(row, predicted)| {
-                let changes = values(row).into_iter().zip(values(predicted));
-                let squares: f64 = changes.map(|(value, before)| f64::from(value - before).powi(2)).sum();
-                let octaves = 0.5 * (squares / columns as f64).log2();
-                octaves.is_finite().then(|| (per_octave * octaves).round() as i32)
-            })
-            .collect();
+        let changes: Vec<Option<i32>> =
+            facts.row_octaves.iter().map(|octaves| octaves.map(|octaves| (per_octave * octaves).round() as i32)).collect();
         let largest = changes.iter().flatten().copied().max().unwrap_or(0);
         // Rows that changed most have their highest class at the top; a row that did not change at all is like them.
         let offsets: Vec<i32> = (changes.iter())
             .map(|change| (highest - (CLASSES as i32 - 1) + change.unwrap_or(largest) - largest).max(0))
             .collect();
         let lowest = offsets.iter().copied().min().unwrap_or(0);
-        classes.row_elements = columns;
+        classes.row_elements = self.pair.columns();
         classes.offsets = match offsets.iter().all(|&offset| offset == lowest) {
             true => Integers::Constant(lowest),
             false => Integers::Each(offsets),
         };
         classes
-    }
-
-    fn element_bytes(&self) -> usize {
-        self.pair.bytes.len() / self.pair.elements().max(1)
     }
 
     fn offsets(&self) -> crate::format::part::StoredIntegers {
@@ -254,17 +289,9 @@ impl<'a> DifferencePart<'a> {
         }
     }
 
-    fn for_width<R>(&self, work: &impl ForWidth<R>) -> R {
-        match self.element_bytes() {
-            1 => work.of::<u8>(),
-            2 => work.of::<u16>(),
-            _ => work.of::<u32>(),
-        }
-    }
-
     /// Differences of a strip, in coded order, common zero bits still below them.
     fn strip(&self, strip: usize) -> Vec<i32> {
-        self.for_width(&StripOf { part: self, strip })
+        self.pair.for_width(&StripOf { part: self, strip })
     }
 
     /// Counts the symbols of strips by kind and class; and raw bits.
@@ -394,7 +421,7 @@ impl<'a> DifferencePart<'a> {
                 let is_even = shifted << zero_bits == i64::from(difference);
                 let position = i32::try_from(symbol).ok().filter(|_| is_even).and_then(|symbol| table.position(symbol));
                 placed.positions.push(position.unwrap_or_else(|| {
-                    let value = difference.to_le_bytes()[..self.element_bytes()].to_vec();
+                    let value = difference.to_le_bytes()[..self.pair.element_bytes()].to_vec();
                     placed.exceptions.push((placed.raw.len() as u16, value));
                     table.filler()
                 }));
@@ -413,15 +440,12 @@ trait ForWidth<R> {
     fn of<T: Bits>(&self) -> R;
 }
 
-struct Highest<'a> {
-    shift: u32,
-    bytes: &'a [u8],
-}
+/// The largest magnitude in these bytes.
+struct Highest<'a>(&'a [u8]);
 
-impl ForWidth<i32> for Highest<'_> {
-    fn of<T: Bits>(&self) -> i32 {
-        let magnitudes = self.bytes.chunks_exact(T::BYTES).map(|bytes| T::read(bytes).magnitude());
-        (magnitudes.max().unwrap_or(0) >> self.shift) as i32
+impl ForWidth<u32> for Highest<'_> {
+    fn of<T: Bits>(&self) -> u32 {
+        T::chunks(self.0).iter().map(|&raw| T::from_raw(raw).magnitude()).max().unwrap_or(0)
     }
 }
 
@@ -438,11 +462,10 @@ impl ForWidth<Vec<i32>> for StripOf<'_> {
         let (bytes, predicted) = (&pair.bytes[range.clone()], &pair.predicted[range]);
         let mut of_elements = Vec::new();
         classes.of::<T>(first, predicted, &mut of_elements);
-        let difference = |element: u32| {
-            let bytes_of = element as usize * T::BYTES..(element as usize + 1) * T::BYTES;
-            T::read(&predicted[bytes_of.clone()]).difference(T::read(&bytes[bytes_of])).signed()
-        };
-        coded_order(&of_elements).into_iter().map(difference).collect()
+        let (elements, predicted) = (T::chunks(bytes), T::chunks(predicted));
+        let difference = |(&before, &element)| T::from_raw(before).difference(T::from_raw(element)).signed();
+        let differences: Vec<i32> = predicted.iter().zip(elements).map(difference).collect();
+        coded_order(&of_elements).into_iter().map(|element| differences[element as usize]).collect()
     }
 }
 

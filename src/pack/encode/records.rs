@@ -112,7 +112,7 @@ impl Encoder<'_> {
                 .zip(&record.parts)
                 .map(|((&(tensor, bytes), planned), part)| {
                     let step_factor = if planned.follows_step { step_factor } else { 1.0 };
-                    let start = self.start(part.file, part.tensor)?;
+                    let start = self.start(part.file, part.tensor, planned.decision.is_quantized())?;
                     Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
                 })
                 .collect::<Result<_, MaterializeError>>()?;
