@@ -101,6 +101,12 @@ def relative_squared_error(weights, decoded):
     return squared / energy(weights)
 
 
+def sha256(file):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def fingerprint(files):
     """Enough of the SHA-256 of the files to keep measurements under."""
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::archive::{Archive, ArchiveError};
 
-pub use report::{BlockTypeReport, FileReport, PartReport, Report, hex};
+pub use report::{BlockTypeReport, FileReport, PartReport, Report};
 pub use streams::StreamBytes;
 
 /// Say what is inside an archive and where its bits went.

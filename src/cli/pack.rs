@@ -361,7 +361,7 @@ pub(super) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandEr
 }
 
 /// Copies sidecars under temporary names; they get their own once all are there.
-fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
+pub(super) fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
     let mut copies = Vec::with_capacity(sidecars.len());
     for sidecar in sidecars {
         let target = directory.join(&sidecar.name);

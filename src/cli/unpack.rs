@@ -20,10 +20,9 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::decoded::{WindowDigests, decode_in_any_order, decode_in_order, sequential_materializer};
-use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
 use super::{base_places, lies_inside, parse_threads};
-use crate::archive::{Archive, ArchiveError, Bases};
+use crate::archive::{Archive, ArchiveError, Bases, hex};
 use crate::materialize::{EngineChoice, MaterializeError};
 
 /// Write the files of archives as they were before packing.

@@ -67,9 +67,8 @@ pub struct Pair<'a> {
     pub predicted: &'a [u8],
 }
 
-/// Mean distance of a tensor to another in units of its own spread, both as integers in the order of the numbers, on at most
-/// `sampled` elements: 0 where they are equal, about 1 where they have nothing in common.
-pub fn mean_distance(tensor: &TensorInfo, bytes: &[u8], other: &[u8], sampled: usize) -> f64 {
+/// Elements spread over a tensor, about so many, as integers in the order of the numbers.
+pub fn spread_elements(tensor: &TensorInfo, bytes: &[u8], count: usize) -> Vec<f64> {
     let width = tensor.dtype.bits().unwrap_or(8) as usize / 8;
     let elements = bytes.len() / width.max(1);
     let value = |bytes: &[u8], element: usize| -> f64 {
@@ -79,11 +78,17 @@ pub fn mean_distance(tensor: &TensorInfo, bytes: &[u8], other: &[u8], sampled: u
         let magnitude = number & (u64::MAX >> (65 - 8 * width));
         if number >> (8 * width - 1) == 1 { -(magnitude as f64) } else { magnitude as f64 }
     };
+    (0..elements).step_by((elements / count).max(1)).map(|element| value(bytes, element)).collect()
+}
+
+/// Mean distance of elements to others in units of their own spread: 0 where they are equal, about 1 where they have nothing in
+/// common.
+pub fn mean_distance(elements: &[f64], others: &[f64]) -> f64 {
     let (mut distance, mut spread) = (0.0, 0.0);
-    for element in (0..elements).step_by((elements / sampled).max(1)) {
-        let next = (element + elements / 2 + 1) % elements;
-        distance += (value(bytes, element) - value(other, element)).abs();
-        spread += (value(bytes, element) - value(bytes, next)).abs();
+    for (number, (&element, other)) in elements.iter().zip(others).enumerate() {
+        let next = elements[(number + elements.len() / 2 + 1) % elements.len()];
+        distance += (element - other).abs();
+        spread += (element - next).abs();
     }
     if distance == 0.0 { 0.0 } else { distance / spread }
 }
@@ -516,8 +521,8 @@ mod tests {
             offset_bytes: 0,
             length_bytes: 800,
         };
-        let (one, other) = (values(1), values(2));
-        assert_eq!(mean_distance(&tensor, &one, &one, 512), 0.0);
-        assert!(mean_distance(&tensor, &one, &other, 512) > 0.5);
+        let [one, other] = [1, 2].map(|seed| spread_elements(&tensor, &values(seed), 512));
+        assert_eq!(mean_distance(&one, &one), 0.0);
+        assert!(mean_distance(&one, &other) > 0.5);
     }
 }

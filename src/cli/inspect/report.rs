@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::streams::StreamBytes;
-use crate::archive::{Archive, ArchiveError, PartAddress};
+use crate::archive::{Archive, ArchiveError, PartAddress, hex};
 use crate::format::difference::BasedInfo;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredPredictor};
 use crate::format::preamble::VERSION;
@@ -219,9 +219,4 @@ impl Report {
         }
         Ok(())
     }
-}
-
-/// Lower-case hexadecimal, as sha256sum prints it.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

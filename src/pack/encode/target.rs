@@ -136,7 +136,7 @@ impl Encoder<'_> {
             if budget - fixed < least {
                 // Parts that are no longer bit-exact than quantized so finely may be longer than quantized as the budget asks.
                 if coarser < COARSEST && survey.reconsider() {
-                    (attempt, coarser) = (0, 2.0 * coarser);
+                    (attempt, coarser) = (0, 4.0 * coarser);
                     let energy;
                     (following, energy) = (survey.energy().0 as f64, survey.energy().1);
                     step = coarser * first_step((energy / following).sqrt(), following);
