@@ -1,21 +1,44 @@
 #!/usr/bin/env python3
-"""What a really fine-tuned variant takes given its base, and how good both are, read through a mount.
+"""A real fine-tune packed against its base and alone, in bits per parameter, and what it scores through the mount.
 
     cargo build --release
-    .venv/bin/python benches/real_variant.py [--eval DIR] [--base NAME] [--variant NAME] [--base-bpp BITS] [--bpp BITS]
+    .bench-venv/bin/python benches/real_variant.py [--eval DIR] [--base NAME] [--variant NAME]
 
-Needs an evaluation folder (models/, eval.py). Packs the base and the variant without losses, each alone and the variant given the base,
-then the base at one rate and the variant at another, alone and given the lossy base. All archives are mounted and evaluated in
-the mount; of those without losses the mounted files are compared with the originals by SHA-256. Prints one Markdown table.
+The evaluation folder's pair of a language model and the same after training on books: every weight changed. The base is
+there as a lossless archive, and as one of 4.2 bits per parameter, which is what a lossy variant is packed against.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from measure.checkpoint import evaluation_folder, sha256
+from measure import checkpoint, page
+from measure.evaluation import Evaluation
 from measure.ours import DEFAULT_BINARY, Mcwcfs
-from task_metric import Evaluation, distance, mounted
+
+LOSSY_BASE = ("--bpp", "4.2")
+WAYS = {
+    "lossless, alone": (None, ("--lossless",)),
+    "lossless, against the lossless base": (("--lossless",), ("--lossless",)),
+    "4.2 bits, alone": (None, ("--bpp", "4.2")),
+    "2 bits, alone": (None, ("--bpp", "2")),
+    "2 bits, against the base at 4.2 bits": (LOSSY_BASE, ("--bpp", "2")),
+}
+"""How the base is packed, where there is one, and how the variant is."""
+
+
+def measure(mcwcfs, evaluation, base, variant, base_options, options):
+    """Bits per parameter of the variant's archive, and its outcome."""
+    with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+        packed, mount_point = Path(work) / "packed", Path(work) / "mnt"
+        packed.mkdir()
+        mount_point.mkdir()
+        if base_options is not None:
+            mcwcfs.pack(base.directory, packed / "base", *base_options)
+            options = [*options, "--base", packed / "base"]
+        report = mcwcfs.pack(variant.directory, packed / "variant", *options)
+        with mcwcfs.mounted(packed, mount_point):
+            return report["bits_per_parameter"], evaluation.of(mount_point / "variant")
 
 
 def main():
@@ -23,47 +46,20 @@ def main():
     parser.add_argument("--eval", metavar="DIR", help="evaluation folder; MCWCFS_EVAL without it")
     parser.add_argument("--base", default="neox-8x256-tinystories", metavar="NAME")
     parser.add_argument("--variant", default="neox-8x256-books-ft", metavar="NAME")
-    parser.add_argument("--base-bpp", default="4.2", metavar="BITS", help="bits per parameter of the lossy base")
-    parser.add_argument("--bpp", default="2.0", metavar="BITS", help="bits per parameter of the lossy variant")
-    parser.add_argument("--binary", type=Path, default=DEFAULT_BINARY)
+    parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
     arguments = parser.parse_args()
-    folder = evaluation_folder(arguments.eval)
+    folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:
         return
     mcwcfs = Mcwcfs(arguments.binary)
-    base, variant = (folder / "models" / name for name in (arguments.base, arguments.variant))
-    with tempfile.TemporaryDirectory(prefix="mcwcfs-variant-") as scratch:
-        packed, mount_point = Path(scratch) / "packed", Path(scratch) / "mnt"
-        packed.mkdir()
-        mount_point.mkdir()
-        at_base, at_variant = ["--bpp", arguments.base_bpp], ["--bpp", arguments.bpp]
-        choices = {
-            "base": (base, []),
-            "variant, alone": (variant, []),
-            "variant, given the base": (variant, ["--base", packed / "base"]),
-            f"base at {arguments.base_bpp}": (base, at_base),
-            f"variant at {arguments.bpp}, alone": (variant, at_variant),
-            f"variant at {arguments.bpp}, given the base at {arguments.base_bpp}": (
-                variant,
-                [*at_variant, "--base", packed / f"base at {arguments.base_bpp}"],
-            ),
-        }
-        reports = {
-            name: mcwcfs.pack(source, packed / name, *options) for name, (source, options) in choices.items()
-        }
-        print("| what | bits per parameter | task | metric | distance to the original |\n|---|---|---|---|---|")
-        with mounted(mcwcfs, packed, mount_point):
-            for name, (source, _) in choices.items():
-                for file in sorted(source.glob("*.safetensors")) if reports[name]["lossless"] else ():
-                    if sha256(mount_point / name / file.name) != sha256(file):
-                        raise SystemExit(f"{name}: {file.name} is other bytes in the mount")
-                result = Evaluation(folder / "eval.py", source, None).of(mount_point / name)
-                primary = result["primary"]
-                print(
-                    f"| {name} | {reports[name]['bits_per_parameter']:.3f} | {primary['task']} | "
-                    f"{primary['metric']} {primary['value']:.4g} | {distance(result)} |",
-                    flush=True,
-                )
+    base, variant = checkpoint.open_models(folder, [arguments.base, arguments.variant])
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+        evaluation = Evaluation(folder, variant, Path(work))
+        for name, (base_options, options) in WAYS.items():
+            bits, outcome = measure(mcwcfs, evaluation, base, variant, base_options, options)
+            rows.append([name, f"{bits:.2f}", f"{outcome.metric} {outcome.words()}"])
+    print(page.table([variant.name, "bits per parameter", "score and distance"], rows))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 """What fine-tuned variants of a model take, given their base: ours beside BitX and zipnn, in bits per parameter.
 
     cargo build --release
-    .venv/bin/pip install zstandard==0.25.0
-    .venv/bin/python benches/variants.py CHECKPOINT.safetensors [--keep DIR] [--only NAME]... [--binary PATH]
+    .bench-venv/bin/python benches/variants.py CHECKPOINT.safetensors [--keep DIR] [--only NAME]... [--binary PATH]
 
 Rounds the checkpoint to bfloat16, makes variants of it with a fixed seed, packs each with `--base`, mounts all archives, and
 compares the SHA-256 of every file in the mount with that of what was packed. BitX is what ZipLLM does: the exclusive-or of both files in two byte streams, each through zstd. zipnn codes the same
@@ -12,16 +11,15 @@ missed.
 """
 
 import argparse
+import hashlib
 import json
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import zstandard
-from measure.checkpoint import sha256
 from measure.lossless import split, zipnn_coder
 from measure.ours import DEFAULT_BINARY, Mcwcfs
-from task_metric import mounted
 
 
 def bf16(values):
@@ -93,6 +91,10 @@ def write(path, tensors):
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"".join(pieces))
 
 
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def exclusive_or(base, variant):
     return np.frombuffer(split(base)[1], "<u2") ^ np.frombuffer(split(variant)[1], "<u2")
 
@@ -111,7 +113,7 @@ def zipnn_bits(base, variant):
 def check_mounted(mcwcfs, packed, mount_point, originals):
     """Compares the mounted file of every archive in `packed` with what was packed."""
     mount_point.mkdir(exist_ok=True)
-    with mounted(mcwcfs, packed, mount_point):
+    with mcwcfs.mounted(packed, mount_point):
         for original in originals:
             if sha256(mount_point / original.name) != sha256(original):
                 raise SystemExit(f"{original.name}: other bytes in the mount")

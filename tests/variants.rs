@@ -320,7 +320,8 @@ fn a_merged_product_is_never_longer_with_losses_than_without() {
     }
     mcwcfs_ok(arguments!["pack", path("base.safetensors"), path("base.mcwc")]);
     let pack = |options: &[&str]| -> serde_json::Value {
-        let arguments = arguments!["pack", "--json", "--force", "--effort", "fast", "--base", path("base.mcwc")].into_iter();
+        let arguments =
+            arguments!["pack", "--json", "--force", "--effort", "fast", "--base", path("base.mcwc")].into_iter();
         let files = arguments![path("variant.safetensors"), path("variant.mcwc")];
         let said = mcwcfs_ok(arguments.chain(options.iter().map(OsString::from)).chain(files));
         serde_json::from_str(&said).expect("JSON")

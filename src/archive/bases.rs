@@ -7,9 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::{Archive, ArchiveError, hex, is_archive_name};
+use super::{Archive, ArchiveError, is_archive_name};
 use crate::format::index::BaseReference;
 use crate::format::limits::BASE_CHAIN;
+use crate::hexadecimal::hex;
 
 /// Which file it was: device, inode, length, time of the last change of any kind.
 type Identity = (u64, u64, u64, i64, i64);

@@ -11,7 +11,8 @@ use serde::Serialize;
 
 use super::pack::{Bar, Destination, PackCommandError, copy_sidecars, print};
 use super::{lies_inside, parse_threads};
-use crate::archive::{Archive, ArchivedFile, hex};
+use crate::archive::{Archive, ArchivedFile};
+use crate::hexadecimal::hex;
 use crate::pack::base::Base;
 use crate::pack::encode::{Encoder, PackError, Silent, hidden_file};
 use crate::pack::options::{Effort, PackOptions};
@@ -165,7 +166,8 @@ fn pack_member(
     let base_id = base.as_ref().map(|base| base.reference().content_id);
     let is_packed = !args.force && is_packed(&destination.archive, &checkpoint, base_id);
     if is_packed {
-        let changed: Vec<Sidecar> = checkpoint.sidecars.iter().filter(|sidecar| !is_copied(sidecar, &directory)).cloned().collect();
+        let is_other = |sidecar: &&Sidecar| !is_copied(sidecar, &directory);
+        let changed: Vec<Sidecar> = checkpoint.sidecars.iter().filter(is_other).cloned().collect();
         copy_sidecars(&changed, &directory)?;
     } else {
         fs::create_dir_all(&directory).map_err(super::pack::io_at(&directory))?;
@@ -190,12 +192,11 @@ fn is_copied(sidecar: &Sidecar, directory: &Path) -> bool {
     let copy = directory.join(&sidecar.name);
     let length = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).ok();
     let is_as_long = length(&copy).is_some_and(|bytes| length(&sidecar.path) == Some(bytes));
-    is_as_long && fs::read(&copy).ok().is_some_and(|bytes| fs::read(&sidecar.path).is_ok_and(|source| source == bytes))
+    is_as_long && fs::read(&copy).is_ok_and(|bytes| fs::read(&sidecar.path).is_ok_and(|source| source == bytes))
 }
 
-/// Whether there is a sound archive of the checkpoint as it is, against the same base.
-/// Of a file that nobody has touched since only the header is read; whatever its own time says, the time at which the system last
-/// changed anything of it is no older than its content.
+/// Whether there is a sound archive of the checkpoint as it is, against the same base. Of a file that nobody has touched since
+/// only the header is read; whatever a file says of its own time, the system knows when anything of it last changed.
 fn is_packed(archive_path: &Path, checkpoint: &Checkpoint, base: Option<[u8; 32]>) -> bool {
     let Ok(archive) = Archive::open(archive_path) else { return false };
     let Ok(packed) = fs::metadata(archive_path) else { return false };

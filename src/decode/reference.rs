@@ -5,8 +5,8 @@ use super::prepared::{Difference, PartKind, Prediction, Quantizer, Symbols};
 use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::codec::difference::{Bits, coded_order, join_difference};
 use crate::codec::entropy::{LaneReader, decode_run};
-use crate::codec::low_rank::LowRank;
 use crate::codec::lossless::{join_element, widen};
+use crate::codec::low_rank::LowRank;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::codec::units::{UnitCoding, write_units};
@@ -311,6 +311,9 @@ impl StripView<'_> {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
             // Eqs. 68-69: the keyframe value or the residual.
             let mut value = dequantize(point, quantizer.step_of_run(run), quantizer.mean_of_run(run));
+            if let Some(column_scales) = quantizer.column_scales() {
+                value *= column_scales[index % self.layout.run_elements];
+            }
             if let Some((prediction, reference, first_of_reference)) = prediction {
                 let element = first_element + index;
                 let source = prediction

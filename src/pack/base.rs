@@ -53,6 +53,7 @@ pub struct Base {
     archive: Arc<Archive>,
     materializer: Materializer,
     name: String,
+    is_packed: bool,
 }
 
 impl Base {
@@ -61,7 +62,9 @@ impl Base {
     /// # Errors
     /// When it is none of these, or does not stand alone.
     pub fn open(path: &Path) -> Result<Self, BaseError> {
-        let archive = match packed_at(path)? {
+        let packed = packed_at(path)?;
+        let is_packed = packed.is_some();
+        let archive = match packed {
             Some(archive) => Archive::open(&archive)?,
             None => {
                 let checkpoint = Checkpoint::open(path)?;
@@ -77,7 +80,7 @@ impl Base {
         let options = MaterializeOptions { cache_bytes, ..MaterializeOptions::default() };
         let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let name = canonical.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { archive: Arc::new(archive), materializer: Materializer::new(options), name })
+        Ok(Self { archive: Arc::new(archive), materializer: Materializer::new(options), name, is_packed })
     }
 
     /// What an index says of it.
@@ -88,6 +91,11 @@ impl Base {
     /// The base as an archive.
     pub fn archive(&self) -> &Arc<Archive> {
         &self.archive
+    }
+
+    /// Whether it is an archive; a checkpoint otherwise, which serves for packing but not for reading a variant.
+    pub fn is_packed(&self) -> bool {
+        self.is_packed
     }
 
     /// A tensor's description.
@@ -222,9 +230,8 @@ fn packed_at(path: &Path) -> Result<Option<PathBuf>, BaseError> {
         return Ok(is_archive(path).then(|| path.to_owned()));
     }
     let entries = std::fs::read_dir(path).map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
-    let archives: Vec<PathBuf> = (entries.flatten().map(|entry| entry.path()))
-        .filter(|path| is_archive(path))
-        .collect();
+    let archives: Vec<PathBuf> =
+        (entries.flatten().map(|entry| entry.path())).filter(|path| is_archive(path)).collect();
     match archives.len() {
         0 => Ok(None),
         1 => Ok(archives.into_iter().next()),

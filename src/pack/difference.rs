@@ -271,8 +271,11 @@ impl<'a> DifferencePart<'a> {
             _ => 23,
         };
         let per_octave = f64::from(1_u32 << (mantissa - self.choice.class_shift));
-        let changes: Vec<Option<i32>> =
-            facts.row_octaves.iter().map(|octaves| octaves.map(|octaves| (per_octave * octaves).round() as i32)).collect();
+        let changes: Vec<Option<i32>> = facts
+            .row_octaves
+            .iter()
+            .map(|octaves| octaves.map(|octaves| (per_octave * octaves).round() as i32))
+            .collect();
         let largest = changes.iter().flatten().copied().max().unwrap_or(0);
         // Rows that changed most have their highest class at the top; a row that did not change at all is like them.
         let offsets: Vec<i32> = (changes.iter())

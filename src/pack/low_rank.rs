@@ -167,7 +167,8 @@ fn bits_beside_of<T: Bits>(pair: Pair<'_>, product: &LowRank) -> f64 {
         }
     }
     let total = counts.iter().sum::<u64>().max(1) as f64;
-    let of_lengths = counts.iter().filter(|&&count| count > 0).map(|&count| count as f64 * (total / count as f64).log2());
+    let of_lengths =
+        counts.iter().filter(|&&count| count > 0).map(|&count| count as f64 * (total / count as f64).log2());
     (of_lengths.sum::<f64>() + f64::from(below)) / total
 }
 

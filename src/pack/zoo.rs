@@ -203,7 +203,8 @@ mod tests {
             std::fs::create_dir_all(&directory).expect("a directory");
             std::fs::write(directory.join("model.safetensors"), "").expect("a file");
         }
-        let link = |target: &Path, name: &str| std::os::unix::fs::symlink(target, root.path().join(name)).expect("a link");
+        let link =
+            |target: &Path, name: &str| std::os::unix::fs::symlink(target, root.path().join(name)).expect("a link");
         link(outside.path(), "elsewhere");
         link(&root.path().join("b"), "a-second-name-of-b");
         link(root.path(), "circle");

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 
 use super::tree::Archived;
-use crate::archive::hex;
+use crate::hexadecimal::hex;
 
 /// SHA-256 of the bytes that the file reads as, in hexadecimal.
 const SHA256: &str = "user.mcwc.sha256";
