@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::streams::StreamBytes;
-use crate::archive::{Archive, ArchiveError, PartAddress, hex};
+use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::format::difference::BasedInfo;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredPredictor};
 use crate::format::preamble::VERSION;
