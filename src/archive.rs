@@ -5,7 +5,9 @@
 mod bases;
 mod plain;
 
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,6 +32,16 @@ pub use bases::{Bases, Place};
 
 /// What names begin with while their files are being written, and after a run that was killed: no part of any tree.
 pub const UNFINISHED_PREFIX: &str = ".mcwc-pack-";
+
+/// Whether a file of this name is one that is still being written, or that was left behind by a run that was killed.
+pub fn is_unfinished_name(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes())
+}
+
+/// Whether a file of this name is a finished archive.
+pub fn is_archive_name(name: &OsStr) -> bool {
+    !is_unfinished_name(name) && Path::new(name).extension().is_some_and(|extension| extension == "mcwc")
+}
 
 /// Why an archive cannot be opened or read.
 #[derive(Debug, thiserror::Error)]

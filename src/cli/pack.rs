@@ -29,7 +29,7 @@ use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::Checkpoint;
 
 pub(super) use self::bar::{Bar, Phase};
-pub(super) use self::destination::{Destination, io_at};
+pub(super) use self::destination::{Destination, copy_sidecars, io_at};
 pub(super) use self::points::{Point, write_whole};
 pub(super) use self::print::print;
 

@@ -34,7 +34,8 @@ impl Prepared {
         let materializer = Arc::new(Materializer::new(options.materialize));
         let decoder = Arc::clone(&materializer);
         let places = std::iter::once(&options.source).chain(&options.base_paths).map(|path| Place::tree(path));
-        let bases = Bases::new(places.collect());
+        let bases = Arc::new(Bases::new(places.collect()));
+        let looked_for = Arc::clone(&bases);
         let mut vfs = Vfs::open(&options.source, move |path| {
             process::leave_descriptors_for_readers()
                 .map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
@@ -42,6 +43,7 @@ impl Prepared {
             decoder.check_fits(&archive)?; // a map of its file would end its reader
             Ok(DecodedArchive::new(archive, Arc::clone(&decoder)))
         })?;
+        vfs.before_rescans(move || looked_for.look_again());
         vfs.decode_ahead(options.decode_ahead, options.materialize.threads, options.materialize.cache_bytes)
             .map_err(|source| DaemonError::System { what: "starting a thread", source })?;
         if let Some(DecodedCache { directory, bytes }) = &options.decoded_cache {

@@ -6,6 +6,7 @@ use super::{DecodeError, Engine, PreparedPart, StripJob, first_strip};
 use crate::codec::difference::{Bits, coded_order, join_difference};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
+use crate::codec::low_rank::LowRank;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::codec::units::{UnitCoding, write_units};
@@ -48,7 +49,7 @@ fn decode_strip(
     part.check_strip(strip, stored)?;
     let predicted = part.based().map(|_| {
         let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
-        part.predicted_strip(strip, reference)
+        part.predicted_strip(strip, reference, LowRank::add)
     });
     let Some(layout) = part.layout(strip) else {
         out.copy_from_slice(predicted.as_deref().unwrap_or(stored));

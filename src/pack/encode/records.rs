@@ -189,7 +189,7 @@ impl Encoder<'_> {
         let parts = source.iter().zip(&record.parts).zip(planned.iter().zip(step_factors));
         parts
             .map(|((&(tensor, bytes), part), (planned, &step_factor))| {
-                let start = self.start(part.file, part.tensor)?;
+                let start = self.start(part.file, part.tensor, planned.decision.is_quantized())?;
                 Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
             })
             .collect()
@@ -211,7 +211,7 @@ impl Encoder<'_> {
                 let tensor = source[ordinal].0;
                 if base.is_some() {
                     let part = &record.parts[ordinal];
-                    let start = self.start(part.file, part.tensor)?.expect("the part starts from the base");
+                    let start = self.start(part.file, part.tensor, true)?.expect("the part starts from the base");
                     let part = &encoded.parts[ordinal];
                     return Ok(Some(decode_part(&*self.engine, tensor, part, pools, None, Some(&start.predicted))?));
                 }

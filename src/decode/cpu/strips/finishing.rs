@@ -272,7 +272,7 @@ impl<'a> PartDecoder<'a> {
     fn add_differences(&self, difference: &Difference, strip: usize, out: &mut [u8], add: differences::Add) {
         let reference = self.part.reference_of(strip, self.first_strip, self.reference);
         let reference = reference.expect("a part that starts from a base is decoded with its reference at hand");
-        let predicted = self.part.predicted_strip(strip, reference);
+        let predicted = self.part.predicted_strip(strip, reference, self.kernels.differences.add_product());
         let first_element = strip * self.symbols.runs_per_strip * self.symbols.run_elements;
         SCRATCH.with_borrow_mut(|(differences, classes)| {
             differences.clear();
