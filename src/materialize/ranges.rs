@@ -61,7 +61,7 @@ impl Materializer {
     }
 
     /// Fills `out` with the bytes of a file from `offset_bytes` on, which must lie inside it, from no piece.
-    fn read_range(
+    pub(super) fn read_range(
         &self,
         keeper: Keeper,
         archive: &Archive,
