@@ -4,7 +4,6 @@
 //! The form is kept from version to version: an upgrade starts a worker from another binary than the supervisor's.
 
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Seek, Write};
 use std::net::TcpListener;
@@ -17,6 +16,7 @@ use std::process::Command;
 use super::DaemonError;
 use super::launch::{ROLE, WORKER};
 use crate::fuse::{Device, OpenFiles};
+use crate::hexadecimal::hex;
 
 /// What the worker reads first, so that it can refuse what it would not understand.
 const VERSION: &str = "3";
@@ -103,12 +103,10 @@ pub(super) fn prepare(
     let listener = listener.map_or("none".to_owned(), |listener| listener.as_raw_fd().to_string());
     let [device_number, control_number, account, ..] = descriptors[..] else { unreachable!("three are always there") };
     let suspicious = u8::from(*is_suspicious);
-    let mut text = format!(
-        "{VERSION} {device_number} {control_number} {listener} {account} {daemon} {restarts} {upgrades} {suspicious} "
+    let greeting = hex(device.greeting());
+    let text = format!(
+        "{VERSION} {device_number} {control_number} {listener} {account} {daemon} {restarts} {upgrades} {suspicious} {greeting}"
     );
-    for byte in device.greeting() {
-        write!(text, "{byte:02x}").expect("a String takes all that is written to it");
-    }
     command.env(ROLE, WORKER).env(FACTS, text).env(SOURCE, source).env(MOUNTPOINT, device.mountpoint());
     // SAFETY: between fork and exec only `fcntl` and `signal` are called, which are async-signal-safe.
     unsafe { command.pre_exec(move || become_worker(&descriptors)) };
