@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::{MaterializeError, Materializer, UnitKey, bytes_of, strips, zeroed};
+use super::{MaterializeError, Materializer, Purpose, UnitKey, bytes_of, strips, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
 use crate::metrics::METRICS;
@@ -12,6 +12,7 @@ impl Materializer {
     /// Fills `out` with the bytes of a part from `offset` on.
     pub(super) fn read_whole(
         &self,
+        purpose: Purpose,
         archive: &Archive,
         address: PartAddress,
         part: &PreparedPart,
@@ -23,9 +24,14 @@ impl Materializer {
             copy(&whole);
             return Ok(());
         }
-        let needed = self.memory_for_whole(part);
-        self.check_memory(archive, address, needed)?;
-        let _memory = self.take_memory(needed);
+        let _memory = match purpose {
+            Purpose::Reading(_) => {
+                let needed = self.memory_for_whole(part);
+                self.check_memory(archive, address, needed)?;
+                Some(self.take_memory(needed))
+            }
+            Purpose::Decoding => None,
+        };
         copy(&self.whole(archive, address)?);
         Ok(())
     }
