@@ -115,6 +115,26 @@ impl<'a> Calibration<'a> {
         &self.description
     }
 
+    /// The model.
+    pub(super) fn model(&self) -> &Transformer {
+        &self.model
+    }
+
+    /// Whether the model takes images, tokens otherwise.
+    pub fn takes_images(&self) -> bool {
+        self.model.takes_images()
+    }
+
+    /// The checkpoint's weights.
+    pub(super) fn weights(&self) -> &dyn Weights {
+        &self.weights
+    }
+
+    /// What the model is run on.
+    pub(super) fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
     /// What the model's linear maps are multiplied with, from the first layer on.
     pub fn statistics(&self) -> InputStatistics<'_> {
         InputStatistics { calibration: self, pass: None, stage: None, hessians: BTreeMap::new() }

@@ -8,10 +8,12 @@ use sha2::{Digest, Sha256};
 use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
 use super::super::part::{EncodedPart, SelfCheckError};
+use super::super::quantize::values_of;
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
 use super::super::symbols::RunLayout;
+use super::super::train::Trainer;
 use super::super::treatment::{Decision, Drafted};
 use super::Encoder;
 use super::steering::Steering;
@@ -27,6 +29,9 @@ use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
+/// Steps of training that take about as long as quantizing everything in a closed loop.
+const STEPS_AS_LONG_AS_ENCODING: u64 = 8;
+
 /// An archive's records, written.
 pub(super) struct Written {
     pub(super) index: Index,
@@ -35,6 +40,8 @@ pub(super) struct Written {
     pub(super) stages: StageTotals,
     pub(super) keyframe_records: u64,
     pub(super) predicted_records: u64,
+    /// How far the decoded model is from the checkpoint on inputs that it was not trained on, where that was asked.
+    pub(super) held_out_distance: Option<f64>,
     /// Every part as it was written, record by record.
     pub(super) parts: Vec<Vec<ProbedPart>>,
 }
@@ -73,14 +80,19 @@ impl From<SelfCheckError> for WriteError {
 }
 
 impl Encoder<'_> {
-    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`.
+    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`; with what `trainer`
+    /// makes of the weights, where there is one.
     pub(super) fn write_records(
         &self,
         out: &mut (impl Write + Seek),
         plan: &Probe,
         mut steering: Steering,
+        mut trainer: Option<&mut Trainer<'_>>,
     ) -> Result<Written, WriteError> {
-        self.progress.phase("encoding", self.source_bytes());
+        let step_bytes = self.source_bytes() / STEPS_AS_LONG_AS_ENCODING;
+        let steps = trainer.as_ref().map_or(0, |trainer| trainer.schedule().steps as u64);
+        let phase = if steps > 0 { "training" } else { "encoding" };
+        self.progress.phase(phase, self.source_bytes() + steps * step_bytes);
         out.seek(SeekFrom::Start(0))?;
         out.write_all(&[0; PREAMBLE_BYTES as usize])?; // written last
         let mut written = Written {
@@ -89,6 +101,7 @@ impl Encoder<'_> {
             stages: StageTotals::default(),
             keyframe_records: 0,
             predicted_records: 0,
+            held_out_distance: None,
             parts: Vec::with_capacity(plan.parts.len()),
         };
         let pool = &plan.pool;
@@ -96,6 +109,9 @@ impl Encoder<'_> {
         let pool_tables = pool.coding_tables();
         let pools = Pools { tables: &pool_tables, codebooks: pool.codebooks() };
         written.index.codebooks = stored_codebooks(pool);
+        if steps > 0 && let Some(trainer) = &trainer {
+            written.index.provenance.push(("training".to_owned(), trainer.schedule().description()));
+        }
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let mut needs_base = false;
@@ -107,13 +123,22 @@ impl Encoder<'_> {
             }
             let source: Vec<(&TensorInfo, &[u8])> =
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
+            if let Some(trainer) = &mut trainer
+                && planned.iter().any(|part| part.decision.is_quantized())
+            {
+                trainer.train(self.progress, step_bytes)?;
+            }
             let step_factor = steering.step_factor();
             let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
                 .zip(&record.parts)
                 .map(|((&(tensor, bytes), planned), part)| {
                     let step_factor = if planned.follows_step { step_factor } else { 1.0 };
                     let start = self.start(part.file, part.tensor)?;
-                    Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
+                    let draft = Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options);
+                    Ok(match trainer.as_ref().and_then(|trainer| trainer.latents(&tensor.name)) {
+                        Some(latents) => draft.with_values(latents, self.options),
+                        None => draft,
+                    })
                 })
                 .collect::<Result<_, MaterializeError>>()?;
             let context = (contexts.remove(&record.block_type))
@@ -135,11 +160,20 @@ impl Encoder<'_> {
             steering.account(planned, &parts);
             written.parts.push(parts);
 
-            if self.may_be_a_reference(record) {
+            if self.may_be_a_reference(record) || trainer.is_some() {
                 let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), pools)?;
-                let permutation = encoded.grouped;
-                let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
-                contexts.insert(record.block_type, context);
+                if let Some(trainer) = &mut trainer {
+                    for (&(tensor, _), decoded) in source.iter().zip(&decoded) {
+                        // What turned out to be bit-exact is as it was.
+                        let values = decoded.as_deref().map(|bytes| values_of(&tensor.dtype, bytes));
+                        trainer.settle(&tensor.name, values);
+                    }
+                }
+                if self.may_be_a_reference(record) {
+                    let permutation = encoded.grouped;
+                    let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
+                    contexts.insert(record.block_type, context);
+                }
             }
             for part in &record.parts {
                 self.finish_part(part.file, part.tensor);
@@ -148,6 +182,7 @@ impl Encoder<'_> {
         if !needs_base {
             written.index.bases.clear(); // everything turned out shorter alone
         }
+        written.held_out_distance = trainer.map(|trainer| trainer.held_out_distance()).transpose()?;
         Ok(written)
     }
 

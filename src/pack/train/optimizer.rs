@@ -1,0 +1,100 @@
+//! AdamW with a warm-up and a cosine, on gradients that are clipped together (G.3).
+
+use std::collections::BTreeMap;
+
+use super::student::Student;
+use crate::forward::recorded::Gradients;
+use crate::pack::quantize::root_mean_square;
+
+/// Greatest step of a latent weight, in root mean squares of its tensor.
+const RATE: f32 = 3e-3;
+/// Where the cosine ends, as a share of that.
+const LAST_RATE: f32 = 0.1;
+/// What is left of the moments after a step.
+const DECAYS: [f32; 2] = [0.9, 0.99];
+const EPSILON: f32 = 1e-12;
+/// Decoupled weight decay: towards the checkpoint's weights, for these are latent weights of that and no new model.
+const WEIGHT_DECAY: f32 = 1e-2;
+/// Greatest norm of all gradients together.
+const MOST_NORM: f64 = 1.0;
+/// Steps until the rate is whole, and at most this share of all.
+const WARM_UP: usize = 500;
+const WARM_UP_SHARE: usize = 10;
+
+/// The state of the optimizer.
+pub struct Optimizer {
+    steps: usize,
+    /// Steps taken.
+    step: usize,
+    moments: BTreeMap<String, Moments>,
+}
+
+/// Running means of a tensor's gradients and of their squares.
+struct Moments {
+    first: Vec<f32>,
+    second: Vec<f32>,
+    rate: f32,
+    /// Steps that they have seen.
+    seen: i32,
+}
+
+impl Optimizer {
+    /// For so many steps.
+    pub fn new(steps: usize) -> Self {
+        Self { steps, step: 0, moments: BTreeMap::new() }
+    }
+
+    /// What the rate is multiplied with at the next step.
+    fn rate(&self) -> f32 {
+        let warm_up = WARM_UP.min(self.steps / WARM_UP_SHARE);
+        if self.step < warm_up {
+            return (self.step + 1) as f32 / (warm_up + 1) as f32;
+        }
+        let done = (self.step - warm_up) as f32 / (self.steps - warm_up).max(1) as f32;
+        LAST_RATE + (1.0 - LAST_RATE) * 0.5 * (1.0 + (std::f32::consts::PI * done).cos())
+    }
+
+    /// Moves the student's latent weights down the gradients.
+    pub fn step(&mut self, student: &mut Student<'_>, gradients: &Gradients) {
+        let norm = gradients.values().flat_map(|gradient| gradient.iter()).map(|&value| f64::from(value).powi(2)).sum::<f64>();
+        let clipped = (MOST_NORM / norm.sqrt().max(MOST_NORM)) as f32;
+        let rate = self.rate();
+        self.step += 1;
+        if !norm.is_finite() {
+            return; // a batch that overflows teaches nothing
+        }
+        for (name, gradient) in gradients {
+            student.change(name, |latents, original| {
+                let moments = self.moments.entry(name.clone()).or_insert_with(|| Moments::new(original));
+                let gradient = gradient.as_slice().expect("gradients lie as they are made");
+                moments.step(latents, original, gradient, clipped, rate);
+            });
+        }
+    }
+
+    /// Drops what is known of a tensor.
+    pub fn forget(&mut self, tensor: &str) {
+        self.moments.remove(tensor);
+    }
+}
+
+impl Moments {
+    fn new(original: &[f32]) -> Self {
+        let zeros = vec![0.0; original.len()];
+        Self { first: zeros.clone(), second: zeros, rate: RATE * root_mean_square(original) as f32, seen: 0 }
+    }
+
+    fn step(&mut self, latents: &mut [f32], original: &[f32], gradient: &[f32], clipped: f32, rate: f32) {
+        self.seen += 1;
+        let [decay, decay_of_squares] = DECAYS;
+        let (unbiased, unbiased_square) = (1.0 - decay.powi(self.seen), 1.0 - decay_of_squares.powi(self.seen));
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        for (((latent, original), gradient), (first, second)) in latents.iter_mut().zip(original).zip(gradient).zip(moments) {
+            let gradient = gradient * clipped;
+            *first += (1.0 - decay) * (gradient - *first);
+            *second += (1.0 - decay_of_squares) * (gradient * gradient - *second);
+            let direction = *first / unbiased / ((*second / unbiased_square).sqrt() + EPSILON);
+            *latent -= rate * (self.rate * direction + RATE * WEIGHT_DECAY * (*latent - original));
+        }
+    }
+}
