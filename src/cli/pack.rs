@@ -86,6 +86,9 @@ pub struct PackArgs {
     /// Seed of the order in which training sees its inputs.
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
+    /// A directory that keeps the state of training. The same command goes on from it after it was stopped, to the same bytes.
+    #[arg(long, value_name = "DIRECTORY")]
+    train_state: Option<PathBuf>,
     /// Pack a checkpoint that was quantized before (GPTQ, AWQ, FP8 and others) with losses: what is quantized in it stays
     /// bit-exact, its other matrices lose.
     #[arg(long)]
@@ -199,6 +202,9 @@ pub enum PackCommandError {
          scalar or residual-vector), and no --steps per-group"
     )]
     Uncalibrated,
+    /// Training without what it needs.
+    #[error("--train on: expected --bpp, --calibration or --calibrate, and no --base")]
+    Untrained,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -242,6 +248,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         training: args.train,
         train_steps: args.train_steps,
         seed: args.seed,
+        training_state: args.train_state.clone(),
         force_requantize: args.force_requantize,
         stats: args.stats,
     };
@@ -250,6 +257,10 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
     if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
         return Err(PackCommandError::Uncalibrated);
+    }
+    let has_rate = matches!(options.target, Target::BitsPerParameter(_));
+    if options.training == Training::On && !(has_rate && calibration.is_some() && args.base.is_none()) {
+        return Err(PackCommandError::Untrained);
     }
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let names: Vec<&str> =

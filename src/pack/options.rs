@@ -1,6 +1,7 @@
 //! What a user can choose when packing.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::align::Alignment;
@@ -251,6 +252,8 @@ pub struct PackOptions {
     pub train_steps: Option<usize>,
     /// Of everything that is drawn by chance.
     pub seed: u64,
+    /// A directory that keeps the state of training, so that a run that was stopped goes on.
+    pub training_state: Option<PathBuf>,
     /// Whether to lose anything of checkpoints that were quantized before.
     pub force_requantize: bool,
     /// Whether to measure what every stage is worth; the archive is the same.
@@ -275,6 +278,7 @@ impl Default for PackOptions {
             training: Training::default(),
             train_steps: None,
             seed: 0,
+            training_state: None,
             force_requantize: false,
             stats: false,
         }

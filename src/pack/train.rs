@@ -17,11 +17,15 @@
 pub mod batches;
 pub mod loss;
 pub mod optimizer;
+pub mod state;
 pub mod student;
+
+use std::collections::BTreeMap;
 
 use self::batches::Batches;
 use self::loss::{Target, distance, distillation};
 use self::optimizer::Optimizer;
+use self::state::{State, StateError, StateFile};
 use self::student::Student;
 use super::calibration::Calibration;
 use super::encode::Progress;
@@ -88,6 +92,27 @@ pub struct Trainer<'a> {
     stages: usize,
     stage: usize,
     step: usize,
+    kept: Option<Kept>,
+}
+
+/// What is kept on disk.
+struct Kept {
+    file: StateFile,
+    /// Latent weights of what was quantized.
+    settled: BTreeMap<String, Vec<f32>>,
+    /// A state to go on from, until its stage is reached.
+    before: Option<State>,
+}
+
+/// Training failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The model cannot be run.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// Its state cannot be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 impl<'a> Trainer<'a> {
@@ -104,7 +129,23 @@ impl<'a> Trainer<'a> {
             stages,
             stage: 0,
             step: 0,
+            kept: None,
         }
+    }
+
+    /// Keeps the state after every stage in a file, and goes on from one that is there.
+    #[must_use]
+    pub fn kept_in(mut self, file: StateFile) -> Self {
+        let before = file.load();
+        for (name, latents) in before.iter().flat_map(|state| &state.latents) {
+            self.student.change(name, |values, _| {
+                if values.len() == latents.len() {
+                    values.copy_from_slice(latents);
+                }
+            });
+        }
+        self.kept = Some(Kept { file, settled: BTreeMap::new(), before });
+        self
     }
 
     /// Latent weights of a tensor, where it has any: what is to be quantized in place of the checkpoint's.
@@ -119,6 +160,9 @@ impl<'a> Trainer<'a> {
 
     /// From now on a tensor is as it decodes, or as the checkpoint has it where it turned out to be bit-exact.
     pub fn settle(&mut self, tensor: &str, decoded: Option<Vec<f32>>) {
+        if let (Some(kept), Some(latents)) = (&mut self.kept, self.student.latents(tensor)) {
+            kept.settled.insert(tensor.to_owned(), latents.to_vec());
+        }
         self.student.settle(tensor, decoded);
         self.optimizer.forget(tensor);
     }
@@ -126,10 +170,14 @@ impl<'a> Trainer<'a> {
     /// Trains before the next stage: its share of the steps. The first has none, for nothing is lost yet.
     ///
     /// # Errors
-    /// When the model cannot be run.
-    pub fn train(&mut self, progress: &dyn Progress, bytes_per_step: u64) -> Result<(), ForwardError> {
+    /// When the model cannot be run, or the state cannot be kept.
+    pub fn train(&mut self, progress: &dyn Progress, bytes_per_step: u64) -> Result<(), TrainError> {
         let until = (self.schedule.steps * self.stage).div_ceil(self.stages.saturating_sub(1).max(1));
         self.stage += 1;
+        if self.goes_on() {
+            progress.advance(bytes_per_step * (until.saturating_sub(self.step)) as u64);
+            return Ok(());
+        }
         let mut sum = 0.0;
         let first = self.step;
         while self.step < until.min(self.schedule.steps) && self.student.has_latents() && !progress.is_interrupted() {
@@ -139,8 +187,27 @@ impl<'a> Trainer<'a> {
         if self.step > first {
             let loss = sum / (self.step - first) as f64;
             log::debug!("trained: stage {}, steps {first} to {}, loss {loss:.5}", self.stage, self.step);
+            self.keep(until)?;
         }
         Ok(())
+    }
+
+    /// Whether this stage was trained before; the last of such stages puts back what the state says.
+    fn goes_on(&mut self) -> bool {
+        let Some(kept) = &mut self.kept else { return false };
+        let Some(state) = kept.before.take_if(|state| state.stage <= self.stage) else { return kept.before.is_some() };
+        self.step = state.step;
+        (0..state.step).for_each(|_| self.batches.skip());
+        self.optimizer.restore(state.step, state.moments);
+        true
+    }
+
+    /// Keeps the state of a stage that came to its end.
+    fn keep(&self, until: usize) -> Result<(), TrainError> {
+        let Some(kept) = self.kept.as_ref().filter(|_| self.step >= until) else { return Ok(()) };
+        let settled = kept.settled.iter().map(|(name, latents)| (name.as_str(), latents.as_slice()));
+        let latents = settled.chain(self.student.all_latents());
+        Ok(kept.file.save(self.stage, self.step, latents, self.optimizer.moments())?)
     }
 
     /// One step; returns the loss before it.

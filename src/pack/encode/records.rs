@@ -13,7 +13,8 @@ use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, m
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
 use super::super::symbols::RunLayout;
-use super::super::train::Trainer;
+use super::super::train::state::StateError;
+use super::super::train::{TrainError, Trainer};
 use super::super::treatment::{Decision, Drafted};
 use super::Encoder;
 use super::steering::Steering;
@@ -52,7 +53,17 @@ pub(super) enum WriteError {
     SelfCheck(SelfCheckError),
     Base(MaterializeError),
     Forward(ForwardError),
+    State(StateError),
     Interrupted,
+}
+
+impl From<TrainError> for WriteError {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Forward(error) => Self::Forward(error),
+            TrainError::State(error) => Self::State(error),
+        }
+    }
 }
 
 impl From<std::io::Error> for WriteError {

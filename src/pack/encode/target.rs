@@ -182,13 +182,14 @@ impl Encoder<'_> {
             file.set_len(0).map_err(output)?;
             let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
             let steering = Steering::new(self.options.target, plan.budget, plan.slope, &plan.probe.parts);
-            let mut trainer = schedule.and_then(|schedule| self.trainer(&plan.probe, schedule));
+            let mut trainer = schedule.and_then(|schedule| self.trainer(&plan.probe, schedule, attempt));
             let written = self.write_records(&mut buffered, &plan.probe, steering, trainer.as_mut());
             let written = written.map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
                 WriteError::Base(error) => PackError::Base(error.into()),
                 WriteError::Forward(error) => PackError::Calibration(error.into()),
+                WriteError::State(error) => PackError::Output { path: error.path, source: error.source },
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;

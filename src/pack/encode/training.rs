@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::super::report::TrainingReport;
 use super::super::survey::{Probe, ProbedPart};
+use super::super::train::state::StateFile;
 use super::super::train::{Schedule, Trainer, Training};
 use super::compare::Compared;
 use super::records::Written;
@@ -28,8 +30,9 @@ impl<'a> Encoder<'a> {
         self.options.schedule(self.checkpoint.parameters(), calibration.takes_images())
     }
 
-    /// Trains what `plan` quantizes.
-    pub(super) fn trainer(&self, plan: &Probe, schedule: Schedule) -> Option<Trainer<'_>> {
+    /// Trains what `plan` quantizes, in the encoding of this number.
+    pub(super) fn trainer(&self, plan: &Probe, schedule: Schedule, encoding: usize) -> Option<Trainer<'_>> {
+        let calibration = self.calibration.as_ref()?;
         let is_quantized = |parts: &[ProbedPart], part: usize| parts[part].decision.is_quantized();
         let records = || self.plan.records.iter().zip(&plan.parts);
         let tensors: Vec<&str> = records()
@@ -37,7 +40,35 @@ impl<'a> Encoder<'a> {
             .map(|(_, part)| self.tensor(part.file, part.tensor).0.name.as_str())
             .collect();
         let stages = records().filter(|(record, parts)| (0..record.parts.len()).any(|part| is_quantized(parts, part)));
-        Some(Trainer::new(self.calibration.as_ref()?, &tensors, stages.count(), schedule))
+        let trainer = Trainer::new(calibration, &tensors, stages.count(), schedule);
+        Some(match &self.options.training_state {
+            Some(directory) if schedule.steps > 0 => {
+                let fingerprint = self.fingerprint(plan, calibration.description(), &schedule, &tensors);
+                trainer.kept_in(StateFile::new(directory, encoding, fingerprint))
+            }
+            _ => trainer,
+        })
+    }
+
+    /// Of everything that a state of training comes from.
+    fn fingerprint(&self, plan: &Probe, calibration: &str, schedule: &Schedule, tensors: &[&str]) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(calibration);
+        hash.update(schedule.description());
+        for (field, value) in self.options.provenance() {
+            hash.update(field);
+            hash.update(value);
+        }
+        tensors.iter().for_each(|tensor| hash.update(tensor));
+        for part in plan.parts.iter().flatten() {
+            hash.update(part.bits.to_le_bytes());
+            hash.update(part.squared_error.to_le_bytes());
+        }
+        for file in &self.checkpoint.files {
+            hash.update(&file.header.bytes);
+            (0..file.header.tensors.len()).for_each(|tensor| hash.update(file.tensor_bytes(tensor)));
+        }
+        hash.finalize().into()
     }
 
     /// Encodes until the target is met, into `file` or, where training is tried and turns out better, into another beside `out`.

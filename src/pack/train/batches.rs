@@ -40,6 +40,16 @@ impl Batches {
 
     /// The next batch to train on: every input once, then all of them again in another order.
     pub fn next_batch(&mut self) -> Inputs {
+        let numbers = self.next_numbers();
+        self.chosen(&numbers)
+    }
+
+    /// Passes over a batch.
+    pub fn skip(&mut self) {
+        self.next_numbers();
+    }
+
+    fn next_numbers(&mut self) -> Vec<usize> {
         let (mut chosen, mut tokens) = (Vec::new(), 0);
         while tokens < self.batch_tokens && chosen.len() < self.trained {
             if self.left.is_empty() {
@@ -50,7 +60,7 @@ impl Batches {
             tokens += self.tokens_of(number);
             chosen.push(number);
         }
-        self.chosen(&chosen)
+        chosen
     }
 
     /// Batches of what is never trained on; of a single input, that.

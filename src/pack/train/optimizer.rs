@@ -30,12 +30,11 @@ pub struct Optimizer {
 }
 
 /// Running means of a tensor's gradients and of their squares.
-struct Moments {
+pub struct Moments {
     first: Vec<f32>,
     second: Vec<f32>,
-    rate: f32,
     /// Steps that they have seen.
-    seen: i32,
+    seen: usize,
 }
 
 impl Optimizer {
@@ -60,12 +59,11 @@ impl Optimizer {
         let clipped = (MOST_NORM / norm.sqrt().max(MOST_NORM)) as f32;
         let rate = self.rate();
         self.step += 1;
-        if !norm.is_finite() {
-            return; // a batch that overflows teaches nothing
-        }
+        // A batch that overflows teaches nothing.
+        let clipped = if norm.is_finite() { clipped } else { 0.0 };
         for (name, gradient) in gradients {
             student.change(name, |latents, original| {
-                let moments = self.moments.entry(name.clone()).or_insert_with(|| Moments::new(original));
+                let moments = self.moments.entry(name.clone()).or_insert_with(|| Moments::new(original.len()));
                 let gradient = gradient.as_slice().expect("gradients lie as they are made");
                 moments.step(latents, original, gradient, clipped, rate);
             });
@@ -76,25 +74,46 @@ impl Optimizer {
     pub fn forget(&mut self, tensor: &str) {
         self.moments.remove(tensor);
     }
+
+    /// What is known of tensors.
+    pub fn moments(&self) -> &BTreeMap<String, Moments> {
+        &self.moments
+    }
+
+    /// Goes on from after so many steps.
+    pub fn restore(&mut self, step: usize, moments: BTreeMap<String, Moments>) {
+        (self.step, self.moments) = (step, moments);
+    }
 }
 
 impl Moments {
-    fn new(original: &[f32]) -> Self {
-        let zeros = vec![0.0; original.len()];
-        Self { first: zeros.clone(), second: zeros, rate: RATE * root_mean_square(original) as f32, seen: 0 }
+    fn new(elements: usize) -> Self {
+        Self { first: vec![0.0; elements], second: vec![0.0; elements], seen: 0 }
     }
 
+    /// As [`Moments::means`] gave them, after so many steps.
+    pub fn restored(first: Vec<f32>, second: Vec<f32>, seen: usize) -> Self {
+        Self { first, second, seen }
+    }
+
+    /// Of gradients, and of their squares.
+    pub fn means(&self) -> [&[f32]; 2] {
+        [&self.first, &self.second]
+    }
+
+    /// Moves latent weights by a step; `rate` is a share of the whole.
     fn step(&mut self, latents: &mut [f32], original: &[f32], gradient: &[f32], clipped: f32, rate: f32) {
         self.seen += 1;
+        let whole = RATE * root_mean_square(original) as f32;
         let [decay, decay_of_squares] = DECAYS;
-        let (unbiased, unbiased_square) = (1.0 - decay.powi(self.seen), 1.0 - decay_of_squares.powi(self.seen));
+        let (unbiased, unbiased_square) = (1.0 - decay.powi(self.seen as i32), 1.0 - decay_of_squares.powi(self.seen as i32));
         let moments = self.first.iter_mut().zip(&mut self.second);
         for (((latent, original), gradient), (first, second)) in latents.iter_mut().zip(original).zip(gradient).zip(moments) {
-            let gradient = gradient * clipped;
+            let gradient = if clipped > 0.0 { gradient * clipped } else { 0.0 };
             *first += (1.0 - decay) * (gradient - *first);
             *second += (1.0 - decay_of_squares) * (gradient * gradient - *second);
             let direction = *first / unbiased / ((*second / unbiased_square).sqrt() + EPSILON);
-            *latent -= rate * (self.rate * direction + RATE * WEIGHT_DECAY * (*latent - original));
+            *latent -= rate * (whole * direction + RATE * WEIGHT_DECAY * (*latent - original));
         }
     }
 }

@@ -26,6 +26,11 @@ impl<'a> Student<'a> {
         self.latent.contains(name).then(|| self.values[name].as_slice())
     }
 
+    /// All of them.
+    pub fn all_latents(&self) -> impl Iterator<Item = (&str, &[f32])> {
+        self.latent.iter().map(|name| (name.as_str(), self.values[name].as_slice()))
+    }
+
     /// Calls `change` with the latent weights of a tensor that has some, and the checkpoint's.
     pub fn change(&mut self, name: &str, change: impl FnOnce(&mut [f32], &[f32])) {
         if self.latent.contains(name) {
