@@ -117,3 +117,63 @@ impl Moments {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forward::Weights;
+
+    /// Two tensors of four weights.
+    struct Two;
+
+    impl Weights for Two {
+        fn shape(&self, _: &str) -> Option<Vec<usize>> {
+            Some(vec![2, 2])
+        }
+
+        fn values(&self, _: &str) -> Option<Vec<f32>> {
+            Some(vec![1.0, -1.0, 1.0, -1.0])
+        }
+
+        fn names(&self) -> Vec<String> {
+            vec!["a".into(), "b".into()]
+        }
+    }
+
+    fn gradients(value: f32) -> Gradients {
+        ["a", "b"].map(|name| (name.to_owned(), ndarray::Array2::from_elem((2, 2), value))).into()
+    }
+
+    #[test]
+    fn the_first_steps_go_down_the_gradient_by_the_rate_and_settled_tensors_stay() {
+        let mut student = Student::new(&Two, &["a", "b"]);
+        student.settle("b", Some(vec![5.0; 4]));
+        let mut optimizer = Optimizer::new(1);
+        optimizer.step(&mut student, &gradients(0.01));
+        let moved = student.latents("a").expect("it is latent")[0] - 1.0;
+        assert!((moved + RATE).abs() < 1e-3 * RATE, "{moved}");
+        assert_eq!(student.values("b"), Some(vec![5.0; 4]));
+    }
+
+    #[test]
+    fn a_gradient_that_is_no_number_moves_nothing() {
+        let mut student = Student::new(&Two, &["a", "b"]);
+        let mut optimizer = Optimizer::new(10);
+        optimizer.step(&mut student, &gradients(f32::NAN));
+        assert_eq!(student.latents("a"), Two.values("a").as_deref());
+    }
+
+    #[test]
+    fn the_rate_warms_up_and_falls() {
+        let mut optimizer = Optimizer::new(100);
+        let rates: Vec<f32> = (0..100)
+            .map(|step| {
+                optimizer.step = step;
+                optimizer.rate()
+            })
+            .collect();
+        assert!(rates[..11].windows(2).all(|pair| pair[0] < pair[1]) && rates[10] == 1.0, "{rates:?}");
+        assert!(rates[10..].windows(2).all(|pair| pair[0] > pair[1]), "{rates:?}");
+        assert!((rates[99] - LAST_RATE).abs() < 0.01);
+    }
+}
