@@ -21,6 +21,7 @@ use crate::format::index::Index;
 use crate::format::part::Coding;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
 use crate::format::record::{RecordEntry, SideInformation};
+use crate::hexadecimal::hex;
 use crate::safetensors::{Header, SafetensorsError};
 use crate::tensor::{TensorInfo, total_elements};
 use plain::PlainFiles;
@@ -61,7 +62,8 @@ pub enum ArchiveError {
     },
     /// A base that the archive starts from was not found.
     #[error(
-        "{path}: needs the base {name} (content id {content_id}), which is not in {}: --base-path names another place",
+        "{path}: needs the base {name} (content id {content_id}), which no archive in {} decodes to: --base-path names another \
+         place, and a base that is a plain checkpoint must be packed too, losslessly",
         display_all(places)
     )]
     BaseMissing {
@@ -295,8 +297,8 @@ impl Archive {
             return Err(ArchiveError::Inconsistent {
                 path: self.path.clone(),
                 field: "base content id",
-                found: given.iter().map(|id| bases::hex(id)).collect::<Vec<_>>().join(", "),
-                expected: named.iter().map(|id| bases::hex(id)).collect::<Vec<_>>().join(", "),
+                found: given.iter().map(|id| hex(id)).collect::<Vec<_>>().join(", "),
+                expected: named.iter().map(|id| hex(id)).collect::<Vec<_>>().join(", "),
             });
         }
         self.bases = bases;
@@ -415,15 +417,20 @@ impl Archive {
         self.read_at(&mut bytes, self.record_offsets[record as usize])?;
         let failed = |error| ArchiveError::Format { path: self.path.clone(), error };
         let side = SideInformation::parse(&bytes, entry).map_err(failed)?;
-        let has_units = side.parts.iter().any(|part| matches!(part.coding, Coding::Units(_)));
-        if has_units && !self.index.has_units {
-            return Err(failed(FormatError::Invalid {
-                section: "side information",
-                field: "part coding",
-                offset: 0,
-                found: "a part of units".into(),
-                expected: "none without feature 3".into(),
-            }));
+        let has = |is_so: fn(&Coding) -> bool| side.parts.iter().any(|part| is_so(&part.coding));
+        for (is_there, is_announced, field, found, feature) in [
+            (has(Coding::is_of_units), self.index.has_units, "part coding", "a part of units", 3),
+            (has(Coding::has_column_scales), self.index.has_column_scales, "quantizer flags", "column scales", 4),
+        ] {
+            if is_there && !is_announced {
+                return Err(failed(FormatError::Invalid {
+                    section: "side information",
+                    field,
+                    offset: 0,
+                    found: found.into(),
+                    expected: format!("none without feature {feature}"),
+                }));
+            }
         }
         Ok(side)
     }

@@ -132,7 +132,8 @@ fn training_gives_the_same_bytes_on_any_number_of_threads_and_from_a_state_that_
     let state = work.path("state");
     let archive = |name: &str, options: &[&str]| {
         let path = work.path(name);
-        let mut arguments = arguments!["pack", &work.checkpoint.join("model.safetensors"), &path, "--bpp", "2.5"].to_vec();
+        let mut arguments =
+            arguments!["pack", &work.checkpoint.join("model.safetensors"), &path, "--bpp", "2.5"].to_vec();
         arguments.extend(arguments!["--calibration", &calibration, "--train", "on", "--train-steps", "6"]);
         arguments.extend(options.iter().map(Into::into));
         mcwcfs_ok(arguments);
@@ -153,11 +154,13 @@ fn training_is_kept_only_where_held_out_inputs_say_so() {
     let calibration = work.path("calibration.safetensors");
     let arguments = |name: &str| {
         let path = work.path(name);
-        let mut arguments = arguments!["pack", &work.checkpoint.join("model.safetensors"), &path, "--bpp", "2.5"].to_vec();
+        let mut arguments =
+            arguments!["pack", &work.checkpoint.join("model.safetensors"), &path, "--bpp", "2.5"].to_vec();
         arguments.extend(arguments!["--calibration", &calibration, "--train-steps", "4", "--json"]);
         (arguments, path)
     };
-    let (auto, path) = arguments("auto.mcwc");
+    let (mut auto, path) = arguments("auto.mcwc");
+    auto.extend(arguments!["--train", "auto"]);
     let report: serde_json::Value = serde_json::from_str(&mcwcfs_ok(auto)).expect("JSON");
     let number = |key: &str| report["training"][key].as_f64().unwrap_or_else(|| panic!("{report}"));
     let is_kept = report["training"]["is_kept"].as_bool().expect("a verdict");

@@ -281,11 +281,7 @@ const VIT_TIMM: Family = Family {
     down: "mlp.fc2",
     activation: (&["hidden_act"], "gelu"),
     rotary_share: None,
-    embedding: Embedding::Patches {
-        projection: "patch_embed.proj",
-        class_token: "cls_token",
-        positions: "pos_embed",
-    },
+    embedding: Embedding::Patches { projection: "patch_embed.proj", class_token: "cls_token", positions: "pos_embed" },
     final_norm: Some("norm"),
     heads: &["head"],
 };

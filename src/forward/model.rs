@@ -207,7 +207,8 @@ impl Config {
     /// The family, and the width of its heads where this file does not tell their number.
     fn family(&self) -> Result<(&'static Family, Option<usize>), ForwardError> {
         if let Some(architecture) = self.text("architecture") {
-            let known = FAMILIES.iter().flat_map(|family| family.architectures.iter().map(move |known| (family, known)));
+            let known =
+                FAMILIES.iter().flat_map(|family| family.architectures.iter().map(move |known| (family, known)));
             let known: Vec<_> = known.collect();
             let found = known.iter().find(|(_, (beginning, _))| architecture.starts_with(beginning));
             return found.map(|&(family, &(_, width))| (family, Some(width))).ok_or_else(|| {
@@ -242,7 +243,11 @@ impl Config {
 
     fn count(&self, keys: &[&'static str]) -> Result<usize, ForwardError> {
         let found = keys.iter().find_map(|key| self.optional_count(key));
-        found.ok_or(ForwardError::Config { field: keys[0], problem: "absent, expected a positive number".into() })
+        found.ok_or_else(|| {
+            let given = keys.iter().find_map(|key| self.0.get(*key));
+            let given = given.map_or("absent".into(), Value::to_string);
+            ForwardError::Config { field: keys[0], problem: format!("{given}, expected a positive number") }
+        })
     }
 
     /// Rotary positions. Since version 5 transformers writes them into an object of their own.

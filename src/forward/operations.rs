@@ -2,7 +2,7 @@
 //! drift apart.
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, Zip, s};
+use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis, Zip, s};
 use rayon::prelude::*;
 
 /// Rows multiplied at once: fixed, so that no sum depends on the number of threads.
@@ -36,7 +36,7 @@ impl WeightLayout {
 }
 
 /// `inputs` times the transposed weights, `[outputs, inputs]`, plus the bias: `[rows, inputs]` to `[rows, outputs]`.
-pub(super) fn linear(inputs: &Array2<f32>, weight: ArrayView2<'_, f32>, bias: Option<&Array1<f32>>) -> Array2<f32> {
+pub(super) fn linear(inputs: &ArrayRef2<f32>, weight: ArrayView2<'_, f32>, bias: Option<&Array1<f32>>) -> Array2<f32> {
     let mut outputs = product(inputs, weight.t());
     if let Some(bias) = bias {
         for_row_blocks(&mut outputs, |_, mut rows| rows += bias);
@@ -60,7 +60,7 @@ pub(super) fn linear_gradient_of_weights(of_outputs: &Array2<f32>, inputs: &Arra
 }
 
 /// A product of matrices in blocks of rows.
-fn product(left: &Array2<f32>, right: ArrayView2<'_, f32>) -> Array2<f32> {
+fn product(left: &ArrayRef2<f32>, right: ArrayView2<'_, f32>) -> Array2<f32> {
     let mut outputs = Array2::zeros((left.nrows(), right.ncols()));
     for_row_blocks(&mut outputs, |first, mut rows| {
         general_mat_mul(1.0, &left.slice(s![first..first + rows.nrows(), ..]), &right, 0.0, &mut rows);
@@ -172,7 +172,8 @@ impl Activation {
         let [outside, inside] = TANH_FACTORS;
         let slope = |x: f32| match self {
             Self::Gelu => {
-                let density = (-0.5 * x * x).exp() * (0.5 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2);
+                let density =
+                    (-0.5 * x * x).exp() * (0.5 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2);
                 0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)) + x * density
             }
             Self::GeluTanh => {

@@ -8,7 +8,7 @@ use ndarray::{Array1, Array2, s};
 use super::families::{Arrangement, Embedding};
 use super::inputs::Inputs;
 use super::model::Transformer;
-use super::operations::{Norm, WeightLayout};
+use super::operations::{Norm, WeightLayout, linear};
 use super::tape::{Rows, Tape};
 use super::{ForwardError, Weights};
 
@@ -17,6 +17,7 @@ use super::{ForwardError, Weights};
 pub type Watch<'a> = dyn FnMut(&[String], &Array2<f32>) + 'a;
 
 /// A model on its way through its layers.
+#[derive(Clone)]
 pub struct Pass<'a> {
     model: &'a Transformer,
     weights: &'a dyn Weights,
@@ -82,7 +83,7 @@ impl<'a> Pass<'a> {
     }
 
     /// What the last layer gave, or the embedding.
-    pub(super) fn hidden(&self) -> &Rows {
+    pub(super) fn hidden_rows(&self) -> &Rows {
         &self.hidden
     }
 
@@ -131,17 +132,44 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
+    /// The hidden states as they are now, `[tokens, hidden]`.
+    pub fn hidden(&self) -> &Array2<f32> {
+        &self.hidden
+    }
+
+    /// The rows of each sequence in the hidden states.
+    pub fn sequences(&self) -> &[Range<usize>] {
+        &self.sequences
+    }
+
     /// What the model says once all layers have run: what its head gives, of every token, or of the class token where it
     /// classifies images; without a head the last hidden states.
     ///
     /// # Errors
     /// When a tensor is missing or has a wrong shape.
-    pub fn finish(mut self, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
-        self.outputs(watch).map(Rows::into_values)
+    pub fn finish(self, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
+        self.outputs(watch).map(|outputs| outputs.rows(0..outputs.count()))
     }
 
-    /// The same, and the tape stays.
-    pub(super) fn outputs(&mut self, watch: &mut Watch<'_>) -> Result<Rows, ForwardError> {
+    /// The same, row by row when they are asked for: all at once may be more than memory holds.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has a wrong shape.
+    pub fn outputs(mut self, watch: &mut Watch<'_>) -> Result<Outputs, ForwardError> {
+        let (hidden, head) = self.last(watch)?;
+        Ok(Outputs { hidden, head })
+    }
+
+    /// The same on the tape, which stays.
+    pub(super) fn kept_outputs(&mut self, watch: &mut Watch<'_>) -> Result<Rows, ForwardError> {
+        Ok(match self.last(watch)? {
+            (hidden, Some(head)) => self.tape.linear(&hidden, &head.weight, head.layout, head.bias.as_ref()),
+            (hidden, None) => hidden,
+        })
+    }
+
+    /// The last hidden states, and the head that they go through.
+    fn last(&mut self, watch: &mut Watch<'_>) -> Result<(Rows, Option<Linear>), ForwardError> {
         let mut hidden = self.take_hidden();
         if let Some(norm) = self.model.family.final_norm {
             hidden = self.normed(&hidden, &self.full(norm))?;
@@ -150,11 +178,12 @@ impl<'a> Pass<'a> {
             let class_tokens = self.sequences.iter().map(|sequence| Some(sequence.start)).collect();
             hidden = self.tape.picked(&hidden, class_tokens);
         }
-        let Some(head) = self.model.head(self.weights) else { return Ok(hidden) };
+        let Some(head) = self.model.head(self.weights) else { return Ok((hidden, None)) };
         if self.model.has_own_head(&head) {
             watch(&[format!("{head}.weight")], &hidden);
         }
-        self.linear(&head, WeightLayout::OutputsFirst, &hidden, None)
+        let head = self.map(&head, WeightLayout::OutputsFirst, &hidden, None)?;
+        Ok((hidden, Some(head)))
     }
 
     /// The tape, once nothing more is to run.
@@ -329,6 +358,18 @@ impl<'a> Pass<'a> {
         inputs: &Rows,
         outputs: Option<usize>,
     ) -> Result<Rows, ForwardError> {
+        let Linear { weight, layout, bias } = self.map(name, layout, inputs, outputs)?;
+        Ok(self.tape.linear(inputs, &weight, layout, bias.as_ref()))
+    }
+
+    /// A linear map, which must take such inputs and give so many outputs.
+    fn map(
+        &mut self,
+        name: &str,
+        layout: WeightLayout,
+        inputs: &Rows,
+        outputs: Option<usize>,
+    ) -> Result<Linear, ForwardError> {
         let tensor = format!("{name}.weight");
         let weight = self.matrix(&tensor)?;
         let bias = self.vector(&format!("{name}.bias"));
@@ -339,7 +380,7 @@ impl<'a> Pass<'a> {
             let expected = format!("{:?} and a bias to match", layout.shape(outputs, inputs.ncols()));
             return Err(wrong_shape(&tensor, weight.shape(), expected));
         }
-        Ok(self.tape.linear(inputs, &weight, layout, bias.as_ref()))
+        Ok(Linear { weight, layout, bias })
     }
 
     /// Applies a norm.
@@ -392,6 +433,45 @@ impl<'a> Pass<'a> {
         let columns = values.len() / rows.max(1);
         let values = Array2::from_shape_vec((rows, columns), values).map_err(|_| wrong())?;
         Ok(if (self.is_trained)(name) { self.tape.trained(name, values) } else { Rows::constant(values) })
+    }
+}
+
+/// What a model says, and what that is made of.
+pub struct Outputs {
+    hidden: Rows,
+    head: Option<Linear>,
+}
+
+/// A linear map whose weights lie `[outputs, inputs]` once they are turned.
+struct Linear {
+    weight: Rows,
+    layout: WeightLayout,
+    bias: Option<Array1<f32>>,
+}
+
+impl Outputs {
+    /// Rows: tokens, or images.
+    pub fn count(&self) -> usize {
+        self.hidden.nrows()
+    }
+
+    /// Whether they are the logits of a head; the last hidden states otherwise.
+    pub fn are_logits(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// Numbers in a row.
+    pub fn width(&self) -> usize {
+        self.head.as_ref().map_or(self.hidden.ncols(), |head| head.layout.turned(&head.weight).nrows())
+    }
+
+    /// Some of the rows, `[rows, width]`.
+    pub fn rows(&self, rows: Range<usize>) -> Array2<f32> {
+        let hidden = self.hidden.slice(s![rows, ..]);
+        match &self.head {
+            Some(head) => linear(&hidden, head.layout.turned(&head.weight), head.bias.as_ref()),
+            None => hidden.to_owned(),
+        }
     }
 }
 

@@ -5,8 +5,8 @@ use ndarray::Array2;
 use super::inputs::Inputs;
 use super::model::Transformer;
 use super::pass::Pass;
-use super::tape::{Rows, Tape};
 pub use super::tape::Gradients;
+use super::tape::{Rows, Tape};
 use super::{ForwardError, Weights};
 
 /// A model's run: what its layers and the whole of it gave, and how.
@@ -32,9 +32,9 @@ impl Recorded {
         let mut layers = Vec::with_capacity(model.layers);
         for _ in 0..model.layers {
             pass.layer(watch)?;
-            layers.push(pass.hidden().clone());
+            layers.push(pass.hidden_rows().clone());
         }
-        let outputs = pass.outputs(watch)?;
+        let outputs = pass.kept_outputs(watch)?;
         Ok(Self { tape: pass.into_tape(), layers, outputs })
     }
 
@@ -43,7 +43,7 @@ impl Recorded {
         self.layers.iter().map(|rows| &**rows)
     }
 
-    /// What the model says, as [`Pass::finish`] has it.
+    /// What the model says, as `Pass::finish` has it.
     pub fn outputs(&self) -> &Array2<f32> {
         &self.outputs
     }

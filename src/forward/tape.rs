@@ -34,7 +34,7 @@ impl Rows {
     }
 
     /// The values, taken where nobody else has them.
-    pub(super) fn into_values(self) -> Array2<f32> {
+    fn into_values(self) -> Array2<f32> {
         Arc::unwrap_or_clone(self.values)
     }
 }
@@ -51,6 +51,7 @@ impl Deref for Rows {
 pub type Gradients = BTreeMap<String, Array2<f32>>;
 
 /// What gave some rows, with the values that its gradient needs.
+#[derive(Clone)]
 enum Operation {
     Parameter(String),
     Linear { inputs: Rows, weight: Rows, layout: WeightLayout },
@@ -63,7 +64,7 @@ enum Operation {
 }
 
 /// The operations in the order in which they were done.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Tape {
     operations: Vec<Operation>,
 }

@@ -163,6 +163,20 @@ impl Steps {
     }
 }
 
+/// Which columns of a tensor have steps of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ColumnScales {
+    /// Those of tensors whose inputs calibration knows, where a finer step for what is multiplied with strong inputs makes up
+    /// for more than its bits.
+    #[default]
+    Auto,
+    /// None.
+    None,
+    /// All, in proportion to the root mean square of the column: an ablation. At equal squared error it costs bits, as steps
+    /// per row do.
+    Energy,
+}
+
 /// What the symbols are coded with (Table 15 of the paper).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum EntropyModel {
@@ -235,6 +249,8 @@ pub struct PackOptions {
     pub predictor: PredictorChoice,
     /// Where steps are set.
     pub steps: Steps,
+    /// Which columns have steps of their own.
+    pub column_scales: ColumnScales,
     /// How values become codes.
     pub quantization: Quantization,
     /// What codes are coded with.
@@ -270,6 +286,7 @@ impl Default for PackOptions {
             alignment: AlignmentChoice::default(),
             predictor: PredictorChoice::default(),
             steps: Steps::default(),
+            column_scales: ColumnScales::default(),
             quantization: Quantization::default(),
             entropy_model: EntropyModel::default(),
             trellis_states: None,
@@ -283,6 +300,11 @@ impl Default for PackOptions {
             stats: false,
         }
     }
+}
+
+/// A choice by its name on the command line.
+fn name_of(choice: impl clap::ValueEnum) -> String {
+    choice.to_possible_value().expect("every choice can be given").get_name().to_owned()
 }
 
 /// What a bit is worth in squared steps where rounding is rate-aware, for the scalar and the trellis quantizer. The slope of
@@ -356,36 +378,48 @@ impl PackOptions {
     /// Tool and options as the archive keeps them. The same input and options give the same archive, so nothing of the
     /// machine or the hour is in it.
     pub fn provenance(&self) -> Vec<(String, String)> {
-        let target = match self.target {
-            Target::Lossless => "lossless".to_owned(),
-            Target::BitsPerParameter(bits) => format!("bpp {bits}"),
-            Target::RelativeSquaredError(error) => format!("max-rel-mse {error}"),
+        vec![
+            ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
+            ("options".to_owned(), self.arguments()),
+        ]
+    }
+
+    /// The options as they would be given on the command line. What the effort chooses is left to it.
+    fn arguments(&self) -> String {
+        let mut arguments = match self.target {
+            Target::Lossless => "--lossless".to_owned(),
+            Target::BitsPerParameter(bits) => format!("--bpp {bits}"),
+            Target::RelativeSquaredError(error) => format!("--max-rel-mse {error}"),
         };
-        let mut options = format!("{target}, effort {:?}", self.effort);
+        let mut add = |text: String| arguments.push_str(&text);
+        add(format!(" --effort {}", name_of(self.effort)));
+        for rule in &self.keep {
+            add(format!(" --keep '{rule}'"));
+        }
+        if self.force_requantize {
+            add(" --force-requantize".to_owned());
+        }
         // The rest says how weights are quantized: nothing of it matters where none are.
         if self.target.is_lossy() || self.keep.iter().any(KeepRule::is_lossy) {
-            options.push_str(&format!(
-                ", keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, trellis-states {}, \
-                 entropy-model {:?}, rate-aware-rounding {}, embedding-refinement {}",
+            add(format!(
+                " --keyframe-interval {} --alignment {} --predictor {} --steps {} --column-scales {} --quantization {} \
+                 --entropy-model {} --embedding-refinement {}",
                 self.keyframe_interval,
-                self.alignment,
-                self.predictor,
-                self.steps,
-                self.quantization,
-                self.trellis_states(),
-                self.entropy_model,
-                self.rate_aware_rounding,
+                name_of(self.alignment),
+                name_of(self.predictor),
+                name_of(self.steps),
+                name_of(self.column_scales),
+                name_of(self.quantization),
+                name_of(self.entropy_model),
                 self.embedding_refinement
             ));
+            if let Some(states) = self.trellis_states {
+                add(format!(" --trellis-states {states}"));
+            }
+            if !self.rate_aware_rounding {
+                add(" --no-rate-aware-rounding".to_owned());
+            }
         }
-        let mut provenance = vec![
-            ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
-            ("options".to_owned(), options.to_lowercase()),
-        ];
-        if !self.keep.is_empty() {
-            let rules: Vec<String> = self.keep.iter().map(KeepRule::to_string).collect();
-            provenance.push(("keep".to_owned(), rules.join(", ")));
-        }
-        provenance
+        arguments
     }
 }

@@ -36,9 +36,9 @@ use crate::forward::recorded::Recorded;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Training {
     /// Never.
+    #[default]
     Off,
     /// At low rates with calibration, and kept only where held-out calibration inputs say that it helped.
-    #[default]
     Auto,
     /// Always, and kept.
     On,
@@ -125,7 +125,7 @@ impl<'a> Trainer<'a> {
             target: Target::of(calibration.model(), teacher),
             student: Student::new(teacher, tensors),
             optimizer: Optimizer::new(schedule.steps),
-            batches: Batches::new(calibration.inputs(), calibration.model(), BATCH_TOKENS, schedule.seed),
+            batches: Batches::new(calibration.inputs(), calibration.model().is_causal(), BATCH_TOKENS, schedule.seed),
             stages,
             stage: 0,
             step: 0,
@@ -148,9 +148,11 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Latent weights of a tensor, where it has any: what is to be quantized in place of the checkpoint's.
-    pub fn latents(&self, tensor: &str) -> Option<&[f32]> {
-        self.student.latents(tensor)
+    /// How far the weights of a tensor that is still to be quantized are from the checkpoint's, where it has latent ones.
+    pub fn moves(&self, tensor: &str) -> Option<Vec<f32>> {
+        let original = self.calibration.weights().values(tensor)?;
+        let latents = self.student.latents(tensor)?;
+        Some(latents.iter().zip(original).map(|(latent, original)| latent - original).collect())
     }
 
     /// How long it trains.

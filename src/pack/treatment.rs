@@ -250,20 +250,6 @@ impl<'a> Drafted<'a> {
     }
 }
 
-impl Drafted<'_> {
-    /// The same part with other values in place of the tensor's; as it is where it is not quantized, or these have no codes.
-    #[must_use]
-    pub fn with_values(self, values: &[f32], options: &PackOptions) -> Self {
-        match self {
-            Self::Quantized { layout, quantizer, base: None, .. } if PartQuantizer::new(quantizer.choice, values, layout, options).holds(values, layout) => {
-                let quantizer = PartQuantizer::new(quantizer.choice, values, layout, options);
-                Self::Quantized { values: values.to_vec(), layout, quantizer, base: None }
-            }
-            draft => draft,
-        }
-    }
-}
-
 impl BasedChoice {
     /// How a tensor starts from one of the base, and the product that is added, where that is shorter than `alone`, its treatment without a base. `decoded`
     /// is the base's tensor, as many bytes; `is_whole` whether it has the same shape.

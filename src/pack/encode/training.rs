@@ -43,7 +43,7 @@ impl<'a> Encoder<'a> {
         let trainer = Trainer::new(calibration, &tensors, stages.count(), schedule);
         Some(match &self.options.training_state {
             Some(directory) if schedule.steps > 0 => {
-                let fingerprint = self.fingerprint(plan, calibration.description(), &schedule, &tensors);
+                let fingerprint = self.fingerprint(plan, &calibration.data().origin.to_string(), &schedule, &tensors);
                 trainer.kept_in(StateFile::new(directory, encoding, fingerprint))
             }
             _ => trainer,

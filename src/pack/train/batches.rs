@@ -3,7 +3,6 @@
 use ndarray::Axis;
 
 use crate::forward::inputs::Inputs;
-use crate::forward::model::Transformer;
 
 /// Tokens of a piece of text, where text may be cut: attention to more takes longer and teaches little more.
 const PIECE_TOKENS: usize = 128;
@@ -24,11 +23,13 @@ pub struct Batches {
 }
 
 impl Batches {
-    /// Batches of about so many tokens.
-    pub fn new(inputs: &Inputs, model: &Transformer, batch_tokens: usize, seed: u64) -> Self {
+    /// Batches of about so many tokens. Text may be cut where tokens see those before them only: a piece has a beginning then,
+    /// whichever it is.
+    pub fn new(inputs: &Inputs, may_be_cut: bool, batch_tokens: usize, seed: u64) -> Self {
         let inputs = match inputs {
-            Inputs::Tokens(sequences) if model.is_causal() => {
-                Inputs::Tokens(sequences.iter().flat_map(|sequence| sequence.chunks(PIECE_TOKENS)).map(<[u32]>::to_vec).collect())
+            Inputs::Tokens(sequences) if may_be_cut => {
+                let pieces = sequences.iter().flat_map(|sequence| sequence.chunks(PIECE_TOKENS));
+                Inputs::Tokens(pieces.map(<[u32]>::to_vec).collect())
             }
             inputs => inputs.clone(),
         };
@@ -89,8 +90,56 @@ impl Batches {
 
     fn chosen(&self, numbers: &[usize]) -> Inputs {
         match &self.inputs {
-            Inputs::Tokens(sequences) => Inputs::Tokens(numbers.iter().map(|&number| sequences[number].clone()).collect()),
+            Inputs::Tokens(sequences) => {
+                Inputs::Tokens(numbers.iter().map(|&number| sequences[number].clone()).collect())
+            }
             Inputs::Images(images) => Inputs::Images(images.select(Axis(0), numbers)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sequences of one token each, their numbers.
+    fn numbered(count: u32) -> Inputs {
+        Inputs::Tokens((0..count).map(|number| vec![number]).collect())
+    }
+
+    fn tokens(inputs: Inputs) -> Vec<u32> {
+        let Inputs::Tokens(sequences) = inputs else { panic!("tokens") };
+        sequences.concat()
+    }
+
+    #[test]
+    fn every_input_is_seen_once_a_round_and_the_last_eighth_never() {
+        let mut batches = Batches::new(&numbered(32), false, 7, 1);
+        let mut seen: Vec<u32> = (0..4).flat_map(|_| tokens(batches.next_batch())).collect();
+        let second: Vec<u32> = (0..4).flat_map(|_| tokens(batches.next_batch())).collect();
+        assert_ne!(seen, second, "in another order");
+        seen.sort_unstable();
+        assert_eq!(seen, (0..28).collect::<Vec<u32>>());
+        assert_eq!(batches.held_out().flat_map(tokens).collect::<Vec<u32>>(), [28, 29, 30, 31]);
+    }
+
+    #[test]
+    fn passing_over_batches_leaves_the_same_ones() {
+        let (mut one, mut other) = (Batches::new(&numbered(20), false, 3, 5), Batches::new(&numbered(20), false, 3, 5));
+        for _ in 0..9 {
+            one.next_batch();
+            other.skip();
+        }
+        assert_eq!(one.next_batch(), other.next_batch());
+    }
+
+    #[test]
+    fn long_text_is_cut_and_a_single_input_is_both_trained_on_and_judged_by() {
+        let long = Inputs::Tokens(vec![(0..300).collect()]);
+        let cut = Batches::new(&long, true, 1024, 0);
+        assert_eq!(cut.held_out().flat_map(tokens).collect::<Vec<u32>>(), (256..300).collect::<Vec<u32>>());
+        let mut whole = Batches::new(&long, false, 1024, 0);
+        assert_eq!(tokens(whole.next_batch()).len(), 300);
+        assert_eq!(whole.held_out().flat_map(tokens).count(), 300);
     }
 }

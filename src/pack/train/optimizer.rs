@@ -55,7 +55,8 @@ impl Optimizer {
 
     /// Moves the student's latent weights down the gradients.
     pub fn step(&mut self, student: &mut Student<'_>, gradients: &Gradients) {
-        let norm = gradients.values().flat_map(|gradient| gradient.iter()).map(|&value| f64::from(value).powi(2)).sum::<f64>();
+        let norm =
+            gradients.values().flat_map(|gradient| gradient.iter()).map(|&value| f64::from(value).powi(2)).sum::<f64>();
         let clipped = (MOST_NORM / norm.sqrt().max(MOST_NORM)) as f32;
         let rate = self.rate();
         self.step += 1;
@@ -106,9 +107,12 @@ impl Moments {
         self.seen += 1;
         let whole = RATE * root_mean_square(original) as f32;
         let [decay, decay_of_squares] = DECAYS;
-        let (unbiased, unbiased_square) = (1.0 - decay.powi(self.seen as i32), 1.0 - decay_of_squares.powi(self.seen as i32));
+        let (unbiased, unbiased_square) =
+            (1.0 - decay.powi(self.seen as i32), 1.0 - decay_of_squares.powi(self.seen as i32));
         let moments = self.first.iter_mut().zip(&mut self.second);
-        for (((latent, original), gradient), (first, second)) in latents.iter_mut().zip(original).zip(gradient).zip(moments) {
+        for (((latent, original), gradient), (first, second)) in
+            latents.iter_mut().zip(original).zip(gradient).zip(moments)
+        {
             let gradient = if clipped > 0.0 { gradient * clipped } else { 0.0 };
             *first += (1.0 - decay) * (gradient - *first);
             *second += (1.0 - decay_of_squares) * (gradient * gradient - *second);
