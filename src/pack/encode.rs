@@ -10,6 +10,7 @@ mod finished;
 mod records;
 mod steering;
 mod target;
+mod training;
 mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
+use self::training::Settled;
 use super::base::{Base, BaseError};
 use super::calibration::Calibration;
 use super::evaluation::Evaluation;
@@ -329,7 +331,7 @@ impl<'a> Encoder<'a> {
     pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
         self.check_not_quantized()?;
         // Before the work, in case it cannot be made.
-        let mut unfinished = finished::create(out)?;
+        let unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
         let mut survey = self.survey()?;
         self.check_interrupted(out)?;
@@ -337,7 +339,8 @@ impl<'a> Encoder<'a> {
         self.check_interrupted(out)?;
         // A survey holds samples of everything: it goes before the encoding unless it is asked once more.
         let asked = self.options.stats.then(|| (survey, plan.probe.clone()));
-        let (written, compared, target_missed) = self.settle(unfinished.as_file_mut(), out, plan)?;
+        let Settled { file: mut unfinished, written, compared, target_missed, training } =
+            self.settle_trained(unfinished, out, plan)?;
         let parameters = self.checkpoint.parameters();
         let stats = asked.map(|(mut survey, probe)| {
             statistics::measure(&mut survey, self.options, &probe, &written.stages, parameters)
@@ -375,6 +378,7 @@ impl<'a> Encoder<'a> {
             relative_squared_error,
             calibration: self.calibration.as_ref().map(|calibration| calibration.data().origin.to_string()),
             evaluation,
+            training,
             relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,

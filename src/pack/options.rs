@@ -1,12 +1,14 @@
 //! What a user can choose when packing.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::align::Alignment;
 use super::entropy_model::OwnTable;
 use super::keep::KeepRule;
 use super::quantized_symbols::Rounding;
+use super::train::{Schedule, Training};
 use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{StoredTrellis, TrellisTables};
 
@@ -260,6 +262,14 @@ pub struct PackOptions {
     /// Embeddings and output heads get a step this many times finer. Finer helps GPT-NeoX and costs BERT and Llama, see
     /// `benches/task_metric.py`.
     pub embedding_refinement: f32,
+    /// Whether the weights that are still ahead are trained to make up for what was lost, with calibration.
+    pub training: Training,
+    /// Steps of training; as many as the effort allows where not given.
+    pub train_steps: Option<usize>,
+    /// Of everything that is drawn by chance.
+    pub seed: u64,
+    /// A directory that keeps the state of training, so that a run that was stopped goes on.
+    pub training_state: Option<PathBuf>,
     /// Whether to lose anything of checkpoints that were quantized before.
     pub force_requantize: bool,
     /// Whether to measure what every stage is worth; the archive is the same.
@@ -282,6 +292,10 @@ impl Default for PackOptions {
             trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.2,
+            training: Training::default(),
+            train_steps: None,
+            seed: 0,
+            training_state: None,
             force_requantize: false,
             stats: false,
         }
@@ -297,6 +311,9 @@ fn name_of(choice: impl clap::ValueEnum) -> String {
 /// distortion over rate, 2 ln 2 times the mean squared error, would be 0.12 and about 0.35; measured best on Gaussian
 /// values from 2 to 4.4 bits.
 const LAMBDA: [f32; 2] = [0.1, 0.4];
+
+/// Bits per parameter up to which training is tried unasked: above, too little is lost for it to win anything back.
+const MOST_TRAINED_BITS: f64 = 2.8;
 
 impl PackOptions {
     /// The predictors that may be chosen at this effort.
@@ -314,6 +331,22 @@ impl PackOptions {
     pub fn closed_loop_states(&self) -> TrellisStates {
         let most = if self.effort == Effort::Max { 256 } else { 16 };
         self.trellis_states.unwrap_or_else(|| TrellisStates(self.effort.trellis_states().0.min(most)))
+    }
+
+    /// How to train a model of so many parameters while it is packed; `None` where it is not to be.
+    pub fn schedule(&self, parameters: u64, takes_images: bool) -> Option<Schedule> {
+        let is_low = matches!(self.target, Target::BitsPerParameter(bits) if bits <= MOST_TRAINED_BITS);
+        let steps = self.train_steps.unwrap_or(match (self.training, self.effort) {
+            (Training::Auto, Effort::Fast) => 0,
+            (_, Effort::Fast | Effort::Default) => Schedule::default_steps(parameters),
+            (_, Effort::Max) => Schedule::paper_steps(takes_images),
+        });
+        let is_wanted = match self.training {
+            Training::Off => false,
+            Training::Auto => is_low,
+            Training::On => matches!(self.target, Target::BitsPerParameter(_)),
+        };
+        (is_wanted && steps > 0).then_some(Schedule { steps, seed: self.seed })
     }
 
     /// The table of a part, where parts have one to themselves.

@@ -159,6 +159,7 @@ mod tests {
             bits_per_parameter: 4.2,
             lossless: false,
             relative_squared_error: 0.003,
+            training: None,
             calibration: None,
             evaluation: None,
             relative_squared_error_of_changes: None,

@@ -14,6 +14,8 @@ use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, m
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
 use super::super::symbols::RunLayout;
+use super::super::train::state::StateError;
+use super::super::train::{TrainError, Trainer};
 use super::super::treatment::{Decision, Drafted, Fineness, Treatment};
 use super::Encoder;
 use super::steering::Steering;
@@ -30,6 +32,8 @@ use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
+/// Steps of training that take about as long as quantizing everything in a closed loop.
+const STEPS_AS_LONG_AS_ENCODING: u64 = 8;
 /// How far off a rate of its own a part may be, relative, before it is coded once more.
 const OWN_RATE_TOLERANCE: f64 = 0.002;
 /// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
@@ -45,6 +49,8 @@ pub(super) struct Written {
     pub(super) stages: StageTotals,
     pub(super) keyframe_records: u64,
     pub(super) predicted_records: u64,
+    /// How far the decoded model is from the checkpoint on inputs that it was not trained on, where that was asked.
+    pub(super) held_out_distance: Option<f64>,
     /// Every part as it was written, record by record.
     pub(super) parts: Vec<Vec<ProbedPart>>,
 }
@@ -55,7 +61,17 @@ pub(super) enum WriteError {
     SelfCheck(SelfCheckError),
     Base(MaterializeError),
     Forward(ForwardError),
+    State(StateError),
     Interrupted,
+}
+
+impl From<TrainError> for WriteError {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Forward(error) => Self::Forward(error),
+            TrainError::State(error) => Self::State(error),
+        }
+    }
 }
 
 impl From<std::io::Error> for WriteError {
@@ -83,14 +99,19 @@ impl From<SelfCheckError> for WriteError {
 }
 
 impl Encoder<'_> {
-    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`.
+    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`; with what `trainer`
+    /// makes of the weights, where there is one.
     pub(super) fn write_records(
         &self,
         out: &mut (impl Write + Seek),
         plan: &Probe,
         mut steering: Steering,
+        mut trainer: Option<&mut Trainer<'_>>,
     ) -> Result<Written, WriteError> {
-        self.progress.phase("encoding", self.source_bytes());
+        let step_bytes = self.source_bytes() / STEPS_AS_LONG_AS_ENCODING;
+        let steps = trainer.as_ref().map_or(0, |trainer| trainer.schedule().steps as u64);
+        let phase = if steps > 0 { "training" } else { "encoding" };
+        self.progress.phase(phase, self.source_bytes() + steps * step_bytes);
         out.seek(SeekFrom::Start(0))?;
         out.write_all(&[0; PREAMBLE_BYTES as usize])?; // written last
         let mut written = Written {
@@ -99,6 +120,7 @@ impl Encoder<'_> {
             stages: StageTotals::default(),
             keyframe_records: 0,
             predicted_records: 0,
+            held_out_distance: None,
             parts: Vec::with_capacity(plan.parts.len()),
         };
         let pool = &plan.pool;
@@ -106,6 +128,11 @@ impl Encoder<'_> {
         let pool_tables = pool.coding_tables();
         let pools = Pools { tables: &pool_tables, codebooks: pool.codebooks() };
         written.index.codebooks = stored_codebooks(pool);
+        if steps > 0
+            && let Some(trainer) = &trainer
+        {
+            written.index.provenance.push(("training".to_owned(), trainer.schedule().description()));
+        }
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let mut needs_base = false;
@@ -117,6 +144,11 @@ impl Encoder<'_> {
             }
             let source: Vec<(&TensorInfo, &[u8])> =
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
+            if let Some(trainer) = &mut trainer
+                && planned.iter().any(|part| part.decision.is_quantized())
+            {
+                trainer.train(self.progress, step_bytes)?;
+            }
             let follow = |part: &ProbedPart| if part.follows_step { steering.step_factor() } else { 1.0 };
             let step_factors: Vec<f32> = planned.iter().map(follow).collect();
             let mut drafts = self.drafts(record, &source, planned, &step_factors)?;
@@ -126,7 +158,10 @@ impl Encoder<'_> {
                 Some(statistics) => statistics.of_record(record, &quantized_layouts(&source, &drafts))?,
                 None => Vec::new(),
             };
-            let moves = moves_of(&source, &inputs);
+            let moves = match trainer.as_ref().filter(|_| steps > 0) {
+                Some(trainer) => source.iter().map(|(tensor, _)| trainer.moves(&tensor.name)).collect(),
+                None => moves_of(&source, &inputs),
+            };
             let feedback: Vec<_> = inputs.into_iter().map(|inputs| inputs.map(|inputs| inputs.feedback)).collect();
             move_values(&mut drafts, &moves);
             let mut encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
@@ -158,8 +193,13 @@ impl Encoder<'_> {
             };
             if let Some(statistics) = &mut statistics {
                 for (&(tensor, _), bytes) in source.iter().zip(&decoded) {
-                    if let Some(bytes) = bytes {
-                        statistics.deploy(record, tensor, values_of(&tensor.dtype, bytes));
+                    let values = bytes.as_ref().map(|bytes| values_of(&tensor.dtype, bytes));
+                    if let Some(trainer) = &mut trainer {
+                        // What turned out to be bit-exact is as it was.
+                        trainer.settle(&tensor.name, values.clone());
+                    }
+                    if let Some(values) = values {
+                        statistics.deploy(record, tensor, values);
                     }
                 }
             }
@@ -175,6 +215,7 @@ impl Encoder<'_> {
         if !needs_base {
             written.index.bases.clear(); // everything turned out shorter alone
         }
+        written.held_out_distance = trainer.map(|trainer| trainer.held_out_distance()).transpose()?;
         Ok(written)
     }
 

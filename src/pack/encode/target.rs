@@ -7,6 +7,7 @@ use std::path::Path;
 use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
+use super::super::train::Schedule;
 use super::super::treatment::{Fineness, Treatment};
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
@@ -27,6 +28,7 @@ const COARSEST: f64 = 256.0;
 const PROBE_TOLERANCE: f64 = 0.002;
 
 /// The step, and what it gives.
+#[derive(Clone)]
 pub(super) struct StepPlan {
     pub(super) probe: Probe,
     /// Bits that a weight saves per octave of step.
@@ -194,12 +196,13 @@ impl Encoder<'_> {
         Some(format!("; of bit-exact tensors {name} takes most, {bits:.2} bits per element{why}"))
     }
 
-    /// Encodes until the target is met on what was serialized.
+    /// Encodes until the target is met on what was serialized, each time with training where there is a schedule for it.
     pub(super) fn settle(
         &self,
         file: &mut std::fs::File,
         out: &Path,
         mut plan: StepPlan,
+        schedule: Option<Schedule>,
     ) -> Result<(Written, Compared, Option<String>), PackError> {
         let output = |source| PackError::Output { path: out.to_owned(), source };
         let parameters = self.checkpoint.parameters() as f64;
@@ -210,11 +213,14 @@ impl Encoder<'_> {
             file.set_len(0).map_err(output)?;
             let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
             let steering = Steering::new(self.options.target, plan.budget, plan.slope, &plan.probe.parts);
-            let written = self.write_records(&mut buffered, &plan.probe, steering).map_err(|error| match error {
+            let mut trainer = schedule.and_then(|schedule| self.trainer(&plan.probe, schedule, attempt));
+            let written = self.write_records(&mut buffered, &plan.probe, steering, trainer.as_mut());
+            let written = written.map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
                 WriteError::Base(error) => PackError::Base(error.into()),
                 WriteError::Forward(error) => PackError::Calibration(error.into()),
+                WriteError::State(error) => PackError::Output { path: error.path, source: error.source },
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;
