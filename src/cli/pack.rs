@@ -17,7 +17,8 @@ use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
+    AlignmentChoice, Assignment, Effort, EntropyModel, PackOptions, Permutations, PredictorChoice, Quantization, Steps,
+    Target, TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
@@ -51,9 +52,21 @@ pub struct PackArgs {
     /// How blocks of neighbouring layers are matched.
     #[arg(long, value_enum, default_value_t)]
     alignment: AlignmentChoice,
+    /// How the assignment of blocks is solved.
+    #[arg(long, value_enum, default_value_t)]
+    assignment: Assignment,
+    /// Seed of random permutations, and of which of equally similar blocks go together.
+    #[arg(long, value_name = "SEED")]
+    alignment_seed: Option<u64>,
+    /// How permutations are written.
+    #[arg(long, value_enum, default_value_t)]
+    permutations: Permutations,
     /// Which predictors may be chosen.
     #[arg(long, value_enum, default_value_t)]
     predictor: PredictorChoice,
+    /// Align and predict every record that may be, whether or not it pays: the paper's codec, for ablations.
+    #[arg(long)]
+    force_prediction: bool,
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
@@ -186,6 +199,9 @@ pub enum PackCommandError {
          scalar or residual-vector), and no --steps per-group"
     )]
     Uncalibrated,
+    /// Similarity of activations without any.
+    #[error("--alignment activations and hybrid compare what blocks do on inputs: expected --calibration or --calibrate")]
+    NoActivations,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -219,7 +235,11 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         keep: args.keep.clone(),
         keyframe_interval: args.keyframe_interval,
         alignment: args.alignment,
+        assignment: args.assignment,
+        alignment_seed: args.alignment_seed,
+        permutations: args.permutations,
         predictor: args.predictor,
+        force_prediction: args.force_prediction,
         steps: args.steps,
         quantization: args.quantization,
         entropy_model: args.entropy_model,
@@ -234,6 +254,9 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
     if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
         return Err(PackCommandError::Uncalibrated);
+    }
+    if calibration.is_none() && options.alignment.weight_of_weights().is_some() {
+        return Err(PackCommandError::NoActivations);
     }
     let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
     let names: Vec<&str> =

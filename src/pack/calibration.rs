@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use sha2::{Digest, Sha256};
 
 use self::feedback::ColumnFeedback;
@@ -154,6 +154,8 @@ pub struct InputStatistics<'a> {
 /// A Hessian, and the feedback that was made of it.
 struct Hessian {
     matrix: Array2<f32>,
+    /// Means of the inputs over [`SPANS`] spans of tokens, `[spans, inputs]`.
+    means: Array2<f32>,
     /// By the number of lanes.
     feedback: std::sync::Mutex<BTreeMap<usize, Arc<ColumnFeedback>>>,
 }
@@ -193,6 +195,28 @@ impl InputStatistics<'_> {
         Some(Arc::clone(made.or_insert_with(|| Arc::new(ColumnFeedback::new(&hessian.matrix, layout.lanes)))))
     }
 
+    /// What the blocks of a record do on the inputs (section 4.2), `[groups, summary]`: what the map behind them is multiplied
+    /// with. The paper's mean over all inputs is one number for an FFN unit, whose cosine is 1 or -1: here it is the means over
+    /// spans of the inputs. `None` where that map is not known, or blocks are members of groups. The record is the one last
+    /// asked for with [`Self::of_record`].
+    pub fn activations(&self, record: &RecordPlan, tensors: &[(&TensorInfo, &[u8])]) -> Option<Array2<f32>> {
+        let symmetry = record.symmetry.filter(|symmetry| symmetry.members == 1)?;
+        record.parts.iter().zip(tensors).find_map(|(part, (tensor, _))| {
+            let placement = part.placement.filter(|placement| placement.axis == 1 && tensor.shape.len() == 2)?;
+            let means = &self.hessians.get(&tensor.name)?.means;
+            if means.ncols() as u64 != tensor.shape[1] {
+                return None;
+            }
+            let (blocks, unit) = (symmetry.groups as usize, placement.unit as usize);
+            let per_span = placement.repeat as usize * unit;
+            Some(Array2::from_shape_fn((blocks, means.nrows() * per_span), |(block, at)| {
+                let (span, within) = (at / per_span, at % per_span);
+                let (repetition, element) = (within / unit, within % unit);
+                means[(span, (repetition * blocks + block) * unit + element)]
+            }))
+        })
+    }
+
     /// Runs the model until the stage's inputs have been seen.
     fn run_to(&mut self, stage: Stage) -> Result<(), ForwardError> {
         if self.stage == Some(stage) {
@@ -204,7 +228,7 @@ impl InputStatistics<'_> {
         let hessians = &mut self.hessians;
         let mut keep = |names: &[String], inputs: &Array2<f32>| {
             let feedback = std::sync::Mutex::default();
-            let shared = Arc::new(Hessian { matrix: hessian(inputs), feedback });
+            let shared = Arc::new(Hessian { matrix: hessian(inputs), means: span_means(inputs), feedback });
             hessians.extend(names.iter().map(|name| (name.clone(), Arc::clone(&shared))));
         };
         let is_past = self.stage.is_none_or(|before| before > stage) || self.pass.is_none();
@@ -237,6 +261,20 @@ impl InputStatistics<'_> {
         self.stage = Some(stage);
         Ok(())
     }
+}
+
+/// Spans of tokens that activations are averaged over.
+const SPANS: usize = 64;
+
+/// Means over spans of the rows, as equally long as they can be.
+fn span_means(inputs: &Array2<f32>) -> Array2<f32> {
+    let spans = inputs.nrows().div_ceil(inputs.nrows().div_ceil(SPANS).max(1)).max(1);
+    let length = inputs.nrows().div_ceil(spans).max(1);
+    let mut means = Array2::zeros((spans, inputs.ncols()));
+    for (mut mean, rows) in means.rows_mut().into_iter().zip(inputs.axis_chunks_iter(Axis(0), length)) {
+        mean.assign(&(rows.sum_axis(Axis(0)) / rows.nrows() as f32));
+    }
+    means
 }
 
 /// The checkpoint's own weights.
