@@ -73,6 +73,7 @@ impl Archive {
             bases: Vec::new(),
             has_units: false,
             has_predictors: false,
+            has_column_scales: false,
             provenance: Vec::new(),
         };
         let storage = Storage::Plain(PlainFiles { files: opened, sides });

@@ -17,8 +17,8 @@ use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, Assignment, Effort, EntropyModel, PackOptions, Permutations, PredictorChoice, Quantization, Steps,
-    Target, TrellisStates,
+    AlignmentChoice, Assignment, ColumnScales, Effort, EntropyModel, PackOptions, Permutations, PredictorChoice,
+    Quantization, Steps, Target, TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
@@ -70,6 +70,9 @@ pub struct PackArgs {
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
+    /// Which columns have steps of their own.
+    #[arg(long, value_enum, default_value_t, help_heading = "Ablations")]
+    column_scales: ColumnScales,
     /// How values become codes.
     #[arg(long, value_enum, default_value_t)]
     quantization: Quantization,
@@ -241,6 +244,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         predictor: args.predictor,
         force_prediction: args.force_prediction,
         steps: args.steps,
+        column_scales: args.column_scales,
         quantization: args.quantization,
         entropy_model: args.entropy_model,
         trellis_states: args.trellis_states,

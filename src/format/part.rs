@@ -82,6 +82,16 @@ impl Coding {
     pub fn has_vectors(&self) -> bool {
         matches!(self, Self::Quantized(QuantizerInfo { vectors: Some(_), .. }))
     }
+
+    /// Whether the part is of units, which an archive announces.
+    pub fn is_of_units(&self) -> bool {
+        matches!(self, Self::Units(_))
+    }
+
+    /// Whether the columns of the part have scales, which an archive announces.
+    pub fn has_column_scales(&self) -> bool {
+        matches!(self, Self::Quantized(info) | Self::QuantizedFromBase(_, info) if info.column_scales.is_some())
+    }
 }
 
 /// Bytes of a part header by stream of the rate (Eq. 8, Table 1).

@@ -247,6 +247,7 @@ mod tests {
             bases: vec![],
             has_units: false,
             has_predictors: false,
+            has_column_scales: false,
             provenance: vec![],
         };
         let (preamble, stored) = index.write(PREAMBLE_BYTES + bodies.len() as u64);
@@ -276,6 +277,7 @@ mod tests {
             vectors: None,
             scales: None,
             means: None,
+            column_scales: None,
             prediction,
         };
         let streams = SymbolStreams {

@@ -12,10 +12,11 @@ use ndarray::Array2;
 
 use self::decision::{Decided, PartPrediction};
 use super::calibration::feedback::ColumnFeedback;
+use super::columns::{ColumnSteps, choose_columns};
 use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
 use super::network::FittedNetwork;
-use super::options::PackOptions;
+use super::options::{ColumnScales, PackOptions};
 use super::part::{EncodedPart, SelfCheckError};
 use super::quantize::{PartQuantizer, QuantizerChoice, root_mean_square, rounding_at_scale};
 use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
@@ -228,19 +229,43 @@ impl RecordEncoder<'_> {
         if let (Some(trellis), Some(_)) = (&mut rounding.trellis, feedback) {
             trellis.state_bits = self.options.closed_loop_states().state_bits();
         }
-        let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
         let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
-        let step_of_run = |run: usize| quantizer.step_of_run(run);
-        let symbols = QuantizedSymbols {
+        let planned_step_of_run = |run: usize| quantizer.step_of_run(run);
+        let mut symbols = QuantizedSymbols {
             values,
             prediction: prediction
                 .map(|prediction| EncoderPrediction { reference: &prediction.reference, of_run: &of_run }),
             layout,
-            step_of_run: &step_of_run,
+            step_of_run: &planned_step_of_run,
             raw_bits: quantizer.choice.raw_bits,
             rounding,
+            columns: None,
             feedback,
         };
+        let steps = match (feedback, self.options.column_scales) {
+            (Some(feedback), ColumnScales::Auto) => {
+                choose_columns(&symbols, feedback, self.pool, self.options.effort.measured_elements())
+            }
+            _ => None,
+        };
+        let quantizer = match steps {
+            Some(ColumnSteps { scales, step_factor }) => {
+                let step = quantizer.choice.step * step_factor;
+                let columned = quantizer.clone().with_columns(step, scales);
+                if columned.holds(values, layout) { Cow::Owned(columned) } else { Cow::Borrowed(quantizer) }
+            }
+            None => Cow::Borrowed(quantizer),
+        };
+        let columns = quantizer.column_multipliers();
+        let feedback = match (feedback, &columns) {
+            (Some(feedback), Some(columns)) => Some(Cow::Owned(feedback.scaled(columns))),
+            (feedback, _) => feedback.map(Cow::Borrowed),
+        };
+        let step_of_run = |run: usize| quantizer.step_of_run(run);
+        symbols.step_of_run = &step_of_run;
+        symbols.columns = columns.as_deref();
+        symbols.feedback = feedback.as_deref();
+        let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
         let coding = match base {
             Some(reference) => Coding::QuantizedFromBase(reference, info),
             None => Coding::Quantized(info),

@@ -24,6 +24,7 @@ fn refusal(step: f32, scales: Option<i32>, mean: Option<(f32, i32)>) -> Option<S
         vectors: None,
         scales: scales.map(|scale| integers::encode(&[scale])),
         means: mean.map(|(step, mean)| (step, integers::encode(&[mean]))),
+        column_scales: None,
         prediction: None,
     };
     let header = PartHeader {
@@ -60,6 +61,7 @@ fn codebooks_that_are_missing_or_of_different_lengths_are_errors() {
             vectors: Some(StoredVectors { codebooks: vectors }),
             scales: None,
             means: None,
+            column_scales: None,
             prediction: None,
         };
         let streams = SymbolStreams { run_elements: 8, runs_per_strip: 1, ..SymbolStreams::default() };

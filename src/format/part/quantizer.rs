@@ -10,6 +10,8 @@ const HAS_MEANS: u8 = 2;
 const HAS_PREDICTION: u8 = 4;
 const HAS_TRELLIS: u8 = 8;
 const HAS_VECTORS: u8 = 16;
+const HAS_COLUMN_SCALES: u8 = 32;
+const KNOWN_FLAGS: u8 = HAS_SCALES | HAS_MEANS | HAS_PREDICTION | HAS_TRELLIS | HAS_VECTORS | HAS_COLUMN_SCALES;
 
 /// Trellis-coded quantization: which of two interleaved quantizers a symbol belongs to depends on the symbols before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,9 @@ pub struct QuantizerInfo {
     pub scales: Option<StoredIntegers>,
     /// A run's mean is its integer times this, in weight units; absent where no run has one.
     pub means: Option<(f32, StoredIntegers)>,
+    /// Per element of a run, an integer whose multiplier what it stands for is taken times, step and mean applied; absent
+    /// where all columns are alike. The archive announces it.
+    pub column_scales: Option<StoredIntegers>,
     /// Present in predicted parts, absent in keyframe parts: the paper's mode flag (Eq. 64).
     pub prediction: Option<StoredPrediction>,
 }
@@ -69,7 +74,7 @@ impl QuantizerInfo {
         }
         let offset = reader.position();
         let flags = reader.u8("quantizer flags")?;
-        if flags & !(HAS_SCALES | HAS_MEANS | HAS_PREDICTION | HAS_TRELLIS | HAS_VECTORS) != 0 {
+        if flags & !KNOWN_FLAGS != 0 {
             return Err(FormatError::UnknownFeature {
                 feature: format!("quantizer flags {flags:#x} at byte {offset}"),
             });
@@ -94,8 +99,12 @@ impl QuantizerInfo {
         } else {
             None
         };
+        let column_scales = match flags & HAS_COLUMN_SCALES {
+            0 => None,
+            _ => Some(StoredIntegers::parse(reader, "column scales")?),
+        };
         let prediction = if flags & HAS_PREDICTION != 0 { Some(StoredPrediction::parse(reader)?) } else { None };
-        Ok(Self { step, raw_bits, trellis, vectors, scales, means, prediction })
+        Ok(Self { step, raw_bits, trellis, vectors, scales, means, column_scales, prediction })
     }
 
     pub(super) fn write(&self, writer: &mut Writer) {
@@ -106,7 +115,8 @@ impl QuantizerInfo {
             | flag(self.means.is_some(), HAS_MEANS)
             | flag(self.prediction.is_some(), HAS_PREDICTION)
             | flag(self.trellis.is_some(), HAS_TRELLIS)
-            | flag(self.vectors.is_some(), HAS_VECTORS));
+            | flag(self.vectors.is_some(), HAS_VECTORS)
+            | flag(self.column_scales.is_some(), HAS_COLUMN_SCALES));
         if let Some(trellis) = self.trellis {
             writer.u8(trellis.tables as u8);
             writer.u8(trellis.state_bits);
@@ -120,6 +130,9 @@ impl QuantizerInfo {
         if let Some((step, means)) = &self.means {
             writer.f32(*step);
             writer.blob(&means.0);
+        }
+        if let Some(column_scales) = &self.column_scales {
+            writer.blob(&column_scales.0);
         }
         if let Some(prediction) = &self.prediction {
             prediction.write(writer);

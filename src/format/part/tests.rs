@@ -69,9 +69,11 @@ fn codings() -> impl Strategy<Value = Coding> {
         Some(_) => (0, None, vectors),
         None => (raw_bits, trellis, None),
     });
-    let quantizer = (1e-6_f32..9.0, codes, prop::option::of(integers()), means, prop::option::of(predictions()))
-        .prop_map(|(step, (raw_bits, trellis, vectors), scales, means, prediction)| {
-            Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, prediction })
+    let scales = || prop::option::of(integers());
+    let quantizer = (1e-6_f32..9.0, codes, scales(), means, scales(), prop::option::of(predictions()))
+        .prop_map(|(step, (raw_bits, trellis, vectors), scales, means, column_scales, prediction)| {
+            let info = QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, column_scales, prediction };
+            Coding::Quantized(info)
         })
         .boxed();
     let from_base = (quantizer.clone(), 0..16_u32).prop_map(|(coding, base)| match coding {
