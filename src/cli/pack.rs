@@ -203,7 +203,9 @@ pub enum PackCommandError {
     )]
     Uncalibrated,
     /// Similarity of activations without any.
-    #[error("--alignment activations and hybrid compare what blocks do on inputs: expected --calibration or --calibrate")]
+    #[error(
+        "--alignment activations and hybrid compare what blocks do on inputs: expected --calibration or --calibrate"
+    )]
     NoActivations,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]

@@ -19,8 +19,9 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
     let permutation = if side.permutation.is_some() { decode_permutation(archive, record)? } else { None };
     let entry = archive.record(record);
     let permutation_below = match (&permutation, entry.reference) {
-        (Some(permutation), Some(reference)) if side.looks_at_two_layers() => decode_permutation(archive, reference)?
-            .filter(|below| below.symmetry() == permutation.symmetry()),
+        (Some(permutation), Some(reference)) if side.looks_at_two_layers() => {
+            decode_permutation(archive, reference)?.filter(|below| below.symmetry() == permutation.symmetry())
+        }
         _ => None,
     };
     let (mut parts, mut strips) = (Vec::with_capacity(side.parts.len()), 0);

@@ -22,12 +22,7 @@ const TILE: usize = 128;
 
 /// Fits vectors along an axis of a matrix. `values` and `reference` are `[rows, columns]`; residuals that are small beside
 /// `step` save nothing. `None` where no vector pays.
-pub fn fit(
-    values: &[f32],
-    reference: &[f32],
-    (shape, axis): ([usize; 2], u8),
-    step: f32,
-) -> Option<FittedPredictor> {
+pub fn fit(values: &[f32], reference: &[f32], (shape, axis): ([usize; 2], u8), step: f32) -> Option<FittedPredictor> {
     let units = |values: &[f32]| {
         let matrix = Array2::from_shape_vec(shape, values.to_vec()).expect("a matrix of this shape");
         if axis == 0 { matrix } else { matrix.reversed_axes().as_standard_layout().into_owned() }

@@ -33,8 +33,8 @@ use super::entropy_model::OwnTable;
 use super::keep::KeepRule;
 use super::network::{Embeddings, NetworkShape};
 use super::quantized_symbols::Rounding;
-use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::codec::permutation::PermutationCoding;
+use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{StoredTrellis, TrellisTables};
 
 /// How close the decoded weights must be to the original.
@@ -261,8 +261,7 @@ pub enum PredictorChoice {
 impl PredictorChoice {
     /// The network's shape, where it is one.
     pub fn network(self) -> Option<NetworkShape> {
-        let full =
-            NetworkShape { width: 256, has_hidden: true, embeddings: Embeddings::LayerAndKind, contexts: 1 };
+        let full = NetworkShape { width: 256, has_hidden: true, embeddings: Embeddings::LayerAndKind, contexts: 1 };
         match self {
             Self::Auto | Self::None | Self::ScaledCopy | Self::RowAffine | Self::MotionVectors => None,
             Self::Network => Some(full),

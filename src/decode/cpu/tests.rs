@@ -328,8 +328,12 @@ impl Recipe {
                 });
                 let prediction = predictor.map(|predictor| {
                     let is_vectors = matches!(predictor, StoredPredictor::MotionVectors { .. });
-                    let placement = (motion_axis.filter(|_| !is_vectors))
-                        .map(|axis| StoredPlacement { axis, repeat: 1, per_member: true, unit: 1 });
+                    let placement = (motion_axis.filter(|_| !is_vectors)).map(|axis| StoredPlacement {
+                        axis,
+                        repeat: 1,
+                        per_member: true,
+                        unit: 1,
+                    });
                     StoredPrediction { reference_part: 0, placement, predictor }
                 });
                 if let Some(axis) = motion_axis {

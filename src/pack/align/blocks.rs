@@ -97,7 +97,14 @@ impl<'a> BlockVectors<'a> {
         parts: impl IntoIterator<Item = (&'a TensorInfo, Placement, &'a [u8])>,
     ) -> Result<Self, VectorsError> {
         symmetry.blocks()?;
-        let mut vectors = Self { symmetry, group_parts: Vec::new(), member_parts: Vec::new(), control: None, compares_energies: false, activations: None };
+        let mut vectors = Self {
+            symmetry,
+            group_parts: Vec::new(),
+            member_parts: Vec::new(),
+            control: None,
+            compares_energies: false,
+            activations: None,
+        };
         for (info, placement, bytes) in parts {
             if info.shape.len() < 2 {
                 continue;

@@ -103,12 +103,7 @@ fn keep(best: &mut Vec<Candidate>, candidate: Candidate, most: usize) {
 }
 
 /// Takes pairs from the most similar down, as long as both blocks are free. Equal pairs come in the order of ranks.
-fn take_greedily(
-    blocks: &[u32],
-    candidates: &[Vec<Candidate>],
-    ranks: &[u32],
-    matched: &mut [Option<Candidate>],
-) {
+fn take_greedily(blocks: &[u32], candidates: &[Vec<Candidate>], ranks: &[u32], matched: &mut [Option<Candidate>]) {
     let mut pairs: Vec<(u32, Candidate)> = blocks
         .iter()
         .zip(candidates)

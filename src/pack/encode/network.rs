@@ -2,8 +2,8 @@
 //! is encoded, and used only where it is worth its parameters or forced.
 
 use super::super::align::{Alignment, BlockVectors, align};
-use super::super::network::{FittedNetwork, Kinds, NetworkShape, samples_of_part};
 use super::super::network::training::Samples;
+use super::super::network::{FittedNetwork, Kinds, NetworkShape, samples_of_part};
 use super::super::quantize::values_of;
 use super::super::record::motion_of;
 use super::super::symbols::RunLayout;
@@ -121,7 +121,8 @@ impl Encoder<'_> {
     fn is_quantized_alone(&self, file: usize, tensor: usize) -> bool {
         let planned = self.plan.records.iter().zip(&self.treatments);
         let mut parts = planned.flat_map(|(record, treatments)| record.parts.iter().zip(treatments));
-        let treatment = parts.find(|(part, _)| (part.file, part.tensor) == (file, tensor)).map(|(_, treatment)| treatment);
+        let treatment =
+            parts.find(|(part, _)| (part.file, part.tensor) == (file, tensor)).map(|(_, treatment)| treatment);
         matches!(treatment, Some(Treatment::Quantized(_))) && !self.based.contains_key(&(file, tensor))
     }
 

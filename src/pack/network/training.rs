@@ -103,8 +103,7 @@ impl Trained {
         Self {
             shape,
             inputs: (0..kinds).map(|_| Map::random(width, contexts * UNIT, chance)).collect(),
-            hidden: has_hidden
-                .then(|| [Map::random(4 * width, width, chance), Map::random(width, 4 * width, chance)]),
+            hidden: has_hidden.then(|| [Map::random(4 * width, width, chance), Map::random(width, 4 * width, chance)]),
             outputs: (0..kinds).map(|_| Map::zero(UNIT, width)).collect(), // at first it predicts nothing
             layers: Array2::zeros((layers, width)),
         }
@@ -188,20 +187,22 @@ impl Optimizer {
         let clip = if norm > 1.0 { 1.0 / norm } else { 1.0 };
         let warm_up = (self.steps / 10).max(1);
         let progress = step as f32 / self.steps as f32;
-        let rate = LEARNING_RATE * (0.5 + 0.5 * (std::f32::consts::PI * progress).cos())
+        let rate = LEARNING_RATE
+            * (0.5 + 0.5 * (std::f32::consts::PI * progress).cos())
             * ((step + 1) as f32 / warm_up as f32).min(1.0);
         let (one, two) = (1.0 - 0.9_f32.powi(step as i32 + 1), 1.0 - 0.999_f32.powi(step as i32 + 1));
         let moments = self.first.arrays().into_iter().zip(self.second.arrays());
-        for ((parameters, gradient), (first, second)) in
-            model.arrays().into_iter().zip(gradient.arrays()).zip(moments)
+        for ((parameters, gradient), (first, second)) in model.arrays().into_iter().zip(gradient.arrays()).zip(moments)
         {
-            Zip::from(parameters).and(&*gradient).and(first).and(second).for_each(|parameter, &gradient, first, second| {
-                let gradient = clip * gradient;
-                *first = 0.9 * *first + 0.1 * gradient;
-                *second = 0.999 * *second + 0.001 * gradient * gradient;
-                let direction = (*first / one) / ((*second / two).sqrt() + 1e-8);
-                *parameter -= rate * (direction + WEIGHT_DECAY * *parameter);
-            });
+            Zip::from(parameters).and(&*gradient).and(first).and(second).for_each(
+                |parameter, &gradient, first, second| {
+                    let gradient = clip * gradient;
+                    *first = 0.9 * *first + 0.1 * gradient;
+                    *second = 0.999 * *second + 0.001 * gradient * gradient;
+                    let direction = (*first / one) / ((*second / two).sqrt() + 1e-8);
+                    *parameter -= rate * (direction + WEIGHT_DECAY * *parameter);
+                },
+            );
         }
     }
 }

@@ -80,11 +80,8 @@ impl RecordEncoder<'_> {
     ) -> Decided {
         let method = self.options.alignment_method();
         let may_align = self.options.predictor() != PredictorChoice::None && method.alignment != Alignment::None;
-        let permutation = if may_align {
-            self.align_record(plan, source, drafts, activations, context, method)
-        } else {
-            None
-        };
+        let permutation =
+            if may_align { self.align_record(plan, source, drafts, activations, context, method) } else { None };
         let permutation = permutation.filter(|permutation| !permutation.is_identity());
         let coded_bits = |coding| {
             let of = |permutation| permutation::encode(permutation, context.permutation.as_ref(), coding).len();
@@ -260,12 +257,13 @@ impl RecordEncoder<'_> {
             BlockVectors::new(symmetry, compared().map(|(tensor, placement, _, decoded)| (tensor, placement, decoded)));
         match (below, current) {
             (Ok(below), Ok(current)) => {
-                let compared = |vectors: BlockVectors<'a>, of: Option<&'a Array2<f32>>| {
-                    match (self.options.alignment.weight_of_weights(), of) {
-                        (Some(weight), Some(activations)) => vectors.with_activations(weight, activations),
-                        _ if self.options.alignment == AlignmentChoice::ResidualEnergy => vectors.by_energy(),
-                        _ => vectors,
-                    }
+                let compared = |vectors: BlockVectors<'a>, of: Option<&'a Array2<f32>>| match (
+                    self.options.alignment.weight_of_weights(),
+                    of,
+                ) {
+                    (Some(weight), Some(activations)) => vectors.with_activations(weight, activations),
+                    _ if self.options.alignment == AlignmentChoice::ResidualEnergy => vectors.by_energy(),
+                    _ => vectors,
                 };
                 // Both sides or neither: layers without known activations are compared by weights.
                 let known = activations.zip(context.activations.as_ref());

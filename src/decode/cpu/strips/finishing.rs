@@ -317,11 +317,9 @@ impl<'a> PartDecoder<'a> {
         }
         let residual = residual.to_le_bytes();
         let mut gathered = Vec::new();
-        let prediction = prediction
-            .as_ref()
-            .map_or(RunPrediction::None, |prediction| {
-                self.prediction_of_run(prediction, run, element..element + 1, &mut gathered)
-            });
+        let prediction = prediction.as_ref().map_or(RunPrediction::None, |prediction| {
+            self.prediction_of_run(prediction, run, element..element + 1, &mut gathered)
+        });
         self.round(&residual, prediction, out);
     }
 }
