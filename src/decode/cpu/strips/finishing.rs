@@ -102,7 +102,7 @@ impl<'a> PartDecoder<'a> {
                 self.scale_columns(values.as_chunks_mut().0);
                 let first = self.first_element(strip) + elements.start;
                 let elements = first..first + elements.len();
-                let prediction = prediction.and_then(|prediction| {
+                let prediction = prediction.map_or(RunPrediction::None, |prediction| {
                     self.prediction_of_run(prediction, run_of_part, elements, &mut strip.gathered)
                 });
                 self.round(values, prediction, &mut strip.out[bytes]);
