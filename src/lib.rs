@@ -43,6 +43,7 @@
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |
 
+pub mod hexadecimal;
 pub mod metrics;
 
 pub mod budget;

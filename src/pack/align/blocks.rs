@@ -48,7 +48,7 @@ pub enum VectorsError {
 }
 
 /// The blocks of one record: groups, and the members of groups where a group has more than one.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BlockVectors<'a> {
     symmetry: Symmetry,
     /// Tensors whose blocks are the groups.
@@ -61,6 +61,17 @@ pub struct BlockVectors<'a> {
     compares_energies: bool,
     /// What blocks do on calibration inputs, `[groups, summary]`, and what weights count beside it.
     activations: Option<(f32, &'a Array2<f32>)>,
+    /// Which elements of each vector are left.
+    half: Option<Half>,
+}
+
+/// Every second element of a vector, so that one half can be judged by what was found on the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// Those that something is fitted to: the first, the third and so on.
+    Fitted,
+    /// The others.
+    HeldOut,
 }
 
 /// Which blocks: groups, or members one by one.
@@ -70,7 +81,7 @@ pub(super) enum Level {
     Members,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Part<'a> {
     bytes: &'a [u8],
     dtype: FloatType,
@@ -102,6 +113,7 @@ impl<'a> BlockVectors<'a> {
             group_parts: Vec::new(),
             member_parts: Vec::new(),
             control: None,
+            half: None,
             compares_energies: false,
             activations: None,
         };
@@ -148,6 +160,12 @@ impl<'a> BlockVectors<'a> {
         self.activations
     }
 
+    /// The same blocks with half of their elements.
+    #[must_use]
+    pub fn half(self, half: Half) -> Self {
+        Self { half: Some(half), ..self }
+    }
+
     /// Which permutations are allowed.
     pub fn symmetry(&self) -> Symmetry {
         self.symmetry
@@ -155,18 +173,27 @@ impl<'a> BlockVectors<'a> {
 
     /// Weights in all blocks together.
     pub fn weights(&self) -> u64 {
-        let all = self.group_parts.iter().chain(&self.member_parts);
-        all.map(|part| (part.layout.outer * part.layout.extent * part.layout.inner) as u64).sum()
+        let of_group = self.width(Level::Groups) + self.symmetry.members as usize * self.width(Level::Members);
+        u64::from(self.symmetry.groups) * of_group as u64
     }
 
     /// Elements of one vector.
     pub(super) fn width(&self, level: Level) -> usize {
+        let whole = self.whole_width(level);
+        match self.half {
+            None => whole,
+            Some(Half::Fitted) => whole.div_ceil(2),
+            Some(Half::HeldOut) => whole / 2,
+        }
+    }
+
+    fn whole_width(&self, level: Level) -> usize {
         self.parts(level).iter().map(Part::width).sum()
     }
 
     /// The vectors of these blocks: `[indices, width]`. Weights that are not finite count as 0.
     pub(super) fn rows(&self, level: Level, indices: &[u32]) -> Array2<f32> {
-        let mut rows = Array2::zeros((indices.len(), self.width(level)));
+        let mut rows = Array2::zeros((indices.len(), self.whole_width(level)));
         let mut start = 0;
         for (number, part) in self.parts(level).iter().enumerate() {
             let end = start + part.width();
@@ -185,7 +212,10 @@ impl<'a> BlockVectors<'a> {
             }
             start = end;
         }
-        rows
+        match self.half {
+            None => rows,
+            Some(half) => rows.slice(s![.., if half == Half::Fitted { 0 } else { 1 }..;2]).to_owned(),
+        }
     }
 
     fn parts(&self, level: Level) -> &[Part<'a>] {
