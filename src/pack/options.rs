@@ -126,7 +126,7 @@ impl Effort {
     /// Steps of a network's training.
     pub fn training_steps(self) -> usize {
         match self {
-            Self::Fast => 100,
+            Self::Fast => 30,
             Self::Default => 400,
             Self::Max => 4000,
         }

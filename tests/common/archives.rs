@@ -121,15 +121,7 @@ pub const LARGE_RECIPES: &[Recipe] = &[
     Recipe {
         name: "large-network",
         must_contain: &["predicted, network"],
-        options: &[
-            "--max-rel-mse",
-            "0.02",
-            "--predictor",
-            "network-two-step",
-            "--force-prediction",
-            "--effort",
-            "fast",
-        ],
+        options: &["--max-rel-mse", "0.02", "--predictor", "network-narrow", "--force-prediction", "--effort", "fast"],
         tensors: || {
             Bert { layers: 3, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 18, ..Bert::default() }
                 .tensors()

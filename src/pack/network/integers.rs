@@ -91,9 +91,9 @@ mod tests {
         let inputs: Array2<f32> = random(1500, UNIT);
         let targets = inputs.mapv(|input| 0.6 * input);
         let samples = [Samples { kind: 0, layer: Some(0), inputs, targets }];
-        let shape = NetworkShape { width: 96, has_hidden: true, embeddings: Embeddings::LayerAndKind, contexts: 1 };
-        let (trained, explained) = train(shape, &samples, 1, 400);
-        assert!(explained > 0.3, "{explained}");
+        let shape = NetworkShape { width: 64, has_hidden: true, embeddings: Embeddings::LayerAndKind, contexts: 1 };
+        let (trained, explained) = train(shape, &samples, 1, 200);
+        assert!(explained > 0.2, "{explained}");
         let network = Network::new(quantize(&trained, &samples));
         let passed = trained.forward(0, Some(0), &samples[0].inputs.view());
         let (mut product, mut energies) = (0.0_f64, [0.0_f64; 2]);
