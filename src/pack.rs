@@ -22,6 +22,8 @@ pub mod keep;
 pub mod lossless;
 pub mod low_rank;
 pub mod mode_decision;
+pub mod motion_vectors;
+pub mod network;
 pub mod options;
 pub mod part;
 pub mod quantize;

@@ -22,8 +22,8 @@ use crate::pack::encode::{Encoder, PackError};
 use crate::pack::evaluation::Evaluation;
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, ColumnScales, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target,
-    TrellisStates,
+    AlignmentChoice, Assignment, ColumnScales, Effort, EntropyModel, PackOptions, Permutations, PredictorChoice,
+    Quantization, Steps, Target, TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::Checkpoint;
@@ -65,9 +65,21 @@ pub struct PackArgs {
     /// How blocks of neighbouring layers are matched.
     #[arg(long, value_enum, default_value_t)]
     alignment: AlignmentChoice,
+    /// How the assignment of blocks is solved.
+    #[arg(long, value_enum, default_value_t)]
+    assignment: Assignment,
+    /// Seed of random permutations, and of which of equally similar blocks go together.
+    #[arg(long, value_name = "SEED")]
+    alignment_seed: Option<u64>,
+    /// How permutations are written.
+    #[arg(long, value_enum, default_value_t)]
+    permutations: Permutations,
     /// Which predictors may be chosen.
     #[arg(long, value_enum, default_value_t)]
     predictor: PredictorChoice,
+    /// Align and predict every record that may be, whether or not it pays: the paper's codec, for ablations.
+    #[arg(long)]
+    force_prediction: bool,
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
@@ -254,6 +266,11 @@ pub enum PackCommandError {
     /// Training without what it needs.
     #[error("--train on: expected --bpp, --calibration or --calibrate, and no --base")]
     Untrained,
+    /// Similarity of activations without any.
+    #[error(
+        "--alignment activations and hybrid compare what blocks do on inputs: expected --calibration or --calibrate"
+    )]
+    NoActivations,
     /// Standard output does not take the result.
     #[error("standard output: {0}")]
     Print(std::io::Error),
@@ -354,7 +371,11 @@ fn options(args: &PackArgs) -> Result<Vec<PackOptions>, PackCommandError> {
         keep: args.keep.clone(),
         keyframe_interval: args.keyframe_interval,
         alignment: args.alignment,
+        assignment: args.assignment,
+        alignment_seed: args.alignment_seed,
+        permutations: args.permutations,
         predictor: args.predictor,
+        force_prediction: args.force_prediction,
         steps: args.steps,
         column_scales: args.column_scales,
         quantization: args.quantization,
@@ -379,10 +400,13 @@ fn check_options(args: &PackArgs, options: &PackOptions) -> Result<(), PackComma
     if args.calibration.source().is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
         return Err(PackCommandError::Uncalibrated);
     }
-    let has_rate = matches!(options.target, Target::BitsPerParameter(_));
     let is_calibrated = args.calibration.source().is_some();
+    let has_rate = matches!(options.target, Target::BitsPerParameter(_));
     if options.training == Training::On && !(has_rate && is_calibrated && args.base.is_none()) {
         return Err(PackCommandError::Untrained);
+    }
+    if !is_calibrated && options.alignment.weight_of_weights().is_some() {
+        return Err(PackCommandError::NoActivations);
     }
     let gate = args.judgement.fail_if.iter().find(|gate| gate.needs_evaluation());
     match gate.filter(|_| args.judgement.eval.is_none()) {

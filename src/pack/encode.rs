@@ -7,6 +7,7 @@
 mod compare;
 mod error;
 mod finished;
+mod network;
 mod records;
 mod steering;
 mod target;
@@ -15,7 +16,7 @@ mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use self::compare::Compared;
 pub use self::error::PackError;
@@ -26,7 +27,8 @@ use super::calibration::Calibration;
 use super::evaluation::Evaluation;
 use super::keep::{Keep, kept};
 use super::low_rank::{FoundProduct, add_product};
-use super::options::{PackOptions, PredictorChoice, Quantization};
+use super::network::FittedNetwork;
+use super::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
@@ -90,6 +92,8 @@ pub struct Encoder<'a> {
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
     calibration: Option<Calibration<'a>>,
+    /// What parts may be predicted with, fitted when first asked for.
+    network: OnceLock<Option<FittedNetwork>>,
     evaluation: Option<Evaluation<'a>>,
     /// Samples of every tensor, where they are needed again.
     surveyed: Option<Survey<'a>>,
@@ -122,9 +126,13 @@ impl<'a> Encoder<'a> {
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
             calibration: None,
+            network: OnceLock::new(),
             evaluation: None,
             surveyed: None,
         };
+        if options.alignment == AlignmentChoice::Coarse {
+            encoder.plan.records.iter_mut().for_each(RecordPlan::merge_pairs);
+        }
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
             let mut treatments = Vec::with_capacity(record.parts.len());
@@ -383,6 +391,9 @@ impl<'a> Encoder<'a> {
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,
+            residual_entropy: (written.residual_elements > 0)
+                .then(|| written.residual_bits / written.residual_elements as f64),
+            permutation_percent: 100.0 * written.stages.chosen_permutation / (8.0 * archive_bytes as f64),
             stages: written.stages,
             stats,
             tensors: self.tensor_reports(&written.parts, &compared),

@@ -66,6 +66,10 @@ pub struct PackReport {
     pub keyframe_records: u64,
     /// Records with a predicted part.
     pub predicted_records: u64,
+    /// Bits per symbol of predicted parts, as written (the paper's residual entropy proxy); absent where none is.
+    pub residual_entropy: Option<f64>,
+    /// Bits of permutations, in percent of the archive.
+    pub permutation_percent: f64,
     /// What mode decision measured, summed over the records where it had a choice.
     pub stages: StageTotals,
     /// What every stage saved, where it was asked for.

@@ -166,6 +166,8 @@ mod tests {
             target_missed: None,
             keyframe_records: 0,
             predicted_records: 0,
+            residual_entropy: None,
+            permutation_percent: 0.0,
             stages: StageTotals::default(),
             stats: None,
             tensors: Vec::new(),
