@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::hint::black_box;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -17,6 +18,7 @@ use super::packed_tree::{PackedTree, PackedTreeError};
 use super::size::parse_size;
 use crate::archive::{Archive, ArchiveError, Bases, PartAddress};
 use crate::decode::cpu::{CpuEngine, Stage, StageClock, WORDS_PADDING};
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::materialize::{
     EngineChoice, MaterializeError, MaterializeOptions, Materializer, decode_error, prepare_record,
@@ -30,9 +32,12 @@ const COPIED_BYTES: usize = 256 << 20;
 pub struct BenchArgs {
     /// The archive (.mcwc)
     pub archive: PathBuf,
-    /// Which engine decodes; the reference decoder has no stages
+    /// Which engine decodes; those of the CPU say how long each stage takes
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineChoice,
+    /// What decoding may take of a CUDA device, where that is the engine [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub gpu_memory: Option<u64>,
     /// Bytes per second that files arrive with, for the load times [default: a gigabyte]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GB")]
     pub bandwidth: u64,
@@ -62,9 +67,6 @@ pub enum BenchError {
     /// The archive does not decode.
     #[error(transparent)]
     Decode(#[from] MaterializeError),
-    /// The reference decoder was asked for.
-    #[error("--engine reference: has no stages to time, expected auto, avx512, avx2 or portable")]
-    NoStages,
     /// Standard output does not take the report.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -159,10 +161,13 @@ impl Loading {
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
-    let engine = args.engine.cpu_engine().ok_or(BenchError::NoStages)?;
+    let (engine, staged) = match args.engine.cpu_engine() {
+        Some(engine) => (Arc::new(engine) as Arc<dyn Engine>, Some(engine)),
+        None => (args.engine.engine_within(args.gpu_memory.unwrap_or(DEFAULT_GPU_MEMORY_BYTES)), None),
+    };
     let tree = PackedTree::read(&args.archive)?;
     let archive = Bases::new(base_places(&tree, false, &args.base_path)).open(&args.archive)?;
-    let report = Report::measure(&archive, &engine, args)?;
+    let report = Report::measure(&archive, &*engine, staged, args)?;
     let mut output = io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut output, &report).map_err(io::Error::from)?;
@@ -193,22 +198,37 @@ impl Around {
 }
 
 impl Report {
-    fn measure(archive: &Archive, engine: &CpuEngine, args: &BenchArgs) -> Result<Self, BenchError> {
+    /// `staged` is the engine where it is the CPU's.
+    fn measure(
+        archive: &Archive,
+        engine: &dyn Engine,
+        staged: Option<CpuEngine>,
+        args: &BenchArgs,
+    ) -> Result<Self, BenchError> {
         let decoded_bytes = archive.files().iter().flat_map(|file| &file.tensors).map(|t| t.length_bytes).sum();
-        let mut around = decode_all(archive, engine, None)?;
+        let mut decode_strips = |part: &PreparedPart, reference: Option<&[u8]>, jobs: &mut [StripJob<'_>]| {
+            engine.decode_strips(part, reference, jobs)
+        };
+        let at_once = engine.strips_at_once();
+        let mut around = decode_all(archive, at_once, &mut decode_strips)?;
         for _ in 1..args.repeat {
-            around = around.fastest(decode_all(archive, engine, None)?);
+            around = around.fastest(decode_all(archive, at_once, &mut decode_strips)?);
         }
-        let clock = StageClock::default();
-        decode_all(archive, engine, Some(&clock))?;
         let mut stages = vec![
             StageReport { stage: "read", seconds: around.read },
             StageReport { stage: "side information", seconds: around.prepare },
             StageReport { stage: "room for tensors", seconds: around.allocate },
         ];
-        stages.extend(
-            Stage::ALL.map(|stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() }),
-        );
+        if let Some(staged) = staged {
+            let clock = StageClock::default();
+            decode_all(archive, at_once, &mut |part, reference, jobs| {
+                staged.decode_timed(part, reference, jobs, Some(&clock))
+            })?;
+            let spent = |stage: Stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() };
+            stages.extend(Stage::ALL.map(spent));
+        } else {
+            stages.push(StageReport { stage: "decoding", seconds: around.decode.iter().sum() });
+        }
         let decode_seconds = around.prepare + around.decode.iter().sum::<f64>();
         Ok(Self {
             engine: engine.name(),
@@ -283,7 +303,7 @@ fn copy_seconds() -> f64 {
 }
 
 /// Decodes every part once, in the order of the records, keeping what later ones are predicted from.
-fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>) -> Result<Around, BenchError> {
+fn decode_all(archive: &Archive, at_once: usize, decode_strips: &mut DecodeStrips<'_>) -> Result<Around, BenchError> {
     let mut around = Around::default();
     let base = Materializer::new(MaterializeOptions { cache_bytes: 64 << 20, ..MaterializeOptions::default() });
     let mut references: HashMap<PartAddress, Vec<u8>> = HashMap::new();
@@ -321,7 +341,7 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
             let mut out = vec![1; part.length_bytes() as usize];
             around.allocate += start.elapsed().as_secs_f64();
             let start = Instant::now();
-            decode_part(engine, part, &stored, reference, &mut out, clock)
+            decode_part(at_once, decode_strips, part, &stored, reference, &mut out)
                 .map_err(|error| decode_error(archive, address, error))?;
             around.decode.push(start.elapsed().as_secs_f64());
             if archive.is_referenced(number) {
@@ -333,23 +353,25 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
     Ok(around)
 }
 
+/// An engine's [`Engine::decode_strips`], or the same with a clock.
+type DecodeStrips<'a> = dyn FnMut(&PreparedPart, Option<&[u8]>, &mut [StripJob<'_>]) -> Result<(), DecodeError> + 'a;
+
 fn decode_part(
-    engine: &CpuEngine,
+    at_once: usize,
+    decode_strips: &mut DecodeStrips<'_>,
     part: &PreparedPart,
     stored: &[u8],
     reference: Option<&[u8]>,
     out: &mut [u8],
-    clock: Option<&StageClock>,
 ) -> Result<(), DecodeError> {
     let mut jobs: Vec<StripJob<'_>> = out
         .chunks_mut(part.full_strip_output_bytes() as usize)
         .enumerate()
         .map(|(strip, out)| StripJob { strip, stored: &stored[part.strip_range(strip).start as usize..], out })
         .collect();
-    let at_once = engine.strips_at_once();
     jobs.chunks_mut(at_once).try_for_each(|jobs| {
         let reference = part.reference_of(jobs[0].strip, 0, reference);
-        engine.decode_timed(part, reference, jobs, clock)
+        decode_strips(part, reference, jobs)
     })
 }
 

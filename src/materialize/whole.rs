@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::{MaterializeError, Materializer, UnitKey, bytes_of, strips, zeroed};
+use super::{MaterializeError, Materializer, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
 use crate::metrics::METRICS;
@@ -65,7 +65,7 @@ impl Materializer {
 
     fn memory_for(&self, length_bytes: u64, is_predicted: bool) -> u64 {
         let held = if is_predicted { 2 * length_bytes } else { length_bytes };
-        held.saturating_add(held.min(self.processors.total() * strips::TOGETHER_BYTES as u64))
+        held.saturating_add(held.min(self.processors.total().saturating_mul(self.together_bytes())))
     }
 
     fn check_memory(&self, archive: &Archive, address: PartAddress, needed_bytes: u64) -> Result<(), MaterializeError> {

@@ -66,6 +66,11 @@ impl Prediction {
         Self { reference_part: 0, motion: None, coefficients: Coefficients::ScaledCopy(1.0) }
     }
 
+    /// Whether all runs have the same predictor.
+    pub fn is_uniform(&self) -> bool {
+        matches!(self.coefficients, Coefficients::ScaledCopy(_))
+    }
+
     /// The predictor of a run.
     pub fn of_run(&self, run: usize) -> RunPredictor {
         match &self.coefficients {
