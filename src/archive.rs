@@ -415,15 +415,20 @@ impl Archive {
         self.read_at(&mut bytes, self.record_offsets[record as usize])?;
         let failed = |error| ArchiveError::Format { path: self.path.clone(), error };
         let side = SideInformation::parse(&bytes, entry).map_err(failed)?;
-        let has_units = side.parts.iter().any(|part| matches!(part.coding, Coding::Units(_)));
-        if has_units && !self.index.has_units {
-            return Err(failed(FormatError::Invalid {
-                section: "side information",
-                field: "part coding",
-                offset: 0,
-                found: "a part of units".into(),
-                expected: "none without feature 3".into(),
-            }));
+        let has = |is_so: fn(&Coding) -> bool| side.parts.iter().any(|part| is_so(&part.coding));
+        for (is_there, is_announced, field, found, feature) in [
+            (has(Coding::is_of_units), self.index.has_units, "part coding", "a part of units", 3),
+            (has(Coding::has_column_scales), self.index.has_column_scales, "quantizer flags", "column scales", 4),
+        ] {
+            if is_there && !is_announced {
+                return Err(failed(FormatError::Invalid {
+                    section: "side information",
+                    field,
+                    offset: 0,
+                    found: found.into(),
+                    expected: format!("none without feature {feature}"),
+                }));
+            }
         }
         Ok(side)
     }

@@ -10,6 +10,7 @@
 pub mod align;
 pub mod base;
 pub mod calibration;
+pub mod columns;
 pub mod counting;
 pub mod difference;
 pub mod encode;

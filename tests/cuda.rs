@@ -81,7 +81,7 @@ fn archives_read_on_a_device_and_decoded_into_it_are_those_of_the_reference() {
             }
         }
     }
-    assert!(launches > 1000, "the device has decoded them: {launches}");
+    assert!(launches > 300, "the device has decoded them: {launches}");
 }
 
 #[test]

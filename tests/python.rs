@@ -316,6 +316,7 @@ fn a_decoder_written_from_the_specification_decodes_what_no_encoder_writes() {
         "carrier 2",
         "exceptions",
         "means",
+        "column scales",
         "moved",
         "points",
         "raw",

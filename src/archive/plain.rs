@@ -71,6 +71,7 @@ impl Archive {
             records,
             bases: Vec::new(),
             has_units: false,
+            has_column_scales: false,
             provenance: Vec::new(),
         };
         let storage = Storage::Plain(PlainFiles { files: opened, sides });

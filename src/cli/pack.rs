@@ -17,7 +17,8 @@ use crate::pack::calibration::{Calibration, CalibrationSource};
 use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target, TrellisStates,
+    AlignmentChoice, ColumnScales, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target,
+    TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::{Checkpoint, Sidecar};
@@ -57,6 +58,9 @@ pub struct PackArgs {
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
+    /// Which columns have steps of their own.
+    #[arg(long, value_enum, default_value_t, help_heading = "Ablations")]
+    column_scales: ColumnScales,
     /// How values become codes.
     #[arg(long, value_enum, default_value_t)]
     quantization: Quantization,
@@ -221,6 +225,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         alignment: args.alignment,
         predictor: args.predictor,
         steps: args.steps,
+        column_scales: args.column_scales,
         quantization: args.quantization,
         entropy_model: args.entropy_model,
         trellis_states: args.trellis_states,

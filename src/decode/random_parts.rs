@@ -139,6 +139,7 @@ pub(super) enum Kind {
         prediction: Option<bool>,
         motion_axis: Option<u8>,
         sides: bool,
+        has_column_scales: bool,
     },
 }
 
@@ -159,9 +160,10 @@ pub(super) fn recipes() -> impl Strategy<Value = Recipe> {
         trellis,
         prediction,
         any::<bool>(),
+        any::<bool>(),
     )
-        .prop_map(|(dtype, raw_bits, trellis, (prediction, motion_axis), sides)| {
-            (dtype, Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides })
+        .prop_map(|(dtype, raw_bits, trellis, (prediction, motion_axis), sides, has_column_scales)| {
+            (dtype, Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides, has_column_scales })
         });
     let units = (select(vec![4_u8, 4, 8, 8, 16, 32, 64]), 0_u8..=56, select(vec![0_usize, 0, 1, 7, 61]), 0..4)
         .prop_map(|(unit_bits, raw_bits, values, differences)| {
@@ -247,11 +249,14 @@ impl Recipe {
                 let values = (0..values).map(|_| random.u64(..) >> (64 - unit_bits)).collect();
                 Coding::Units(UnitsInfo { unit_bits, raw_bits, has_differences, values })
             }
-            Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides } => {
+            Kind::Quantized { raw_bits, trellis, prediction, motion_axis, sides, has_column_scales } => {
                 let mut each =
                     |low, high| integers::encode(&(0..runs).map(|_| random.i32(low..high)).collect::<Vec<_>>());
                 let scales = sides.then(|| each(-20, 20));
                 let means = sides.then(|| (0.001, each(-9, 9)));
+                let column_scales = has_column_scales.then(|| {
+                    integers::encode(&(0..run_elements).map(|column| column as i32 * 7 % 41 - 20).collect::<Vec<_>>())
+                });
                 let predictor = prediction.map(|affine| match affine {
                     false => StoredPredictor::ScaledCopy { gain: 0.7 },
                     true => StoredPredictor::RowAffine {
@@ -279,6 +284,7 @@ impl Recipe {
                     vectors: None,
                     scales,
                     means,
+                    column_scales,
                     prediction,
                 })
             }

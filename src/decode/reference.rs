@@ -310,6 +310,9 @@ impl StripView<'_> {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
             // Eqs. 68-69: the keyframe value or the residual.
             let mut value = dequantize(point, quantizer.step_of_run(run), quantizer.mean_of_run(run));
+            if let Some(column_scales) = quantizer.column_scales() {
+                value *= column_scales[index % self.layout.run_elements];
+            }
             if let Some((prediction, reference, first_of_reference)) = prediction {
                 let element = first_element + index;
                 let source = prediction

@@ -12,7 +12,9 @@ use super::bytes::{Reader, Writer, crc32c};
 use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
-use super::preamble::{FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_TREE_DIGESTS, FEATURE_UNITS, Preamble};
+use super::preamble::{
+    FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_COLUMN_SCALES, FEATURE_TREE_DIGESTS, FEATURE_UNITS, Preamble,
+};
 use super::record::RecordEntry;
 use super::table::Table;
 
@@ -68,6 +70,8 @@ pub struct Index {
     pub bases: Vec<BaseReference>,
     /// Whether parts may be of units: only said in the preamble.
     pub has_units: bool,
+    /// Whether columns of parts may have scales: only said in the preamble.
+    pub has_column_scales: bool,
     /// How the archive came to be: tool, version, options.
     pub provenance: Vec<(String, String)>,
 }
@@ -177,6 +181,7 @@ impl Index {
             records,
             bases,
             has_units: features & FEATURE_UNITS != 0,
+            has_column_scales: features & FEATURE_COLUMN_SCALES != 0,
             provenance,
         })
     }
@@ -192,6 +197,7 @@ impl Index {
             | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
             | feature(FEATURE_BASES, !self.bases.is_empty())
             | feature(FEATURE_UNITS, self.has_units)
+            | feature(FEATURE_COLUMN_SCALES, self.has_column_scales)
     }
 
     /// The index before deflation.
@@ -322,6 +328,7 @@ mod tests {
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
             has_units: false,
+            has_column_scales: false,
             provenance: vec![("tool".into(), "mcwcfs".into())],
         }
     }
@@ -346,11 +353,11 @@ mod tests {
     }
 
     #[test]
-    fn an_index_with_codebooks_and_units_comes_back_and_needs_their_features() {
+    fn an_index_with_codebooks_units_and_column_scales_comes_back_and_needs_their_features() {
         let codebook = StoredCodebook { elements: 2, index_bits: 1, values: vec![0x3c00, 0, 0, 0x3c00] };
-        let index = Index { codebooks: vec![codebook], has_units: true, ..sample() };
+        let index = Index { codebooks: vec![codebook], has_units: true, has_column_scales: true, ..sample() };
         let (preamble, stored) = index.write(5000);
-        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS | FEATURE_UNITS);
+        assert_eq!(preamble.required_features, FEATURE_CODEBOOKS | FEATURE_UNITS | FEATURE_COLUMN_SCALES);
         assert_eq!(Index::parse(&stored, &preamble), Ok(index));
     }
 

@@ -18,8 +18,11 @@ pub const FEATURE_CODEBOOKS: u64 = 1 << 1;
 pub const FEATURE_BASES: u64 = 1 << 2;
 /// Feature: there are parts of units.
 pub const FEATURE_UNITS: u64 = 1 << 3;
+/// Feature: there are quantized parts whose columns have scales.
+pub const FEATURE_COLUMN_SCALES: u64 = 1 << 4;
 /// Feature bits this crate knows (SPEC.md section 10).
-pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES | FEATURE_UNITS;
+pub const KNOWN_FEATURES: u64 =
+    FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES | FEATURE_UNITS | FEATURE_COLUMN_SCALES;
 
 const SECTION: &str = "preamble";
 

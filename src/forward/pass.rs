@@ -16,6 +16,7 @@ use super::{ForwardError, Weights};
 pub type Watch<'a> = dyn FnMut(&[String], &Array2<f32>) + 'a;
 
 /// A model on its way through its layers.
+#[derive(Clone)]
 pub struct Pass<'a> {
     model: &'a Transformer,
     weights: &'a dyn Weights,

@@ -208,6 +208,7 @@ mod tests {
             records: entries,
             bases: vec![],
             has_units: false,
+            has_column_scales: false,
             provenance: vec![],
         };
         let (preamble, stored) = index.write(PREAMBLE_BYTES + bodies.len() as u64);
@@ -237,6 +238,7 @@ mod tests {
             vectors: None,
             scales: None,
             means: None,
+            column_scales: None,
             prediction,
         };
         let streams = SymbolStreams {

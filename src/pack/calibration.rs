@@ -7,31 +7,28 @@
 //! GPTQ and LDLQ.
 //!
 //! [`Calibration`] has the inputs ([`inputs`]) and runs the model ([`crate::forward`]); [`InputStatistics`] gives the feedback
-//! of one tensor after another, with one layer's Hessians in memory at a time.
+//! of one tensor after another, with one layer's inputs in memory at a time. The inputs are those that the deployed model has:
+//! what was quantized before is run as it decodes, and a tensor's weights are moved to where they make up for it.
 
 pub mod cholesky;
 pub mod feedback;
 pub mod hessian;
 pub mod inputs;
+mod statistics;
+mod weights;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
-use self::feedback::ColumnFeedback;
-use self::hessian::hessian;
-use super::quantize::values_of;
+pub use self::statistics::{ColumnInputs, InputStatistics};
+use self::weights::{CheckpointWeights, DeployedWeights};
 use super::source::Checkpoint;
-use super::symbols::RunLayout;
-use crate::codec::architecture::{BlockType, RecordPlan};
+use crate::forward::ForwardError;
 use crate::forward::inputs::Inputs;
 use crate::forward::model::Transformer;
 use crate::forward::pass::Pass;
-use crate::forward::{ForwardError, Weights};
-use crate::tensor::{Dtype, TensorInfo};
 
 /// Where calibration inputs come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +70,7 @@ pub enum CalibrationError {
 pub struct Calibration<'a> {
     model: Transformer,
     weights: CheckpointWeights<'a>,
+    deployed: DeployedWeights<'a>,
     inputs: Inputs,
     description: String,
 }
@@ -107,7 +105,8 @@ impl<'a> Calibration<'a> {
             CalibrationSource::BuiltIn => "built-in text",
             CalibrationSource::File(_) => "file",
         };
-        Ok(Self { model, weights, inputs, description: format!("{from}, sha256 {digest}, {amount}") })
+        let deployed = DeployedWeights::new(CheckpointWeights::new(checkpoint));
+        Ok(Self { model, weights, deployed, inputs, description: format!("{from}, sha256 {digest}, {amount}") })
     }
 
     /// What was used, for reports and the archive's provenance.
@@ -117,7 +116,7 @@ impl<'a> Calibration<'a> {
 
     /// What the model's linear maps are multiplied with, from the first layer on.
     pub fn statistics(&self) -> InputStatistics<'_> {
-        InputStatistics { calibration: self, pass: None, stage: None, hessians: BTreeMap::new() }
+        InputStatistics::new(self)
     }
 
     /// What the model says to the inputs.
@@ -131,150 +130,5 @@ impl<'a> Calibration<'a> {
             pass.layer(watch)?;
         }
         pass.finish(watch)
-    }
-}
-
-/// Which part of a model's way a record's inputs come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Stage {
-    Embedding,
-    Layer(usize),
-    Head,
-}
-
-/// The Hessians of one stage after another.
-pub struct InputStatistics<'a> {
-    calibration: &'a Calibration<'a>,
-    pass: Option<Pass<'a>>,
-    stage: Option<Stage>,
-    /// By tensor; tensors with the same inputs share one.
-    hessians: BTreeMap<String, Arc<Hessian>>,
-}
-
-/// A Hessian, and the feedback that was made of it.
-struct Hessian {
-    matrix: Array2<f32>,
-    /// By the number of lanes.
-    feedback: std::sync::Mutex<BTreeMap<usize, Arc<ColumnFeedback>>>,
-}
-
-impl InputStatistics<'_> {
-    /// The feedback of every tensor of a record that has a layout of runs, where its inputs are known and its runs are its
-    /// rows. Records come in the archive's order: the model is run up to theirs.
-    ///
-    /// # Errors
-    /// When the model cannot be run that far.
-    pub fn of_record(
-        &mut self,
-        record: &RecordPlan,
-        tensors: &[(&TensorInfo, Option<RunLayout>)],
-    ) -> Result<Vec<Option<Arc<ColumnFeedback>>>, ForwardError> {
-        if tensors.iter().all(|(_, layout)| layout.is_none()) {
-            return Ok(vec![None; tensors.len()]);
-        }
-        let stage = match (record.block_type, record.layer) {
-            (BlockType::Embedding, _) => Stage::Embedding,
-            (BlockType::Head, _) => Stage::Head,
-            (_, Some(layer)) => Stage::Layer(layer as usize),
-            (_, None) => return Ok(vec![None; tensors.len()]),
-        };
-        self.run_to(stage)?;
-        Ok(tensors.iter().map(|&(tensor, layout)| self.feedback(tensor, layout?)).collect())
-    }
-
-    fn feedback(&self, tensor: &TensorInfo, layout: RunLayout) -> Option<Arc<ColumnFeedback>> {
-        let hessian = self.hessians.get(&tensor.name)?;
-        let columns = hessian.matrix.ncols();
-        if layout.run_elements != columns || !layout.elements.is_multiple_of(columns) {
-            return None;
-        }
-        let mut known = hessian.feedback.lock().expect("making feedback does not panic");
-        let made = known.entry(layout.lanes);
-        Some(Arc::clone(made.or_insert_with(|| Arc::new(ColumnFeedback::new(&hessian.matrix, layout.lanes)))))
-    }
-
-    /// Runs the model until the stage's inputs have been seen.
-    fn run_to(&mut self, stage: Stage) -> Result<(), ForwardError> {
-        if self.stage == Some(stage) {
-            return Ok(());
-        }
-        let Calibration { model, weights, inputs, .. } = self.calibration;
-        self.hessians.clear();
-        let mut ignore = |_: &[String], _: &Array2<f32>| ();
-        let hessians = &mut self.hessians;
-        let mut keep = |names: &[String], inputs: &Array2<f32>| {
-            let feedback = std::sync::Mutex::default();
-            let shared = Arc::new(Hessian { matrix: hessian(inputs), feedback });
-            hessians.extend(names.iter().map(|name| (name.clone(), Arc::clone(&shared))));
-        };
-        let is_past = self.stage.is_none_or(|before| before > stage) || self.pass.is_none();
-        if is_past || stage == Stage::Embedding {
-            self.stage = None;
-            self.pass = Some(match stage {
-                Stage::Embedding => Pass::new(model, weights, inputs, &mut keep)?,
-                Stage::Layer(_) | Stage::Head => Pass::new(model, weights, inputs, &mut ignore)?,
-            });
-        }
-        let pass = self.pass.as_mut().expect("it was started");
-        let before = match stage {
-            Stage::Embedding => 0,
-            Stage::Layer(layer) => layer.min(model.layers),
-            Stage::Head => model.layers,
-        };
-        while pass.next_layer() < before {
-            pass.layer(&mut ignore)?;
-        }
-        match stage {
-            Stage::Embedding => (),
-            Stage::Layer(layer) if layer < model.layers => pass.layer(&mut keep)?,
-            Stage::Layer(_) => (), // another stack than the model's
-            Stage::Head => drop(self.pass.take().expect("it was started").finish(&mut keep)?),
-        }
-        let is_finite = |hessian: &Hessian| hessian.matrix.iter().all(|value| value.is_finite());
-        if let Some((tensor, _)) = self.hessians.iter().find(|(_, hessian)| !is_finite(hessian)) {
-            return Err(ForwardError::NotFinite { tensor: tensor.clone() });
-        }
-        self.stage = Some(stage);
-        Ok(())
-    }
-}
-
-/// The checkpoint's own weights.
-struct CheckpointWeights<'a> {
-    checkpoint: &'a Checkpoint,
-    /// File and tensor.
-    places: BTreeMap<&'a str, (usize, usize)>,
-}
-
-impl<'a> CheckpointWeights<'a> {
-    fn new(checkpoint: &'a Checkpoint) -> Self {
-        let files = checkpoint.files.iter().enumerate();
-        let places = files.flat_map(|(file, source)| {
-            let tensors = source.header.tensors.iter().enumerate();
-            tensors.map(move |(tensor, info)| (info.name.as_str(), (file, tensor)))
-        });
-        Self { checkpoint, places: places.collect() }
-    }
-}
-
-impl Weights for CheckpointWeights<'_> {
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        let &(file, tensor) = self.places.get(name)?;
-        let shape = &self.checkpoint.files[file].header.tensors[tensor].shape;
-        shape.iter().map(|&dimension| usize::try_from(dimension).ok()).collect()
-    }
-
-    fn values(&self, name: &str) -> Option<Vec<f32>> {
-        let &(file, tensor) = self.places.get(name)?;
-        let source = &self.checkpoint.files[file];
-        let info = &source.header.tensors[tensor];
-        let is_float = matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        let values = is_float.then(|| values_of(&info.dtype, source.tensor_bytes(tensor)));
-        source.release(tensor);
-        values
-    }
-
-    fn names(&self) -> Vec<String> {
-        self.places.keys().map(|&name| name.to_owned()).collect()
     }
 }

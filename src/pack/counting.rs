@@ -185,8 +185,7 @@ fn count_placed_strip(
         } else {
             counts.classes.add(kinds[0], class, &Histogram::of_placed(run_symbols, offsets), weight);
         }
-        let unit = f64::from(symbols.unit(run));
-        counts.squared_error += weight as f64 * unit * unit * sum_of_squares(offsets);
+        counts.squared_error += weight as f64 * symbols.squared_error(run, &placed.offsets[range.clone()]);
         counts.symbols += weight * range.len() as u64;
         counts.other_bits +=
             weight as f64 * f64::from(symbols.raw_bits() - symbols.zero_bits(run)) * range.len() as f64;

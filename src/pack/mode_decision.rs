@@ -137,6 +137,7 @@ impl PartCandidate<'_> {
             step_of_run: self.step_of_run,
             raw_bits: self.raw_bits,
             rounding: self.rounding,
+            columns: None,
             feedback: None,
         };
         self.bits(&symbols, pool)
@@ -171,6 +172,7 @@ impl PartCandidate<'_> {
                 step_of_run: self.step_of_run,
                 raw_bits: self.raw_bits,
                 rounding: self.rounding,
+                columns: None,
                 feedback: None,
             };
             let bits = self.bits(&symbols, pool) + predictor.bits();
@@ -296,6 +298,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding: NEAREST,
+            columns: None,
             feedback: None,
         };
         // Tables for small scales too, as other parts of a checkpoint would bring them.
@@ -307,6 +310,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding: NEAREST,
+            columns: None,
             feedback: None,
         };
         let mut classes = count(&symbols, 1);

@@ -161,6 +161,20 @@ impl Steps {
     }
 }
 
+/// Which columns of a tensor have steps of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ColumnScales {
+    /// Those of tensors whose inputs calibration knows, where a finer step for what is multiplied with strong inputs makes up
+    /// for more than its bits.
+    #[default]
+    Auto,
+    /// None.
+    None,
+    /// All, in proportion to the root mean square of the column: an ablation. At equal squared error it costs bits, as steps
+    /// per row do.
+    Energy,
+}
+
 /// What the symbols are coded with (Table 15 of the paper).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum EntropyModel {
@@ -233,6 +247,8 @@ pub struct PackOptions {
     pub predictor: PredictorChoice,
     /// Where steps are set.
     pub steps: Steps,
+    /// Which columns have steps of their own.
+    pub column_scales: ColumnScales,
     /// How values become codes.
     pub quantization: Quantization,
     /// What codes are coded with.
@@ -260,6 +276,7 @@ impl Default for PackOptions {
             alignment: AlignmentChoice::default(),
             predictor: PredictorChoice::default(),
             steps: Steps::default(),
+            column_scales: ColumnScales::default(),
             quantization: Quantization::default(),
             entropy_model: EntropyModel::default(),
             trellis_states: None,
@@ -332,12 +349,13 @@ impl PackOptions {
         // The rest says how weights are quantized: nothing of it matters where none are.
         if self.target.is_lossy() || self.keep.iter().any(KeepRule::is_lossy) {
             options.push_str(&format!(
-                ", keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, quantization {:?}, trellis-states {}, \
-                 entropy-model {:?}, rate-aware-rounding {}, embedding-refinement {}",
+                ", keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, column-scales {:?}, quantization {:?}, \
+                 trellis-states {}, entropy-model {:?}, rate-aware-rounding {}, embedding-refinement {}",
                 self.keyframe_interval,
                 self.alignment,
                 self.predictor,
                 self.steps,
+                self.column_scales,
                 self.quantization,
                 self.trellis_states(),
                 self.entropy_model,

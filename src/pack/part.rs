@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
-use super::counting::{choose_tables, sole_table, sum_of_squares};
+use super::counting::{choose_tables, sole_table};
 use super::entropy_model::{FittedTable, TablePool};
 use super::symbols::{Placed, RunLayout, Symbols};
 use super::vectors::VectorStrips;
 use crate::codec::entropy::{CodingTable, encode_lanes};
 use crate::codec::integers;
 use crate::decode::DecodeError;
-use crate::format::bytes::crc32c;
+use crate::format::bytes::{Writer, crc32c};
 use crate::format::limits::RAW_STRIP_BYTES;
 use crate::format::part::{Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
 use crate::format::strip::LANES;
@@ -140,14 +140,21 @@ impl EncodedPart {
         }
     }
 
-    /// Whether the part is of units, which an archive announces.
-    pub fn is_of_units(&self) -> bool {
-        matches!(self.coding, Coding::Units(_))
+    /// What the part's symbols mean.
+    pub fn coding(&self) -> &Coding {
+        &self.coding
     }
 
     /// Whether a base is needed to decode the part.
     pub fn starts_from_base(&self) -> bool {
         matches!(self.coding, Coding::Based(_) | Coding::QuantizedFromBase(..))
+    }
+
+    /// Bits of the body and the header, as good as exactly.
+    pub fn stored_bits(&self) -> f64 {
+        let mut header = Writer::new();
+        self.header(|table| table as u16).write(&mut header);
+        8.0 * (self.body.len() + header.into_bytes().len()) as f64
     }
 
     /// Pool numbers of the tables used, in the part's order.
@@ -227,7 +234,7 @@ fn squared_error(symbols: &dyn Symbols, first_run: usize, placed: &Placed, table
             let index = start + index;
             offset - tables[placed.quantizer(index)].point_offset(placed.positions[index])
         }));
-        sum += f64::from(symbols.unit(first_run + run)).powi(2) * sum_of_squares(&errors);
+        sum += symbols.squared_error(first_run + run, &errors);
     }
     sum
 }

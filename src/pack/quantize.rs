@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::counting::sum_of_squares;
 use super::entropy_model::{FittedTable, OwnTable};
 use super::histogram::{EXCEPTION_BITS, Histogram};
-use super::options::{PackOptions, Steps};
+use super::options::{ColumnScales, PackOptions, Steps};
 use super::quantized_symbols::Rounding;
 use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
@@ -86,6 +86,8 @@ pub struct PartQuantizer {
     pub choice: QuantizerChoice,
     /// Scale integer of each run, where steps follow the runs' scales.
     pub scales: Option<Vec<i32>>,
+    /// Scale integer of each column, where steps follow them.
+    pub column_scales: Option<Vec<i32>>,
 }
 
 impl PartQuantizer {
@@ -107,15 +109,17 @@ impl PartQuantizer {
         let mut quantizer = Self::new(choice, values, layout, options);
         // Codes of the trellis are two steps apart.
         let code_steps = if rounding.trellis.is_some() { 2.0 } else { 1.0 };
-        let most = largest_magnitude(values) / quantizer.least_step();
-        if most >= LARGEST_CODE {
+        if !quantizer.holds(values, layout) {
             return None;
         }
-        let codes: Vec<i32> = (values.iter().enumerate())
-            .map(|(element, value)| {
-                nearest_integer(value / (quantizer.step_of_run(element / layout.run_elements) * code_steps))
-            })
-            .collect();
+        let columns = quantizer.column_multipliers();
+        let mut codes: Vec<i32> = Vec::with_capacity(values.len());
+        for (run, values) in values.chunks(layout.run_elements).enumerate() {
+            let step = quantizer.step_of_run(run) * code_steps;
+            codes.extend(values.iter().enumerate().map(|(column, value)| {
+                nearest_integer(value / (step * columns.as_ref().map_or(1.0, |columns| columns[column])))
+            }));
+        }
         let counted = Histogram::of(&codes);
         let fixed_length = own_table.is_some_and(|table| table.fixed_length);
         let bits = |raw_bits: u32| estimated_bits(&counted, raw_bits, fixed_length);
@@ -127,8 +131,10 @@ impl PartQuantizer {
 
     /// The quantizer of a part whose choice is made.
     pub fn new(choice: QuantizerChoice, values: &[f32], layout: RunLayout, options: &PackOptions) -> Self {
+        let column_scales = (options.column_scales == ColumnScales::Energy && choice.vectors.is_none())
+            .then(|| energy_scales(values, layout.run_elements));
         if options.steps == Steps::Shared && choice.vectors.is_none() {
-            return Self { choice, scales: None };
+            return Self { choice, scales: None, column_scales };
         }
         let rms = choice.root_mean_square.max(f64::from(f32::MIN_POSITIVE));
         let scale_of = |run: usize| {
@@ -139,7 +145,13 @@ impl PartQuantizer {
         debug_assert!(scales.iter().all(|scale| (SCALE_RANGE.0..=SCALE_RANGE.1).contains(scale)));
         // The finest step must stay a normal number.
         let step = choice.step.max(f32::MIN_POSITIVE * 2.0_f32.powi(24));
-        Self { choice: QuantizerChoice { step, ..choice }, scales: Some(scales) }
+        Self { choice: QuantizerChoice { step, ..choice }, scales: Some(scales), column_scales }
+    }
+
+    /// The same with another step, and scales of the columns.
+    #[must_use]
+    pub fn with_columns(self, step: f32, column_scales: Vec<i32>) -> Self {
+        Self { choice: QuantizerChoice { step, ..self.choice }, column_scales: Some(column_scales), ..self }
     }
 
     /// Whether every value has a code.
@@ -147,10 +159,24 @@ impl PartQuantizer {
         if self.choice.vectors.is_some() {
             return largest_magnitude(values).is_finite();
         }
+        let columns = self.column_multipliers();
+        let largest = |values: &[f32]| match &columns {
+            Some(columns) => {
+                let scaled: Vec<f32> = values.iter().zip(columns).map(|(value, column)| value / column).collect();
+                largest_magnitude(&scaled)
+            }
+            None => largest_magnitude(values),
+        };
         let most = (values.par_chunks(layout.run_elements).enumerate())
-            .map(|(run, values)| largest_magnitude(values) / self.step_of_run(run))
+            .map(|(run, values)| largest(values) / self.step_of_run(run))
             .reduce(|| 0.0, f32::max);
         most < LARGEST_CODE
+    }
+
+    /// What each column multiplies the step by, where columns have scales.
+    pub fn column_multipliers(&self) -> Option<Vec<f32>> {
+        let scales = self.column_scales.as_ref()?;
+        Some(scales.iter().map(|&scale| scale_multiplier(scale)).collect())
     }
 
     /// Step of a run.
@@ -159,10 +185,11 @@ impl PartQuantizer {
         self.scales.as_ref().map_or(step, |scales| step * scale_multiplier(scales[run]))
     }
 
-    /// The finest step of any run.
+    /// The finest step of any element.
     pub fn least_step(&self) -> f32 {
-        let least = self.scales.iter().flatten().min();
-        least.map_or(self.choice.step, |&scale| self.choice.step * scale_multiplier(scale))
+        let least =
+            |scales: &Option<Vec<i32>>| scales.iter().flatten().min().map_or(1.0, |&scale| scale_multiplier(scale));
+        self.choice.step * least(&self.scales) * least(&self.column_scales)
     }
 
     /// What the part's header says of it, prediction left open.
@@ -174,9 +201,23 @@ impl PartQuantizer {
             vectors: self.choice.vectors.map(|codebooks| StoredVectors { codebooks }),
             scales: self.scales.as_ref().map(|scales| integers::encode(scales)),
             means: None,
+            column_scales: self.column_scales.as_ref().map(|scales| integers::encode(scales)),
             prediction: None,
         }
     }
+}
+
+/// Scale integers of columns in proportion to their root mean squares, within three octaves; their mean is none.
+fn energy_scales(values: &[f32], columns: usize) -> Vec<i32> {
+    let mut squares = vec![0.0_f64; columns];
+    for values in values.chunks(columns) {
+        for (square, &value) in squares.iter_mut().zip(values) {
+            *square += f64::from(value).powi(2);
+        }
+    }
+    let octaves: Vec<f64> = squares.iter().map(|square| 0.5 * square.max(f64::MIN_POSITIVE).log2()).collect();
+    let mean = octaves.iter().sum::<f64>() / columns as f64;
+    octaves.iter().map(|octaves| (8.0 * (octaves - mean)).round().clamp(-24.0, 24.0) as i32).collect()
 }
 
 /// The rounding for values of this root mean square: whether the trellis' quantizers have tables of their own is a matter of

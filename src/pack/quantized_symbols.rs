@@ -39,6 +39,7 @@ impl Rounding {
 }
 
 /// What a predicted part subtracts before it quantizes.
+#[derive(Clone, Copy)]
 pub struct EncoderPrediction<'a> {
     /// Decoded reference value of every element, motion already applied.
     pub reference: &'a [f32],
@@ -47,6 +48,7 @@ pub struct EncoderPrediction<'a> {
 }
 
 /// Quantized values or residuals, see `codec::quantizer`.
+#[derive(Clone, Copy)]
 pub struct QuantizedSymbols<'a> {
     /// The weights.
     pub values: &'a [f32],
@@ -60,7 +62,9 @@ pub struct QuantizedSymbols<'a> {
     pub raw_bits: u32,
     /// Scalar or trellis-coded, and how much a bit is worth.
     pub rounding: Rounding,
-    /// How errors of columns move others, where runs are rows and calibration knows their inputs.
+    /// Where columns have scales, what each multiplies the step by: `[run elements]`.
+    pub columns: Option<&'a [f32]>,
+    /// How errors of columns move others, in steps of theirs, where runs are rows and calibration knows their inputs.
     pub feedback: Option<&'a ColumnFeedback>,
 }
 
@@ -70,6 +74,7 @@ impl QuantizedSymbols<'_> {
         let steps_per_unit = 1.0 / (self.step_of_run)(run);
         let range = self.layout.run_range(run);
         let values = &self.values[range.clone()];
+        let start = targets.len();
         match &self.prediction {
             None => targets.extend(values.iter().map(|value| value * steps_per_unit)),
             Some(prediction) => {
@@ -78,6 +83,9 @@ impl QuantizedSymbols<'_> {
                     .map(|(&value, &reference)| (value - predictor.predict(reference)) * steps_per_unit);
                 targets.extend(residuals);
             }
+        }
+        for (target, column) in targets[start..].iter_mut().zip(self.columns.into_iter().flatten()) {
+            *target /= column;
         }
     }
 
@@ -206,6 +214,10 @@ impl Symbols for QuantizedSymbols<'_> {
         (self.step_of_run)(run)
     }
 
+    fn column_units(&self) -> Option<&[f32]> {
+        self.columns
+    }
+
     fn place(&self, runs: Range<usize>, tables: &[[&FittedTable; 2]]) -> Placed {
         let mut targets = Vec::with_capacity(runs.len() * self.layout.run_elements);
         for run in runs {
@@ -301,6 +313,7 @@ mod tests {
             step_of_run: &step_of_run,
             raw_bits: 0,
             rounding,
+            columns: None,
             feedback: None,
         };
         let first = count(&symbols, 1).fit();
@@ -312,6 +325,7 @@ mod tests {
             vectors: None,
             scales: None,
             means: None,
+            column_scales: None,
             prediction: None,
         };
         let part = EncodedPart::symbols(Coding::Quantized(info), &symbols, &pool).expect("fitted");

@@ -3,14 +3,16 @@
 //! The local decode loop is the decoder's own: what a later record is predicted from is what an engine makes of the encoded
 //! bytes.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::align::{Alignment, BlockVectors, align};
 use super::calibration::feedback::ColumnFeedback;
+use super::columns::{ColumnSteps, choose_columns};
 use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
 use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
-use super::options::{PackOptions, PredictorChoice};
+use super::options::{ColumnScales, PackOptions, PredictorChoice};
 use super::part::{EncodedPart, SelfCheckError};
 use super::quantize::{PartQuantizer, QuantizerChoice, root_mean_square, rounding_at_scale, values_of};
 use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
@@ -210,19 +212,43 @@ impl RecordEncoder<'_> {
         if let (Some(trellis), Some(_)) = (&mut rounding.trellis, feedback) {
             trellis.state_bits = self.options.closed_loop_states().state_bits();
         }
-        let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
         let of_run = |run: usize| prediction.expect("asked for in predicted parts only").predictor.of_run(run);
-        let step_of_run = |run: usize| quantizer.step_of_run(run);
-        let symbols = QuantizedSymbols {
+        let planned_step_of_run = |run: usize| quantizer.step_of_run(run);
+        let mut symbols = QuantizedSymbols {
             values,
             prediction: prediction
                 .map(|prediction| EncoderPrediction { reference: &prediction.reference, of_run: &of_run }),
             layout,
-            step_of_run: &step_of_run,
+            step_of_run: &planned_step_of_run,
             raw_bits: quantizer.choice.raw_bits,
             rounding,
+            columns: None,
             feedback,
         };
+        let steps = match (feedback, self.options.column_scales) {
+            (Some(feedback), ColumnScales::Auto) => {
+                choose_columns(&symbols, feedback, self.pool, self.options.effort.measured_elements())
+            }
+            _ => None,
+        };
+        let quantizer = match steps {
+            Some(ColumnSteps { scales, step_factor }) => {
+                let step = quantizer.choice.step * step_factor;
+                let columned = quantizer.clone().with_columns(step, scales);
+                if columned.holds(values, layout) { Cow::Owned(columned) } else { Cow::Borrowed(quantizer) }
+            }
+            None => Cow::Borrowed(quantizer),
+        };
+        let columns = quantizer.column_multipliers();
+        let feedback = match (feedback, &columns) {
+            (Some(feedback), Some(columns)) => Some(Cow::Owned(feedback.scaled(columns))),
+            (feedback, _) => feedback.map(Cow::Borrowed),
+        };
+        let step_of_run = |run: usize| quantizer.step_of_run(run);
+        symbols.step_of_run = &step_of_run;
+        symbols.columns = columns.as_deref();
+        symbols.feedback = feedback.as_deref();
+        let info = QuantizerInfo { trellis: rounding.trellis, prediction: stored, ..quantizer.info() };
         let coding = match base {
             Some(reference) => Coding::QuantizedFromBase(reference, info),
             None => Coding::Quantized(info),

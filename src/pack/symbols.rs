@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::counting::sum_of_squares;
 use super::entropy_model::{FittedTable, StreamKind};
 use super::histogram::Histogram;
 use crate::format::limits::STRIP_SYMBOLS;
@@ -120,6 +121,23 @@ pub trait Symbols: Sync {
     /// What an offset of 1 means in a run, in weight units.
     fn unit(&self, _run: usize) -> f32 {
         1.0
+    }
+
+    /// What the unit of a run is multiplied with for each of its elements, where they are not alike.
+    fn column_units(&self) -> Option<&[f32]> {
+        None
+    }
+
+    /// The squared error of a run that is off by so much at each element, in squared weight units.
+    fn squared_error(&self, run: usize, offsets: &[f32]) -> f64 {
+        let squares = match self.column_units() {
+            Some(units) => {
+                let offsets: Vec<f32> = offsets.iter().zip(units).map(|(offset, unit)| offset * unit).collect();
+                sum_of_squares(&offsets)
+            }
+            None => sum_of_squares(offsets),
+        };
+        f64::from(self.unit(run)).powi(2) * squares
     }
 
     /// Chooses the final symbols of consecutive runs, given the tables of each (for the trellis' two quantizers, else twice

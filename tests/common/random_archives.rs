@@ -78,6 +78,7 @@ struct ArchiveWriter {
     records: Vec<RecordEntry>,
     layers: u32,
     has_units: bool,
+    has_column_scales: bool,
     body: Vec<u8>,
     bases: Vec<BaseReference>,
 }
@@ -107,6 +108,7 @@ impl ArchiveWriter {
             records: Vec::new(),
             layers: 0,
             has_units: false,
+            has_column_scales: false,
             body: Vec::new(),
             bases: Vec::new(),
         }
@@ -329,6 +331,8 @@ impl ArchiveWriter {
         let random = &mut self.random;
         let scales = random.chance().then(|| random.integers(runs, 40));
         let means = random.chance().then(|| (random.normal() * 0.01, random.integers(runs, 100)));
+        let column_scales = random.chance().then(|| random.integers(streams.run_elements as usize, 40));
+        self.has_column_scales |= column_scales.is_some();
         let predicted = has_reference && random.below(5) > 0;
         let prediction = predicted.then(|| StoredPrediction {
             reference_part: 0,
@@ -344,7 +348,8 @@ impl ArchiveWriter {
             },
         });
         let step = (random.normal() * 0.01).abs() + 1e-6;
-        let coding = Coding::Quantized(QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, prediction });
+        let info = QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, column_scales, prediction };
+        let coding = Coding::Quantized(info);
         let header = PartHeader { coding, streams: Some(streams), strip_crcs, cost: PartHeaderBytes::default() };
         Part { tensor, header, body }
     }
@@ -510,6 +515,7 @@ impl ArchiveWriter {
             records: self.records.clone(),
             bases: self.bases.clone(),
             has_units: self.has_units,
+            has_column_scales: self.has_column_scales,
             provenance: vec![("tool".into(), "dice".into())],
         };
         let (preamble, stored) = index.write(64 + self.body.len() as u64);

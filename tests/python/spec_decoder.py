@@ -68,6 +68,7 @@ class Part:
         require(number in CODINGS, f"part coding {number}")
         self.coding = CODINGS[number]
         self.trellis = self.vectors = self.reference = self.stored_zero_bits = self.factors = None
+        self.stored_column_scales = self.column_scales = None
         self.is_from_base = number == 5
         if self.coding == "split":
             require(tensor.bits in (8, 16, 32, 64), f"part coding: split {tensor.dtype}")
@@ -129,7 +130,7 @@ class Part:
         require(self.tensor.dtype in ("F32", "F16", "BF16"), f"part coding: quantized {self.tensor.dtype}")
         self.step, self.raw_bits = reader.f32("step"), reader.u8("raw bits", below=9)
         require(self.step > 0, f"step: {self.step}")
-        flags, per_run = reader.u8("quantizer flags", below=32), []
+        flags, per_run = reader.u8("quantizer flags", below=64), []
         if flags & 8:
             self.trellis = reader.u8("trellis", below=2)
             self.state_bits = reader.u8("trellis state bits", below=9)
@@ -144,6 +145,9 @@ class Part:
             per_run.append(("scales", self.step, reader.blob("scales")))
         if flags & 2:
             per_run.append(("means", reader.f32("mean step"), reader.blob("means")))
+        if flags & 32:
+            require(self.archive.has_column_scales, "quantizer flags: column scales without feature 4")
+            self.stored_column_scales = reader.blob("column scales")
         require(not (flags & 20 and self.is_from_base), "quantizer flags: a prediction or vectors from a base")
         if flags & 4:
             require(self.record.reference is not None, "reference part: the record has no reference")
@@ -251,6 +255,9 @@ class Part:
             require(values[name].dtype == FLOAT and np.isfinite(values[name]).all(), f"{name}: not finite")
         self.steps = values.get("scales", np.full(self.runs, self.step))
         self.means, self.offsets = values.get("means"), values.get("offsets")
+        if self.stored_column_scales is not None:
+            number = integers(self.stored_column_scales, self.run_elements, -800, 807, "column scales")
+            self.column_scales = np.ldexp((8 + number % 8).astype(FLOAT) / FLOAT(8), number // 8)
         if self.reference:
             self.gains = values["gains"] if "gains" in values else np.full(self.runs, self.gain)
 
@@ -433,6 +440,8 @@ def quantized_elements(part):
     values = (vector_points if part.vectors else points)(part) * part.steps[run]
     if part.means is not None:
         values = values + part.means[run]
+    if part.column_scales is not None:
+        values = values * part.column_scales[np.arange(part.tensor.elements) % part.run_elements]
     if part.reference:
         reference = np.frombuffer(decoded(part.reference), f"<u{part.tensor.bits // 8}")
         reference = to_float(reference, part.tensor.dtype).reshape(part.tensor.shape)
@@ -489,6 +498,7 @@ def count(part):
         MET["256 states"] += part.trellis is not None and part.state_bits == 8
         MET["table pairs"] += part.trellis == 1
         MET["means"] += part.means is not None
+        MET["column scales"] += part.column_scales is not None
         MET["scales"] += len(set(part.steps.tolist())) > 1
         MET["raw bits"] += part.raw_bits > 0
         MET["vectors"] += part.vectors is not None

@@ -245,7 +245,7 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features & ~15 == 0, f"required features: {features:#x}")
+        require(features & ~31 == 0, f"required features: {features:#x}")
         self.features = features
         self.has_tree_digests = features & 1 != 0
         require(length == len(data), "file length")
@@ -275,6 +275,7 @@ class Archive:
         require(content_id == hashlib.sha256(b"".join(file[3] for file in self.files)).digest(), "content id")
         self.tables = [Table(reader) for _ in range(reader.count("tables", 2**12))]
         self.has_units = features & 8 != 0
+        self.has_column_scales = features & 16 != 0
         self.codebooks = []
         if features & 2:
             self.codebooks = [Codebook(reader) for _ in range(reader.count("codebooks", 2**8))]

@@ -110,6 +110,7 @@ mod tests {
             vectors: None,
             scales: None,
             means: None,
+            column_scales: None,
             prediction,
         })
     }

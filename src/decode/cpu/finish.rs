@@ -28,6 +28,8 @@ type Dequantize = unsafe fn(&[[u8; 2]], &RawBits<'_>, f32, Option<f32>, &mut [[u
 /// The same for trellis-coded codes; third, the trellis and the states of the lanes.
 type DequantizeTrellis =
     unsafe fn(&[[u8; 2]], &RawBits<'_>, (Trellis, &mut [u16; LANES]), f32, Option<f32>, &mut [[u8; 4]]);
+/// Multiplies the dequantized values of a run by the scales of their columns.
+type ScaleColumns = unsafe fn(scales: &[f32], residuals: &mut [[u8; 4]]);
 /// Adds the prediction to dequantized values and rounds to the element type.
 type Round = unsafe fn(residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out: &mut [u8]);
 
@@ -50,6 +52,8 @@ pub struct Kernels {
     pub dequantize: Dequantize,
     /// Trellis-coded codes and raw bits to binary32.
     pub dequantize_trellis: DequantizeTrellis,
+    /// Values times the scales of their columns.
+    pub scale_columns: ScaleColumns,
     /// Residuals and prediction to bfloat16.
     pub round_bf16: Round,
     /// Residuals and prediction to binary16.
@@ -81,6 +85,7 @@ macro_rules! compile_for {
                 mean: Option<f32>,
                 residuals: &mut [[u8; 4]]
             ) $(, $features)?);
+            compile_for!(@function scale_columns(scales: &[f32], residuals: &mut [[u8; 4]]) $(, $features)?);
             compile_for!(@function round_bf16(
                 residuals: &[[u8; 4]], prediction: RunPrediction<'_>, out: &mut [u8]
             ) $(, $features)?);
@@ -102,6 +107,7 @@ macro_rules! compile_for {
             widen_f16: $module::widen_f16,
             dequantize: $module::dequantize_codes,
             dequantize_trellis: $module::dequantize_trellis,
+            scale_columns: $module::scale_columns,
             round_bf16: $module::round_bf16,
             round_f16: $module::round_f16,
             round_f32: $module::round_f32,
@@ -264,6 +270,15 @@ pub fn dequantize_trellis(
             states[lane] = trellis.next_state(states[lane], multiple);
             residuals[lane] = dequantize(multiple as f32, step, mean).to_le_bytes();
         }
+    }
+}
+
+#[inline(always)]
+fn scale_columns(scales: &[f32], residuals: &mut [[u8; 4]]) {
+    let length = residuals.len();
+    let scales = &scales[..length];
+    for index in 0..length {
+        residuals[index] = (f32::from_le_bytes(residuals[index]) * scales[index]).to_le_bytes();
     }
 }
 

@@ -251,7 +251,12 @@ pub static AVX512: Kernels = Kernels {
     narrow: [avx512::narrow::<0>, avx512::narrow::<1>, avx512::narrow::<2>],
     wide: [avx512::wide::<0>, avx512::wide::<1>, avx512::wide::<2>],
     joined: Some(Joined { narrow: avx512::narrow_joined, wide: avx512::wide_joined }),
-    finish: finish::Kernels { dequantize_trellis: avx512::dequantize_trellis, ..finish::AVX512 },
+    // Scales of columns are applied by the AVX2 function: no CPU of this level was at hand to test another on.
+    finish: finish::Kernels {
+        dequantize_trellis: avx512::dequantize_trellis,
+        scale_columns: finish::AVX2.scale_columns,
+        ..finish::AVX512
+    },
     differences: differences::AVX512,
 };
 

@@ -49,8 +49,8 @@ enum Path<'a> {
     Final,
     /// Values are symbols of differences to a base, in coded order.
     Difference { zero_bits: u32 },
-    /// Values are binary32 residuals.
-    Residual { prediction: &'a Prediction },
+    /// Values are binary32: residuals, or weights whose columns have scales.
+    Residual { prediction: Option<&'a Prediction> },
     /// Values are codes, or positions under a trellis, with raw bits below them.
     Raw { trellis: Option<(TrellisTables, Trellis)>, prediction: Option<&'a Prediction> },
 }
@@ -132,8 +132,10 @@ impl<'a> PartDecoder<'a> {
                 let trellis = quantizer.trellis;
                 let table_use = TableUse::of(trellis.map(|(tables, _)| tables));
                 let (path, table_use, meaning) = match (symbols.raw_bits, prediction) {
-                    (0, None) => (Path::Final, table_use, Meaning::weight(dtype)),
-                    (0, Some(prediction)) => (Path::Residual { prediction }, table_use, Meaning::F32),
+                    (0, None) if quantizer.column_scales().is_none() => {
+                        (Path::Final, table_use, Meaning::weight(dtype))
+                    }
+                    (0, prediction) => (Path::Residual { prediction }, table_use, Meaning::F32),
                     // Raw bits lead the trellis, so its kernels cannot follow it.
                     _ => {
                         // Points beside their codes are found by position; kernels step all lanes of a trellis.

@@ -7,9 +7,9 @@
 use std::ops::Range;
 
 use super::description::{
-    BF16, BITS, CODED, DIFFERENCES, END_STATE, EXCEPTION_POSITION, F16, F32, FROM_BF16, FROM_F16, LOW_RANK, MEANS,
-    NONE, OFFSETS, PAIRS, Part, Plain, Run, Status, Strip, TABLE_BYTES, TRELLIS, VALUES, VECTORS, WORDS, bytes_of,
-    table_words,
+    BF16, BITS, CODED, COLUMN_SCALES, DIFFERENCES, END_STATE, EXCEPTION_POSITION, F16, F32, FROM_BF16, FROM_F16,
+    LOW_RANK, MEANS, NONE, OFFSETS, PAIRS, Part, Plain, Run, Status, Strip, TABLE_BYTES, TRELLIS, VALUES, VECTORS,
+    WORDS, bytes_of, table_words,
 };
 use super::device::{Kernel, Launch};
 use crate::codec::entropy::LaneError;
@@ -84,6 +84,7 @@ pub fn part_bytes(part: &PreparedPart, strips: Range<usize>) -> usize {
         PartKind::Raw | PartKind::Split { .. } => {}
         PartKind::Units { units, .. } => lengths.push(size_of_val(units.values())),
         PartKind::Quantized { quantizer, prediction, .. } => {
+            lengths.extend(quantizer.column_scales().map(size_of_val));
             let codebooks = quantizer.vectors.iter().flat_map(VectorQuantizer::stages);
             lengths.extend(codebooks.map(|codebook| size_of_val(codebook.values())));
             let motion = prediction.as_ref().and_then(|prediction| prediction.motion.as_ref());
@@ -270,6 +271,10 @@ impl<'s, K> Batch<'s, K> {
             description.flags |= TRELLIS;
             description.flags |= if tables == TrellisTables::Pairs { PAIRS } else { 0 };
             (description.from_second, description.from_odd) = (trellis.from_second.into(), trellis.from_odd.into());
+        }
+        if let Some(scales) = quantizer.column_scales() {
+            description.flags |= COLUMN_SCALES;
+            description.column_scales = self.place(bytes_of(scales));
         }
         if let Some(vectors) = &quantizer.vectors {
             let [first, second] = vectors.stages();

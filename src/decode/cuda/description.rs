@@ -13,6 +13,7 @@ pub(super) const LOW_RANK: u32 = 1 << 8;
 pub(super) const CODED: u32 = 1 << 9;
 pub(super) const FROM_F16: u32 = 1 << 10;
 pub(super) const FROM_BF16: u32 = 1 << 11;
+pub(super) const COLUMN_SCALES: u32 = 1 << 12;
 
 /// Element types that are computed with.
 pub(super) const BITS: u32 = 0;
@@ -51,6 +52,7 @@ pub(super) struct Part {
     pub second_values: u64,
     pub motion: u64,
     pub motion_stride: u64,
+    pub column_scales: u64,
     pub class_offsets: u64,
     pub class_row_elements: u64,
     pub left: u64,
@@ -128,7 +130,7 @@ unsafe impl Plain for u64 {}
 // SAFETY: numbers.
 unsafe impl Plain for f32 {}
 
-const _: () = assert!(size_of::<Run>() == 6 * 4 && size_of::<Part>() == 11 * 8 + 20 * 4);
+const _: () = assert!(size_of::<Run>() == 6 * 4 && size_of::<Part>() == 12 * 8 + 20 * 4);
 const _: () = assert!(size_of::<Strip>() == 7 * 8 + 4 * 4 && size_of::<Status>() == 4 * 4);
 
 /// The bytes of numbers side by side.

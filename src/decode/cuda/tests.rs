@@ -49,7 +49,14 @@ fn predicted() -> Recipe {
     let trellis = Some(StoredTrellis { tables: TrellisTables::Pairs, state_bits: 3 });
     Recipe {
         dtype: Dtype::BF16,
-        coding: Kind::Quantized { raw_bits: 0, trellis, prediction: Some(true), motion_axis: Some(1), sides: true },
+        coding: Kind::Quantized {
+            raw_bits: 0,
+            trellis,
+            prediction: Some(true),
+            motion_axis: Some(1),
+            sides: true,
+            has_column_scales: true,
+        },
         rows: 39,
         columns: 256,
         run_elements: None,
@@ -106,8 +113,10 @@ fn a_call_that_does_not_fit_is_decoded_in_several_and_a_strip_that_does_not_fit_
     assert!(decode_together(&engine, &random).as_ref() == Ok(&expected));
     assert!(device.launches() > 4, "{} launches", device.launches());
     // With motion along the rows every strip may need all of the reference.
-    let Kind::Quantized { raw_bits, trellis, prediction, sides, .. } = recipe.coding else { unreachable!() };
-    let coding = Kind::Quantized { raw_bits, trellis, prediction, motion_axis: Some(0), sides };
+    let Kind::Quantized { raw_bits, trellis, prediction, sides, has_column_scales, .. } = recipe.coding else {
+        unreachable!()
+    };
+    let coding = Kind::Quantized { raw_bits, trellis, prediction, motion_axis: Some(0), sides, has_column_scales };
     let random = Recipe { coding, ..recipe }.make();
     let expected = decode_together(&CpuEngine::portable(), &random).expect("sound strips");
     let (device, of_engine) = shared(EmulatedDevice::new(PLENTY));

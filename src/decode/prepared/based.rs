@@ -3,7 +3,9 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::{PartKind, PreparedPart, PreparedStrip, Symbols, decode_integers, inconsistent, tables_of};
+use super::strips::PreparedStrip;
+use super::symbols::tables_of;
+use super::{PartKind, PreparedPart, Symbols, decode_integers, inconsistent};
 use crate::codec::difference::Classes;
 use crate::codec::entropy::CodingTable;
 use crate::codec::integers::Integers;

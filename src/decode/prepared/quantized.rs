@@ -22,6 +22,7 @@ pub struct Quantizer {
     step: f32,
     scales: Option<Integers>,
     means: Option<(f32, Integers)>,
+    column_scales: Option<Vec<f32>>,
 }
 
 impl Quantizer {
@@ -31,6 +32,11 @@ impl Quantizer {
             Some(scales) => self.step * scale_multiplier(scales.get(run)),
             None => self.step,
         }
+    }
+
+    /// What the values of a run are multiplied with, element by element, where columns have scales: `[run elements]`.
+    pub fn column_scales(&self) -> Option<&[f32]> {
+        self.column_scales.as_deref()
     }
 
     /// Whether all runs share step and mean.
@@ -120,6 +126,15 @@ pub(super) fn prepare_quantized(
         Some((step, means)) => Some((*step, coefficients("means", *step, means)?)),
         None => None,
     };
+    // Bounded by the elements of a run; step and mean stay finite times any of them, or become infinite, never a NaN.
+    let column_scales = match &info.column_scales {
+        Some(stored) => {
+            let columns = symbols.run_elements;
+            let scales = decode_integers("column scales", stored, columns as u64, SCALE_RANGE.0, SCALE_RANGE.1)?;
+            Some((0..columns).map(|column| scale_multiplier(scales.get(column))).collect())
+        }
+        None => None,
+    };
     let prediction = match &info.prediction {
         None => None,
         Some(stored) => {
@@ -150,7 +165,7 @@ pub(super) fn prepare_quantized(
         None => None,
     };
     let vectors = info.vectors.map(|stored| prepare_vectors(stored, codebooks)).transpose()?;
-    let quantizer = Quantizer { trellis, vectors, step: info.step, scales, means };
+    let quantizer = Quantizer { trellis, vectors, step: info.step, scales, means, column_scales };
     Ok(PartKind::Quantized { symbols, quantizer, prediction })
 }
 

@@ -16,6 +16,22 @@ use super::cholesky::factorize;
 
 /// Added to the diagonal of a Hessian, relative to its mean: inputs that calibration never saw are not worthless.
 const DAMPING: f64 = 0.01;
+/// Eighths of an octave that a column's step may be off the mean: of inputs that hardly ever are there, little is known.
+const MOST_SCALE: f64 = 24.0;
+
+/// What is added to the diagonal of a Hessian.
+fn damping(hessian: &Array2<f32>) -> f64 {
+    let sum: f64 = hessian.diag().iter().map(|&value| f64::from(value)).sum();
+    (DAMPING * sum / hessian.ncols().max(1) as f64).max(f64::MIN_POSITIVE)
+}
+
+/// The Hessian as it is factorised.
+pub fn damped(hessian: &Array2<f32>) -> Array2<f64> {
+    let mut damped = hessian.mapv(f64::from);
+    let damping = damping(hessian);
+    damped.diag_mut().iter_mut().for_each(|value| *value += damping);
+    damped
+}
 
 /// The order in which a tensor's columns are quantized, and what their errors do.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,8 +62,7 @@ impl ColumnFeedback {
             order.extend((lane..columns).step_by(lanes));
             ranges.push(start..order.len());
         }
-        let mean = (0..columns).map(diagonal).sum::<f64>() / columns.max(1) as f64;
-        let damping = (DAMPING * mean).max(f64::MIN_POSITIVE);
+        let damping = damping(hessian);
         // From the last column to the first, the lower factor is R from the last row to the first.
         let last = columns.saturating_sub(1);
         let mut factor = Array2::from_shape_fn((columns, columns), |(row, column)| {
@@ -64,11 +79,50 @@ impl ColumnFeedback {
         let weights = weights.iter().map(|weight| (weight / mean) as f32).collect();
         Self { order, lanes: ranges, moves, weights }
     }
+
+    /// Scale integers, by column, for steps in proportion to the weights of errors to the power of minus half `strength`: with
+    /// a strength of 1 all columns would add alike to the output's error. The mean scale is none.
+    pub fn column_scales(&self, strength: f64) -> Vec<i32> {
+        let octaves: Vec<f64> = self
+            .weights
+            .iter()
+            .map(|&weight| -0.5 * strength * f64::from(weight.max(f32::MIN_POSITIVE)).log2())
+            .collect();
+        let mean = octaves.iter().sum::<f64>() / octaves.len().max(1) as f64;
+        let mut scales = vec![0; octaves.len()];
+        for (&column, octaves) in self.order.iter().zip(octaves) {
+            scales[column] = (8.0 * (octaves - mean)).round().clamp(-MOST_SCALE, MOST_SCALE) as i32;
+        }
+        scales
+    }
+
+    /// The feedback of errors that are counted in steps times these multipliers of their columns.
+    #[must_use]
+    pub fn scaled(&self, multipliers: &[f32]) -> Self {
+        let of_place = |place: usize| multipliers[self.order[place]];
+        let moves = Array2::from_shape_fn(self.moves.raw_dim(), |(row, column)| {
+            self.moves[[row, column]] * of_place(row) / of_place(column)
+        });
+        let weights: Vec<f32> =
+            self.weights.iter().enumerate().map(|(place, weight)| weight * of_place(place).powi(2)).collect();
+        let mean = self.mean_weight(multipliers) as f32;
+        let weights = weights.into_iter().map(|weight| weight / mean).collect();
+        Self { order: self.order.clone(), lanes: self.lanes.clone(), moves, weights }
+    }
+
+    /// The mean of what a squared error of one step counts, with steps times these multipliers of their columns.
+    pub fn mean_weight(&self, multipliers: &[f32]) -> f64 {
+        let weights = self.weights.iter().zip(&self.order);
+        let sum: f64 =
+            weights.map(|(&weight, &column)| f64::from(weight) * f64::from(multipliers[column]).powi(2)).sum();
+        sum / self.weights.len().max(1) as f64
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::quantizer::scale_multiplier;
 
     fn random_hessian(columns: usize) -> Array2<f32> {
         let random = &mut fastrand::Rng::with_seed(5);
@@ -112,6 +166,22 @@ mod tests {
             let columns = &feedback.order[range.clone()];
             assert!(columns.windows(2).all(|pair| pair[1] == pair[0] + 4), "{columns:?}");
         }
+    }
+
+    #[test]
+    fn errors_in_scaled_steps_move_and_weigh_as_much() {
+        let feedback = ColumnFeedback::new(&random_hessian(10), 4);
+        let scales = feedback.column_scales(1.0);
+        assert!(scales.iter().any(|&scale| scale != 0));
+        let multipliers: Vec<f32> = scales.iter().map(|&scale| scale_multiplier(scale)).collect();
+        let scaled = feedback.scaled(&multipliers);
+        let of_place = |place: usize| multipliers[feedback.order[place]];
+        // One scaled step of error in the first column moves the last by as many of its own steps.
+        let moved = scaled.moves[[0, 9]] * of_place(9);
+        assert!((moved - of_place(0) * feedback.moves[[0, 9]]).abs() < 1e-6);
+        // All columns count nearly alike, as far as eighths of an octave go.
+        assert!(scaled.weights.iter().all(|weight| (0.8..1.25).contains(weight)), "{:?}", scaled.weights);
+        assert!(feedback.mean_weight(&multipliers) < 1.0, "the mean of logarithms is less than that of weights");
     }
 
     #[test]

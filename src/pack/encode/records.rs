@@ -5,14 +5,15 @@ use std::io::{Seek, SeekFrom, Write};
 
 use sha2::{Digest, Sha256};
 
-use super::super::calibration::Calibration;
+use super::super::calibration::{Calibration, ColumnInputs};
 use super::super::entropy_model::TablePool;
 use super::super::part::{EncodedPart, SelfCheckError};
+use super::super::quantize::values_of;
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
 use super::super::symbols::RunLayout;
-use super::super::treatment::{Decision, Drafted};
+use super::super::treatment::{Decision, Drafted, Fineness, Treatment};
 use super::Encoder;
 use super::steering::Steering;
 use crate::archive::content_id;
@@ -21,11 +22,17 @@ use crate::decode::Pools;
 use crate::format::bytes::crc32c;
 use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
+use crate::format::part::Coding;
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
 use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
+
+/// How far off a rate of its own a part may be, relative, before it is coded once more.
+const OWN_RATE_TOLERANCE: f64 = 0.002;
+/// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
+const BITS_PER_OCTAVE: f64 = 0.95;
 
 /// An archive's records, written.
 pub(super) struct Written {
@@ -107,22 +114,28 @@ impl Encoder<'_> {
             }
             let source: Vec<(&TensorInfo, &[u8])> =
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
-            let step_factor = steering.step_factor();
-            let drafts: Vec<Drafted<'_>> = (source.iter().zip(planned))
-                .zip(&record.parts)
-                .map(|((&(tensor, bytes), planned), part)| {
-                    let step_factor = if planned.follows_step { step_factor } else { 1.0 };
-                    let start = self.start(part.file, part.tensor)?;
-                    Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
-                })
-                .collect::<Result<_, MaterializeError>>()?;
+            let follow = |part: &ProbedPart| if part.follows_step { steering.step_factor() } else { 1.0 };
+            let step_factors: Vec<f32> = planned.iter().map(follow).collect();
+            let mut drafts = self.drafts(record, &source, planned, &step_factors)?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
-            let feedback = match &mut statistics {
+            let inputs = match &mut statistics {
                 Some(statistics) => statistics.of_record(record, &quantized_layouts(&source, &drafts))?,
                 None => Vec::new(),
             };
-            let encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
+            let moves = moves_of(&source, &inputs);
+            let feedback: Vec<_> = inputs.into_iter().map(|inputs| inputs.map(|inputs| inputs.feedback)).collect();
+            move_values(&mut drafts, &moves);
+            let mut encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
+            if feedback.iter().any(Option::is_some)
+                && let Some(step_factors) =
+                    own_step_factors(&self.treatments[ordinal], &drafts, &encoded, &step_factors)
+            {
+                // What a closed loop takes no sample shows.
+                drafts = self.drafts(record, &source, planned, &step_factors)?;
+                move_values(&mut drafts, &moves);
+                encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
+            }
             written.stages.add(&encoded.stages);
             written.predicted_records += u64::from(encoded.predicted);
             written.keyframe_records += u64::from(!encoded.predicted);
@@ -135,8 +148,19 @@ impl Encoder<'_> {
             steering.account(planned, &parts);
             written.parts.push(parts);
 
-            if self.may_be_a_reference(record) {
-                let decoded = self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), pools)?;
+            let is_reference = self.may_be_a_reference(record);
+            let decoded = match is_reference || statistics.is_some() {
+                true => self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), pools)?,
+                false => Vec::new(),
+            };
+            if let Some(statistics) = &mut statistics {
+                for (&(tensor, _), bytes) in source.iter().zip(&decoded) {
+                    if let Some(bytes) = bytes {
+                        statistics.deploy(record, tensor, values_of(&tensor.dtype, bytes));
+                    }
+                }
+            }
+            if is_reference {
                 let permutation = encoded.grouped;
                 let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
                 contexts.insert(record.block_type, context);
@@ -151,7 +175,24 @@ impl Encoder<'_> {
         Ok(written)
     }
 
-    /// The local decode loop: what the decoder will have when it comes to the next layer.
+    /// The parts of a record as planned, their steps multiplied by these factors.
+    fn drafts<'s>(
+        &self,
+        record: &RecordPlan,
+        source: &[(&'s TensorInfo, &'s [u8])],
+        planned: &[ProbedPart],
+        step_factors: &[f32],
+    ) -> Result<Vec<Drafted<'s>>, MaterializeError> {
+        let parts = source.iter().zip(&record.parts).zip(planned.iter().zip(step_factors));
+        parts
+            .map(|((&(tensor, bytes), part), (planned, &step_factor))| {
+                let start = self.start(part.file, part.tensor)?;
+                Ok(Drafted::new(planned.decision, tensor, bytes, start, step_factor, self.options))
+            })
+            .collect()
+    }
+
+    /// The local decode loop: what the decoder will have when it comes to the next layer, of every quantized part.
     fn decode_record(
         &self,
         record: &RecordPlan,
@@ -160,15 +201,21 @@ impl Encoder<'_> {
         encoded: &EncodedRecord,
         context: Option<&Context>,
         pools: Pools<'_>,
-    ) -> Result<Vec<Option<Vec<u8>>>, SelfCheckError> {
+    ) -> Result<Vec<Option<Vec<u8>>>, WriteError> {
         (drafts.iter().enumerate())
             .map(|(ordinal, draft)| {
-                let Drafted::Quantized { base: None, .. } = draft else { return Ok(None) };
+                let Drafted::Quantized { base, .. } = draft else { return Ok(None) };
                 let tensor = source[ordinal].0;
+                if base.is_some() {
+                    let part = &record.parts[ordinal];
+                    let start = self.start(part.file, part.tensor)?.expect("the part starts from the base");
+                    let part = &encoded.parts[ordinal];
+                    return Ok(Some(decode_part(&*self.engine, tensor, part, pools, None, Some(&start.predicted))?));
+                }
                 let motion = (encoded.grouped.as_ref())
                     .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
                 let reference = context.and_then(|context| context.decoded[ordinal].as_deref());
-                decode_part(&*self.engine, tensor, &encoded.parts[ordinal], pools, motion, reference).map(Some)
+                Ok(Some(decode_part(&*self.engine, tensor, &encoded.parts[ordinal], pools, motion, reference)?))
             })
             .collect()
     }
@@ -197,6 +244,7 @@ impl Encoder<'_> {
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
+            has_column_scales: false,
             provenance: {
                 let calibration = self.calibration.as_ref().map(Calibration::description);
                 let calibration = calibration.map(|text| ("calibration".to_owned(), text.to_owned()));
@@ -236,6 +284,47 @@ fn quantized_layouts<'a>(
     source.iter().zip(drafts).map(|(&(tensor, _), draft)| (tensor, layout(draft))).collect()
 }
 
+/// How far the values of each tensor are to be moved for what is wrong with their inputs.
+fn moves_of(source: &[(&TensorInfo, &[u8])], inputs: &[Option<ColumnInputs>]) -> Vec<Option<Vec<f32>>> {
+    let moves = source.iter().zip(inputs).map(|(&(tensor, bytes), inputs)| {
+        inputs.as_ref().and_then(|inputs| inputs.correction(&values_of(&tensor.dtype, bytes)))
+    });
+    moves.collect()
+}
+
+/// Moves the values of drafts, but for those that would get values without codes.
+fn move_values(drafts: &mut [Drafted<'_>], moves: &[Option<Vec<f32>>]) {
+    for (draft, moves) in drafts.iter_mut().zip(moves) {
+        if let (Drafted::Quantized { values, layout, quantizer, .. }, Some(moves)) = (draft, moves) {
+            let moved: Vec<f32> = values.iter().zip(moves).map(|(value, by)| value + by).collect();
+            if quantizer.holds(&moved, *layout) {
+                *values = moved;
+            }
+        }
+    }
+}
+
+/// The factors with which parts that have a rate of their own meet it, given what they took with these; `None` where they do.
+fn own_step_factors(
+    treatments: &[Treatment],
+    drafts: &[Drafted<'_>],
+    encoded: &EncodedRecord,
+    step_factors: &[f32],
+) -> Option<Vec<f32>> {
+    let mut better = step_factors.to_vec();
+    for (part, (treatment, draft)) in treatments.iter().zip(drafts).enumerate() {
+        let (Treatment::Quantized(Fineness::Rate(wanted)), Drafted::Quantized { values, .. }) = (treatment, draft)
+        else {
+            continue;
+        };
+        let bits = encoded.parts[part].stored_bits() / values.len() as f64;
+        if (bits / wanted - 1.0).abs() > OWN_RATE_TOLERANCE {
+            better[part] *= ((bits - wanted) / BITS_PER_OCTAVE).exp2() as f32;
+        }
+    }
+    (better != step_factors).then_some(better)
+}
+
 /// Writes one record, adds it to the index, and returns its length in bytes.
 fn write_record(
     out: &mut impl Write,
@@ -254,7 +343,9 @@ fn write_record(
         })
     };
     let headers = encoded.parts.iter().map(|part| part.header(&mut number_of)).collect();
-    index.has_units |= encoded.parts.iter().any(EncodedPart::is_of_units);
+    let has = |is_so: fn(&Coding) -> bool| encoded.parts.iter().any(|part| is_so(part.coding()));
+    index.has_units |= has(Coding::is_of_units);
+    index.has_column_scales |= has(Coding::has_column_scales);
     let side = SideInformation { permutation: encoded.permutation.clone(), parts: headers, permutation_bytes: 0 };
     let side = side.write();
     let mut entry = record_entry(record, encoded.parts.iter().map(|part| part.body.len() as u64));

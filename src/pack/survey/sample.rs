@@ -74,6 +74,7 @@ impl Sample {
     /// The sample as symbols, without prediction.
     pub fn with_symbols<R>(&self, quantizer: &PartQuantizer, take: impl FnOnce(&QuantizedSymbols<'_>) -> R) -> R {
         let choice = quantizer.choice;
+        let columns = quantizer.column_multipliers();
         let symbols = QuantizedSymbols {
             values: &self.values,
             prediction: None,
@@ -81,6 +82,7 @@ impl Sample {
             step_of_run: &|run| quantizer.step_of_run(run),
             raw_bits: choice.raw_bits,
             rounding: choice.rounding,
+            columns: columns.as_deref(),
             feedback: None,
         };
         take(&symbols)

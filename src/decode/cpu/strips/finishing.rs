@@ -15,7 +15,7 @@ use crate::decode::cpu::raw_bits::RawBits;
 use crate::decode::cpu::stages::Stage;
 use crate::decode::cpu::units::{join_units, replace_unit};
 use crate::decode::cpu::values::Meaning;
-use crate::decode::prepared::{Based, Difference, PartKind, Prediction};
+use crate::decode::prepared::{Based, Difference, PartKind, Prediction, Quantizer};
 use crate::format::part::{Carrier, TrellisTables};
 use crate::format::strip::raw_bytes_of_run;
 use crate::tensor::Dtype;
@@ -98,9 +98,12 @@ impl<'a> PartDecoder<'a> {
             }
             Path::Units { units } => join_units(values.as_chunks().0, &raw, units, &mut strip.out[bytes]),
             Path::Residual { prediction } => {
+                self.scale_columns(values.as_chunks_mut().0);
                 let first = self.first_element(strip) + elements.start;
                 let elements = first..first + elements.len();
-                let prediction = self.prediction_of_run(prediction, run_of_part, elements, &mut strip.gathered);
+                let prediction = prediction.and_then(|prediction| {
+                    self.prediction_of_run(prediction, run_of_part, elements, &mut strip.gathered)
+                });
                 self.round(values, prediction, &mut strip.out[bytes]);
             }
             Path::Raw { trellis, prediction } => {
@@ -125,6 +128,7 @@ impl<'a> PartDecoder<'a> {
                         }
                     }
                 }
+                self.scale_columns(&mut residuals);
                 self.ended(Stage::RawBits);
                 let first = self.first_element(strip) + elements.start;
                 let prediction = prediction.and_then(|prediction| {
@@ -140,6 +144,14 @@ impl<'a> PartDecoder<'a> {
     /// The first element of a strip, counted in the part.
     fn first_element(&self, strip: &Strip<'_>) -> usize {
         self.run_of_part(strip, 0) * self.symbols.run_elements
+    }
+
+    /// Multiplies the values of a run by the scales of their columns, where they have some.
+    fn scale_columns(&self, residuals: &mut [[u8; 4]]) {
+        if let Some(scales) = self.quantizer.and_then(Quantizer::column_scales) {
+            // SAFETY: whoever chose the kernels made sure that the CPU has their instructions.
+            unsafe { (self.kernels.finish.scale_columns)(scales, residuals) }
+        }
     }
 
     /// Rounds residuals, with their prediction added, to elements.
@@ -288,7 +300,11 @@ impl<'a> PartDecoder<'a> {
         };
         let run = element / self.symbols.run_elements;
         let code = i16::from_le_bytes([value[0], value[1]]);
-        let residual = dequantize(code.into(), quantizer.step_of_run(run), quantizer.mean_of_run(run)).to_le_bytes();
+        let mut residual = dequantize(code.into(), quantizer.step_of_run(run), quantizer.mean_of_run(run));
+        if let Some(scales) = quantizer.column_scales() {
+            residual *= scales[element % self.symbols.run_elements];
+        }
+        let residual = residual.to_le_bytes();
         let mut gathered = Vec::new();
         let prediction = prediction
             .as_ref()

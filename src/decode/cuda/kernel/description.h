@@ -29,6 +29,7 @@ enum Flag : u32 {
     // Split elements are F16 or BF16 numbers in elements of F32.
     FROM_F16 = 1 << 10,
     FROM_BF16 = 1 << 11,
+    COLUMN_SCALES = 1 << 12,
 };
 
 // An entropy table, 1 KiB. The position of a slot is the first position of its bucket of 32 and as many more as it has passed
@@ -60,6 +61,8 @@ struct Part {
     // For every index along the moved axis that of its reference (u32[]); 0 where elements stay in place.
     u64 motion;
     u64 motion_stride;
+    // What the values of a run are multiplied with, by their places in it (float[]).
+    u64 column_scales;
     // Offset of each class row (i32[]).
     u64 class_offsets;
     u64 class_row_elements;
@@ -108,5 +111,5 @@ struct Status {
     u32 reserved;
 };
 
-static_assert(sizeof(Table) == 1024 && sizeof(Run) == 24 && sizeof(Part) == 168 && sizeof(Strip) == 72 && sizeof(Status) == 16,
+static_assert(sizeof(Table) == 1024 && sizeof(Run) == 24 && sizeof(Part) == 176 && sizeof(Strip) == 72 && sizeof(Status) == 16,
               "the host lays these out alike");

@@ -15,9 +15,10 @@ DEVICE u64 reference_of(const Part& part, u64 element) {
 // Eqs. 68 to 71, from left to right, and the element nearest to what comes of it. `is_predicted`, `has_trellis` and
 // `has_pairs` are known when this is compiled, so that the loop over symbols asks for none of them.
 template <bool is_predicted>
-DEVICE void write_quantized(const Part& part, const Strip& strip, const Run& run, u32 index, float point) {
+DEVICE void write_quantized(const Part& part, const Strip& strip, const Run& run, u32 index, u32 column, float point) {
     float value = multiply(point, run.step);
     if (part.flags & MEANS) value = add(value, run.mean);
+    if (part.flags & COLUMN_SCALES) value = multiply(value, reinterpret_cast<const float*>(part.column_scales)[column]);
     if (is_predicted) {
         const u64 source = reference_of(part, strip.first_element + index);
         float prediction = number_of(part.element, u32(load(strip.reference, source, part.symbol_bits)));
@@ -26,10 +27,6 @@ DEVICE void write_quantized(const Part& part, const Strip& strip, const Run& run
         value = add(value, prediction);
     }
     store(strip.out, index, part.symbol_bits, element_of(part.element, value));
-}
-
-DEVICE Run run_of_symbol(const Part& part, const Strip& strip, u32 index) {
-    return run_of(part, strip.first_run + index / part.run_elements);
 }
 
 template <bool is_predicted, bool has_trellis, bool has_pairs>
@@ -49,7 +46,7 @@ DEVICE bool decode_points(const Part& part, const Strip& strip, Scratch& scratch
                 point = float(code);
                 if (part.raw_bits == 0) point = add(point, point_offset_of(symbol.value)); // exact
             }
-            write_quantized<is_predicted>(part, strip, run, symbol.index, point);
+            write_quantized<is_predicted>(part, strip, run, symbol.index, symbol.column, point);
         });
 }
 
@@ -73,7 +70,7 @@ DEVICE void decode_vectors(const Part& part, const Strip& strip) {
             const u32 other = indices >> part.first_index_bits & ((1 << part.second_index_bits) - 1);
             const float point = add(first_codewords[one * part.vector_elements + within],
                                     second_codewords[other * part.vector_elements + within]);
-            write_quantized<is_predicted>(part, strip, run, first + index, point);
+            write_quantized<is_predicted>(part, strip, run, first + index, index, point);
         }
         first += elements;
         stored += bytes;
@@ -88,6 +85,7 @@ DEVICE void decode_quantized(const Part& part, const Strip& strip, Scratch& scra
                                                  : decode_points<is_predicted, false, false>(part, strip, scratch, status);
     if (!is_sound) return;
     for_each_exception(part, strip, status, false, [&](u32 index, u64 value) {
-        write_quantized<is_predicted>(part, strip, run_of_symbol(part, strip, index), index, float(i16(value)));
+        const u32 run = index / part.run_elements, column = index - run * part.run_elements;
+        write_quantized<is_predicted>(part, strip, run_of(part, strip.first_run + run), index, column, float(i16(value)));
     });
 }

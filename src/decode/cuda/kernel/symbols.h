@@ -95,8 +95,8 @@ DEVICE Run run_of(const Part& part, u64 number) {
 // A symbol as it is handed on. All lanes are handed one: that of a lane which is not active means nothing.
 struct Symbol {
     bool is_active;
-    // Counted in the strip.
-    u32 index;
+    // Counted in the strip, and in its run.
+    u32 index, column;
     // Entry in the table's values.
     u32 value;
     // Raw bits as stored.
@@ -131,7 +131,7 @@ DEVICE bool for_each_symbol(const Part& part, const Strip& strip, Scratch& scrat
             const bool is_active = lane() < part.lanes && index < symbols;
             const u32 value = coder.decode(scratch.tables[choose()], is_active, words, strip.words);
             const u64 number_below = is_active && bits > 0 ? raw_of(raw, symbols, index, bits) : 0;
-            take(Symbol{is_active, first + index, value, number_below}, run);
+            take(Symbol{is_active, first + index, index, value, number_below}, run);
         }
         first += symbols;
         raw += raw_bytes_of_run(symbols, bits);
