@@ -16,8 +16,8 @@ import math
 from pathlib import Path
 
 from measure import checkpoint, theory
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
-from measure.store import Store
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs
+from measure.results import Results
 
 RATES = (2.0, 3.0, 4.0, 5.0)
 STAGES = {
@@ -44,17 +44,14 @@ def main():
     parser.add_argument("--models", nargs="+", default=[checkpoint.MINILM], metavar="NAME", help="these models")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per matrix weight")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
-    parser.add_argument(
-        "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
-    )
+    parser.add_argument("--results", type=Path, default=RESULTS / "rate_distortion.json", help="kept results")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:
         return
-    mcwcfs, store = Mcwcfs(arguments.binary), Store(arguments.keep)
+    mcwcfs, results = Mcwcfs(arguments.binary), Results(arguments.results)
     for model in checkpoint.open_models(folder, arguments.models):
-        files = model.files()
-        weights = checkpoint.matrices(files)
+        weights = checkpoint.matrices(model.files())
         columns = []
         for rate in arguments.rates:
             # As in rate_distortion.py, so that its measurements serve here.
@@ -64,20 +61,20 @@ def main():
                 "--embedding-refinement",
                 "1",
             )
-            columns.append((target, mcwcfs.kept_point(store, weights, files, *target)))
+            columns.append((target, mcwcfs.kept_point(results, model, weights, *target)))
         print(f"### {model.name}: bits per matrix weight at equal error\n")
         print("| off | " + " | ".join(f"at {whole.bits:.2f} bits" for _, whole in columns) + " |")
         print("|---|" + "---|" * len(columns))
         for stage, options in STAGES.items():
             cells = []
             for target, whole in columns:
-                point = mcwcfs.kept_point(store, weights, files, *target, *options)
+                point = mcwcfs.kept_point(results, model, weights, *target, *options)
                 cost = point.bits - whole.bits + math.log2(point.error / whole.error) / 2
                 cells.append(f"{cost:+.3f}")
             print(f"| {stage} | {' | '.join(cells)} |", flush=True)
         cells = []
-        for rate, (_, whole) in zip(arguments.rates, columns):
-            point = mcwcfs.kept_point(store, weights, files, "--bpp", f"{rate}", *VECTORS)
+        for rate, (_, whole) in zip(arguments.rates, columns, strict=True):
+            point = mcwcfs.kept_point(results, model, weights, "--bpp", f"{rate}", *VECTORS)
             cells.append(f"{point.bits - whole.bits + math.log2(point.error / whole.error) / 2:+.3f}")
         print(f"| codes (residual vectors, two stages of 1024) | {' | '.join(cells)} |", flush=True)
         gains = [f"{theory.column_context_gain(weights, whole.error):+.3f}" for _, whole in columns]

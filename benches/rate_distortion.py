@@ -2,29 +2,28 @@
 """Rate and error of mcwcfs beside its peers, on the real checkpoints of an evaluation folder.
 
     benches/setup
-    .bench-venv/bin/python benches/rate_distortion.py [--eval DIR] [--models NAME ...] [--plot FILE]
+    .bench-venv/bin/python benches/rate_distortion.py [--eval DIR] [--models NAME ...] [--plot FILE] [--summary]
 
 For every model: relative squared error over its two-dimensional tensors against bits per matrix weight, for mcwcfs
 (packed and unpacked by the release binary, every tensor at one step: --embedding-refinement 1), NNCodec with dependent
 quantization, GGUF's formats, round to nearest in groups of 128, ideal entropy-coded scalar quantization, and the
-Gaussian rate-distortion bound with row scales. Then, at no error, mcwcfs beside zipnn. Prints Markdown tables and
-writes a plot. See measure/ for what each means exactly.
+Gaussian rate-distortion bound with row scales. Prints Markdown tables, with --plot a figure of them. See measure/
+for what each means exactly.
 
-Measurements are kept (--keep), those of mcwcfs by the digest of its binary: a second run measures only what is new.
+Measurements are kept in benches/results/rate_distortion.json: a second run measures only what is new.
+--summary prints one table for all models.
 """
 
 import argparse
 import functools
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import checkpoint, gguf, lossless, nncodec, plot, theory
+from measure import checkpoint, gguf, nncodec, page, plot, theory
 from measure.curve import Curve
-from measure.ours import DEFAULT_BINARY, REPOSITORY, Mcwcfs
-from measure.store import Store
+from measure.ours import DEFAULT_BINARY, RESULTS, Mcwcfs, say
+from measure.results import Results
 
 RATES = (2.0, 3.0, 4.0, 5.0, 5.9)
 MARGIN = 0.25
@@ -46,11 +45,7 @@ class Result:
         return point.bits - self.bound.bits_at(point.error)
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def measure(model, mcwcfs, ggml, store, rates):
+def measure(model, mcwcfs, ggml, kept, rates):
     """Everything on one model."""
     files = model.files()
     weights = checkpoint.matrices(files)
@@ -65,7 +60,7 @@ def measure(model, mcwcfs, ggml, store, rates):
     def pack(rate):
         """An error near that of this rate; what rate it takes is then measured."""
         target = f"{theory.gaussian_bound(weights, rate - 0.1):.6g}"
-        point = mcwcfs.kept_point(store, weights, files, "--max-rel-mse", target, "--embedding-refinement", "1")
+        point = mcwcfs.kept_point(kept, model, weights, "--max-rel-mse", target, "--embedding-refinement", "1")
         say(f"  ours {point.bits:.3f} bits, error {point.error:.4g}")
         return point
 
@@ -79,12 +74,16 @@ def measure(model, mcwcfs, ggml, store, rates):
     peers, scalar = {}, theory.ScalarQuantization(weights)
     for rate in (*rates, asked[-1]):
         measure_peer = functools.partial(nncodec.around, weights, rate)
-        for point in store.points(f"{fingerprint}-nncodec-{nncodec.VERSION}-{rate}", measure_peer):
+        made_with = {"model": fingerprint, "codec": f"nncodec {nncodec.VERSION}"}
+        for point in kept.points(f"{model.name}/NNCodec/{rate:g}", made_with, measure_peer):
             peers[point.label] = point
         say(f"  NNCodec around {rate} bits")
     formats = [theory.round_to_nearest(weights, 4), theory.round_to_nearest(weights, 8)]
     if ggml:
-        formats += store.points(f"{fingerprint}-gguf", lambda: [gguf.point(ggml, weights, name) for name in gguf.TYPES])
+        made_with = {"model": fingerprint, "codec": gguf.VERSION}
+        formats += kept.points(
+            f"{model.name}/GGUF", made_with, lambda: [gguf.point(ggml, weights, name) for name in gguf.TYPES]
+        )
     curves = {
         "ours": Curve(ours),
         "NNCodec": Curve(peers.values()),
@@ -136,20 +135,21 @@ def report(result, rates):
     return "\n".join(lines)
 
 
-def report_lossless(models, mcwcfs):
-    """The table at no error, in Markdown."""
-    lines = ["### Lossless, bits per parameter", "", f"| model | {lossless.VERSION} | ours |", "|---|---|---|"]
-    for model in models:
-        with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
-            rounded = Path(work) / "rounded.safetensors"
-            for file in model.files():
-                variants = [("", file)]
-                if lossless.write_as_bf16(file, rounded):
-                    variants.append((", rounded to BF16", rounded))
-                for how, path in variants:
-                    theirs, ours = lossless.zipnn_bits(path), lossless.ours_bits(mcwcfs, path, Path(work))
-                    lines.append(f"| {model.name}{how} | {theirs:.3f} | {ours:.3f} |")
-    return "\n".join(lines)
+def summary(results, rates):
+    """One table: the errors of ours and of the best peer at the rates, and what the difference is worth in bits."""
+    rows = []
+    for result in results:
+        ours, peer = result.curves["ours"], result.curves["NNCodec"]
+        for rate in rates:
+            error = ours.error_at(rate)
+            if error is None:
+                continue
+            above, saved = rate - result.bound.bits_at(error), difference(peer.bits_at(error), rate)
+            peer_error = cell(peer.error_at(rate))
+            rows.append([result.model.name, f"{rate:g}", cell(result.bound.error_at(rate)), cell(error), peer_error])
+            rows[-1] += [cell(above, "{:.3f}"), cell(saved, "{:.3f}")]
+    columns = ["model", "bits per matrix weight", "bound", "mcwcfs", "NNCodec"]
+    return page.table([*columns, "above the bound, bits", "below NNCodec, bits"], rows)
 
 
 def main():
@@ -158,31 +158,29 @@ def main():
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="BITS", help="bits per matrix weight")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
-    parser.add_argument(
-        "--plot", type=Path, default=REPOSITORY / "target" / "rate_distortion.svg", help="where it is written"
-    )
-    parser.add_argument(
-        "--keep", type=Path, default=REPOSITORY / "target" / "rate_distortion", help="kept measurements"
-    )
+    parser.add_argument("--plot", type=Path, help="write the curves there")
+    parser.add_argument("--results", type=Path, default=RESULTS / "rate_distortion.json", help="kept results")
+    parser.add_argument("--summary", action="store_true", help="print one short table")
     arguments = parser.parse_args()
     folder = checkpoint.evaluation_folder(arguments.eval)
     if folder is None:
         return
-    mcwcfs, store = Mcwcfs(arguments.binary), Store(arguments.keep)
+    mcwcfs, kept = Mcwcfs(arguments.binary), Results(arguments.results)
     rates = sorted(arguments.rates)
     try:
         ggml = gguf.Ggml()
     except gguf.Unavailable as why:
         ggml = None
         print(f"GGUF is not measured: {why}")
-    models, results = checkpoint.open_models(folder, arguments.models), []
-    for model in models:
-        results.append(measure(model, mcwcfs, ggml, store, rates))
-        print(report(results[-1], rates), flush=True)
-    print(report_lossless(models, mcwcfs))
-    arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot.draw(results, arguments.plot)
-    say(f"plot: {arguments.plot}")
+    results = []
+    for model in checkpoint.open_models(folder, arguments.models):
+        results.append(measure(model, mcwcfs, ggml, kept, rates))
+        if not arguments.summary:
+            print(report(results[-1], rates), flush=True)
+    if arguments.summary:
+        print(summary(results, rates))
+    if arguments.plot:
+        plot.draw(results, arguments.plot)
 
 
 if __name__ == "__main__":

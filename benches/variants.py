@@ -2,8 +2,7 @@
 """What fine-tuned variants of a model take, given their base: ours beside BitX and zipnn, in bits per parameter.
 
     cargo build --release
-    .venv/bin/pip install zstandard==0.25.0
-    .venv/bin/python benches/variants.py CHECKPOINT.safetensors [--keep DIR] [--only NAME]... [--binary PATH]
+    .bench-venv/bin/python benches/variants.py CHECKPOINT.safetensors [--keep DIR] [--only NAME]... [--binary PATH]
 
 Rounds the checkpoint to bfloat16, makes variants of it with a fixed seed, packs each with `--base`, unpacks it, and compares
 SHA-256. BitX is what ZipLLM does: the exclusive-or of both files in two byte streams, each through zstd. zipnn codes the same
@@ -145,7 +144,8 @@ def main():
             random, variant = np.random.default_rng(1), work / f"{name.replace(' ', '-').replace(',', '')}.safetensors"
             write(variant, {t: VARIANTS[name](random, t, original[t], rounded[t]) for t in original})
             ours = ours_bits(mcwcfs, base, variant, work)
-            print(f"| {name} | {bitx_bits(base, variant):.2f} | {zipnn_bits(base, variant):.2f} | **{ours:.3f}** |", flush=True)
+            bitx, zipnn = bitx_bits(base, variant), zipnn_bits(base, variant)
+            print(f"| {name} | {bitx:.2f} | {zipnn:.2f} | **{ours:.3f}** |", flush=True)
 
 
 if __name__ == "__main__":

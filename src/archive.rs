@@ -21,6 +21,7 @@ use crate::format::index::Index;
 use crate::format::part::Coding;
 use crate::format::preamble::{PREAMBLE_BYTES, Preamble};
 use crate::format::record::{RecordEntry, SideInformation};
+use crate::hexadecimal::hex;
 use crate::safetensors::{Header, SafetensorsError};
 use crate::tensor::{TensorInfo, total_elements};
 use plain::PlainFiles;
@@ -61,7 +62,8 @@ pub enum ArchiveError {
     },
     /// A base that the archive starts from was not found.
     #[error(
-        "{path}: needs the base {name} (content id {content_id}), which is not in {}: --base-path names another place",
+        "{path}: needs the base {name} (content id {content_id}), which no archive in {} decodes to: --base-path names another \
+         place, and a base that is a plain checkpoint must be packed too, losslessly",
         display_all(places)
     )]
     BaseMissing {
@@ -295,8 +297,8 @@ impl Archive {
             return Err(ArchiveError::Inconsistent {
                 path: self.path.clone(),
                 field: "base content id",
-                found: given.iter().map(|id| bases::hex(id)).collect::<Vec<_>>().join(", "),
-                expected: named.iter().map(|id| bases::hex(id)).collect::<Vec<_>>().join(", "),
+                found: given.iter().map(|id| hex(id)).collect::<Vec<_>>().join(", "),
+                expected: named.iter().map(|id| hex(id)).collect::<Vec<_>>().join(", "),
             });
         }
         self.bases = bases;

@@ -1,7 +1,7 @@
 //! Command line: one file per subcommand. Results go to stdout, progress and logs to stderr.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference. What works on
-//! a mount (`mount`, `umount`, `status`, `upgrade`) uses those of mount(8).
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 `verify` found damage or a difference, 4 a `--fail-if` of `pack` holds. What
+//! works on a mount (`mount`, `umount`, `status`, `upgrade`) uses those of mount(8).
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -16,12 +16,15 @@ use packed_tree::PackedTree;
 
 pub mod analyze;
 pub mod bench;
+pub mod card;
+pub mod cost;
 pub mod decoded;
 pub mod doctor;
 pub mod inspect;
 pub mod mount;
 pub mod pack;
 pub mod packed_tree;
+pub mod report;
 pub mod size;
 pub mod status;
 pub mod umount;
@@ -32,6 +35,8 @@ pub mod zoo;
 
 /// Exit code of `verify` where an archive is damaged or differs from the original.
 const NOT_SOUND: u8 = 3;
+/// Exit code of `pack` where the archive is written and a `--fail-if` says that it is not good enough.
+const NOT_GOOD_ENOUGH: u8 = 4;
 
 /// Compressed model checkpoints, mounted as ordinary safetensors files.
 #[derive(Parser, Debug)]

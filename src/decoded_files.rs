@@ -23,6 +23,8 @@ use log::{info, warn};
 use lru::LruCache;
 use sha2::{Digest, Sha256};
 
+use crate::hexadecimal::hex;
+
 /// SHA-256 of a file's bytes.
 pub type FileDigest = [u8; 32];
 
@@ -214,7 +216,7 @@ impl DecodedFiles {
         }
         let found: FileDigest = hash.finalize().into();
         if found != *digest {
-            return Err(DecodedFilesError::Digest { found: hexadecimal(&found), expected: hexadecimal(digest) });
+            return Err(DecodedFilesError::Digest { found: hex(&found), expected: hex(digest) });
         }
         // Before it has its name: after a crash, what has one is complete.
         partial.as_file().sync_all().map_err(wrap)?;
@@ -306,7 +308,7 @@ impl DecodedFiles {
     }
 
     fn path(&self, digest: &FileDigest, suffix: &str) -> PathBuf {
-        self.directory.join(hexadecimal(digest) + suffix)
+        self.directory.join(hex(digest) + suffix)
     }
 }
 
@@ -316,10 +318,6 @@ struct Held {
     length_bytes: u64,
     last_used: SystemTime,
     is_partial: bool,
-}
-
-fn hexadecimal(digest: &FileDigest) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn digest_of(mut file: &File) -> io::Result<FileDigest> {

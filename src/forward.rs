@@ -63,7 +63,7 @@ pub enum ForwardError {
         tensor: String,
     },
     /// Inputs that the model does not take.
-    #[error("calibration inputs: {found}, expected {expected}")]
+    #[error("inputs: {found}, expected {expected}")]
     Inputs {
         /// What they are.
         found: String,

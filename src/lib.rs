@@ -48,6 +48,7 @@
 #[cfg(test)]
 extern crate self as mcwcfs;
 
+pub mod hexadecimal;
 pub mod metrics;
 
 pub mod budget;

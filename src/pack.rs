@@ -5,7 +5,8 @@
 //!
 //! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]); a sample of it in the
 //! [`survey`], on which step and tables are found ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`],
-//! [`mode_decision`], [`align`]), or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`].
+//! [`mode_decision`], [`align`]), or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`], which
+//! also has what the decoded model says beside the original where there is data for an [`mod@evaluation`].
 
 pub mod align;
 pub mod base;
@@ -15,6 +16,7 @@ pub mod counting;
 pub mod difference;
 pub mod encode;
 pub mod entropy_model;
+pub mod evaluation;
 pub mod histogram;
 pub mod keep;
 pub mod lossless;

@@ -51,21 +51,33 @@ def open_models(folder, wanted):
     return [models[name] for name in wanted or models]
 
 
-def matrices(files):
-    """Name and values, as float32, of every two-dimensional floating-point tensor in `files`."""
+def matrices(files, folded=False):
+    """Name and values, as float32, of every two-dimensional floating-point tensor in `files`.
+
+    `folded` takes tensors of more axes too, where two of them are longer than one: as the first such axis by all the rest.
+    """
     found = {}
     for file in files:
         mapped = np.memmap(file, np.uint8, "r")
         header_bytes = int(mapped[:8].view("<u8")[0])
         header = json.loads(mapped[8 : 8 + header_bytes].tobytes())
         for name, tensor in header.items():
-            if name == "__metadata__" or len(tensor["shape"]) != 2 or 0 in tensor["shape"]:
+            if name == "__metadata__" or 0 in tensor["shape"]:
+                continue
+            shape = folded_shape(tensor["shape"]) if folded else tensor["shape"]
+            if len(shape) != 2:
                 continue
             start, end = (8 + header_bytes + offset for offset in tensor["data_offsets"])
             values = as_float32(tensor["dtype"], mapped[start:end])
             if values is not None:
-                found[name] = values.reshape(tensor["shape"])
+                found[name] = values.reshape(shape)
     return found
+
+
+def folded_shape(shape):
+    """A tensor's shape as that of a matrix; shorter where it has fewer than two axes longer than one."""
+    long = [length for length in shape if length > 1]
+    return [long[0], int(np.prod(long[1:]))] if len(long) > 1 else long
 
 
 def as_float32(dtype, stored):

@@ -15,9 +15,11 @@ from .checkpoint import relative_squared_error, weight_count
 from .curve import Point
 
 VERSION = "llama-cpp-cffi 0.4.42"
-TYPES = {"Q2_K": 10, "Q3_K": 11, "Q4_0": 2, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "Q8_0": 8}
+TYPES = {"Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q4_0": 2, "Q5_K": 13, "Q6_K": 14, "Q8_0": 8}
 """Formats, with their number in `enum ggml_type`."""
 BLOCK = 256
+BLOCK_BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q4_0": 144, "Q5_K": 176, "Q6_K": 210, "Q8_0": 272}
+"""What a block takes."""
 
 
 class Unavailable(Exception):
@@ -79,6 +81,11 @@ def open_lazily(path):
     if not handle:
         raise Unavailable(loader.dlerror().decode())
     return ctypes.CDLL(str(path), handle=handle)
+
+
+def nearest(bits):
+    """The format whose bits per weight are nearest; of Q4_K and Q4_0, which take as many, the better."""
+    return min(TYPES, key=lambda name: abs(8 * BLOCK_BYTES[name] / BLOCK - bits))
 
 
 def round_trip(ggml, weights, format_name):

@@ -1,25 +1,64 @@
-"""At no error: bits per parameter of ours and zipnn, of the files as they are and of F32 files rounded to BF16."""
+"""At no error: what other codecs and ours make of the tensors of a safetensors file."""
 
 import json
 import warnings
 from pathlib import Path
 
 import numpy as np
+import zstandard
+from pcodec import ChunkConfig, standalone
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what PyTorch deprecates in the peer's code is not our reader's concern
     from zipnn import ZipNN
 
 VERSION = "zipnn 0.5.4"
+PCODEC_VERSION = "pcodec 1.1.0"
+ZSTD_VERSION = "zstandard 0.25.0"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NUMBERS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+"""What pcodec is given: it has no BF16."""
 
 
-def zipnn_bits(file):
-    """Bits per parameter of the tensors of a file."""
+def parameters(file):
+    """Elements over all tensors."""
+    return sum(int(np.prod(tensor["shape"])) for tensor in split(file)[0].values())
+
+
+def zipnn_bytes(file):
+    """Bytes of all tensors by zipnn."""
     coder, body = zipnn_coder(file)
-    header, _ = split(file)
-    elements = sum(int(np.prod(tensor["shape"])) for tensor in header.values())
-    return 8 * len(coder.compress(bytearray(body))) / elements
+    return len(coder.compress(bytearray(body)))
+
+
+def pcodec_bytes(file):
+    """Bytes of all tensors by pcodec at its default level, those of a type together; others as they are."""
+    total = 0
+    for dtype, piece in by_type(file).items():
+        if dtype in NUMBERS:
+            total += len(standalone.simple_compress(np.frombuffer(piece, NUMBERS[dtype]), ChunkConfig()))
+        else:
+            total += len(piece)
+    return total
+
+
+def zstd_bytes(file, level):
+    """Bytes of all tensors by zstd, the bytes of the elements in a stream for each of their places."""
+    coder, total = zstandard.ZstdCompressor(level=level), 0
+    for dtype, piece in by_type(file).items():
+        stored = np.frombuffer(piece, np.uint8)
+        width = np.dtype(NUMBERS[dtype]).itemsize if dtype in NUMBERS else 1
+        total += sum(len(coder.compress(stored[place::width].tobytes())) for place in range(width))
+    return total
+
+
+def by_type(file):
+    """The bytes of the tensors of each type, in one piece."""
+    header, body = split(file)
+    pieces = {}
+    for tensor in header.values():
+        pieces.setdefault(tensor["dtype"], []).append(body[slice(*tensor["data_offsets"])])
+    return {dtype: b"".join(found) for dtype, found in pieces.items()}
 
 
 def zipnn_coder(file):
@@ -32,9 +71,9 @@ def zipnn_coder(file):
     return ZipNN(input_format="byte", bytearray_dtype=dtype, threads=1), body
 
 
-def ours_bits(mcwcfs, file, work):
-    """Bits per parameter of the lossless archive of a file; packing has compared it with what it decodes to."""
-    return mcwcfs.pack(file, work / "lossless.mcwc", "--lossless")["bits_per_parameter"]
+def ours_bytes(mcwcfs, file, work):
+    """Bytes of the lossless archive of a file, headers and all; packing has compared it with what it decodes to."""
+    return mcwcfs.pack(file, work / "lossless.mcwc", "--lossless")["archive_bytes"]
 
 
 def write_as_bf16(file, path):

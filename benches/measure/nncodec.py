@@ -23,9 +23,7 @@ def around(weights, bits):
 
     One parameter for all matrices: the uniform step that squared error asks for.
     """
-    root_mean_square = np.sqrt(energy(weights) / weight_count(weights))
-    # A Gaussian's step at this rate, an octave down: dependent quantization uses two interleaved quantizers.
-    parameter = round(QP_PER_BIT * np.log2(root_mean_square * 4.13 / 2**bits)) - QP_PER_BIT
+    parameter = expected_parameter(weights, bits)
     point = at(weights, parameter)
     finer = point.bits < bits
     while True:
@@ -36,9 +34,29 @@ def around(weights, bits):
         point = next_point
 
 
-def quantization_parameter_of(point):
-    """The quantization parameter that made a point."""
-    return int(point.label.removeprefix("QP "))
+def expected_parameter(weights, bits):
+    """The quantization parameter that `bits` per matrix weight should take."""
+    root_mean_square = np.sqrt(energy(weights) / weight_count(weights))
+    # A Gaussian's step at this rate, an octave down: dependent quantization uses two interleaved quantizers.
+    return round(QP_PER_BIT * np.log2(root_mean_square * 4.13 / 2**bits)) - QP_PER_BIT
+
+
+def nearest(weights, bits):
+    """The quantization parameter whose rate is nearest to `bits` per matrix weight, and its bitstream."""
+    parameter, tried = expected_parameter(weights, bits), {}
+    while True:
+        bitstream = encode(weights, parameter)
+        tried[parameter] = bitstream
+        taken = 8 * len(bitstream) / weight_count(weights)
+        parameter += round(QP_PER_BIT * (taken - bits))
+        if parameter in tried:
+            break
+
+    def off(parameter):
+        return abs(8 * len(tried[parameter]) / weight_count(weights) - bits)
+
+    best = min(tried, key=off)
+    return best, tried[best]
 
 
 def at(weights, quantization_parameter):

@@ -1,16 +1,26 @@
 """mcwcfs, through its command line: packs a checkpoint, takes it apart again and measures what came back."""
 
-import hashlib
 import json
 import subprocess
+import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
+from . import calibration
 from .checkpoint import fingerprint, matrices, relative_squared_error, weight_count
 from .curve import Point
+from .evaluation import TaskPoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_BINARY = REPOSITORY / "target" / "release" / "mcwcfs"
+RESULTS = REPOSITORY / "benches" / "results"
+"""Where results are kept."""
+
+
+def say(text):
+    """Tells who waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Mcwcfs:
@@ -34,6 +44,23 @@ class Mcwcfs:
         """Packs and returns the report."""
         return json.loads(self.run("pack", source, destination, "--force", "--json", *options))
 
+    @contextmanager
+    def mounted(self, source, mount_point):
+        """The directory `source`, mounted at `mount_point`."""
+        self.run("mount", source, mount_point)
+        try:
+            yield mount_point
+        finally:
+            self.run("umount", mount_point)
+
+    def evaluated(self, evaluation, model, work, *options):
+        """Packs `model` with `options` into `work`, and evaluates it through a mount: the report and the outcome."""
+        packed, mount_point = work / "packed", work / "mnt"
+        mount_point.mkdir()
+        report = self.pack(model.directory, packed / model.name, *options)
+        with self.mounted(packed, mount_point):
+            return report, evaluation.of(mount_point / model.name)
+
     def point(self, weights, source, work, *options):
         """Packs `source`, the files of `weights`, with `options`, and decodes it into the directory `work`.
 
@@ -56,16 +83,71 @@ class Mcwcfs:
             whole_file_bits=report["bits_per_parameter"],
         )
 
-    def kept_point(self, store, weights, files, *options):
-        """The same of the safetensors `files` alone, kept for this binary, these files and options."""
+    def kept_point(self, results, model, weights, *options):
+        """The same of the safetensors files of `model` alone, kept for this binary."""
 
         def measure():
             with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
                 source = Path(work) / "source"
                 source.mkdir()
-                for file in files:
+                for file in model.files():
                     (source / file.name).symlink_to(file.resolve())
                 return [self.point(weights, source, Path(work), *options)]
 
-        spelled = hashlib.sha256(" ".join(options).encode()).hexdigest()[:16]
-        return store.points(f"{fingerprint(files)}-ours-{self.digest}-{spelled}", measure)[0]
+        made_with = {"model": fingerprint(model.files()), "codec": self.digest}
+        return results.points(f"{model.name}/mcwcfs/{' '.join(options)}", made_with, measure)[0]
+
+
+ENCODER_MATRICES = ("encoder.layer.*.dense.weight", "encoder.layer.*.self.*.weight")
+
+
+class OnTask:
+    """What our archives of one model score, evaluated through the mount; kept for this binary."""
+
+    def __init__(self, mcwcfs, results, evaluation, folder, model):
+        self.mcwcfs, self.results, self.evaluation, self.folder, self.model = mcwcfs, results, evaluation, folder, model
+        self.made_with = {
+            "model": fingerprint(model.files()),
+            "evaluation": evaluation.fingerprint,
+            "codec": mcwcfs.digest,
+        }
+
+    def lossless(self):
+        """The original's score, by the bytes that a lossless archive gives."""
+        return self.at("mcwcfs", "lossless", "--lossless")
+
+    def uncalibrated(self, rate):
+        """Packed at `rate` bits per parameter, by the weights alone."""
+        return self.at("mcwcfs", f"{rate:g}", "--bpp", f"{rate:g}")
+
+    def calibrated(self, rate):
+        """The same on the evaluation folder's calibration inputs; None where it has none for this model."""
+        return self.at_calibrated("mcwcfs calibrated", f"{rate:g}", "--bpp", f"{rate:g}")
+
+    def encoder(self, rate):
+        """Only the matrices of a BERT encoder at `rate` bits each, all else bit-exact: uncalibrated and calibrated."""
+        keep = [argument for pattern in ENCODER_MATRICES for argument in ("--keep", f"{pattern}={rate:g}")]
+        uncalibrated = self.at("mcwcfs, encoder alone", f"{rate:g}", *keep)
+        return uncalibrated, self.at_calibrated("mcwcfs calibrated, encoder alone", f"{rate:g}", *keep)
+
+    def at_calibrated(self, codec, setting, *options):
+        """Packed with `options` on the evaluation folder's calibration inputs; None where it has none for this model."""
+        with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+            inputs = calibration.inputs(self.folder, self.model, Path(work))
+            if inputs is None:
+                return None
+            return self.at(codec, setting, *options, "--calibration", inputs)
+
+    def at(self, codec, setting, *options):
+        """Packed with `options`."""
+
+        def measure():
+            with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+                report, outcome = self.mcwcfs.evaluated(self.evaluation, self.model, Path(work), *options)
+            if report["target_missed"]:
+                say(f"{self.model.name}, {codec} {setting}: {report['target_missed']}")
+            bits, error = report["bits_per_parameter"], report["relative_squared_error"]
+            return TaskPoint(codec, "", bits, error, outcome).to_json()
+
+        name = f"{self.model.name}/{codec}/{setting}"
+        return TaskPoint.of_json(self.results.kept(name, self.made_with, measure))

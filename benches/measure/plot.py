@@ -1,4 +1,4 @@
-"""The figure: bits above the Gaussian bound at equal error, one panel per model."""
+"""The figures: bits above the Gaussian bound at equal error, and distance on the task, one panel per model."""
 
 import matplotlib
 
@@ -6,16 +6,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 LEAST, MOST = -0.1, 1.4
+LEAST_DISTANCE = 1e-7
+MARKERS = "os^vD<>Pphd*X"
 
 
 def draw(results, path):
     """Writes the figure of all `results`, in the format that `path` ends in."""
-    columns = min(3, len(results))
-    rows = -(-len(results) // columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="tight")
-    for panel in panels.flat[len(results) :]:
-        panel.set_visible(False)
-    for panel, result in zip(panels.flat, results, strict=False):
+    figure, panels = panels_for(len(results))
+    for panel, result in zip(panels, results, strict=True):
         for name, style in (("ours", "o-"), ("NNCodec", "s-"), ("ideal scalar", "--")):
             curve = result.curves.get(name)
             if curve:
@@ -38,6 +36,45 @@ def draw(results, path):
         panel.set_ylabel("bits above the Gaussian bound", fontsize=8)
         panel.tick_params(labelsize=7)
         panel.legend(fontsize=7, loc="upper left", ncols=3)
-    # Without dates and random identifiers the same measurements give the same file.
+    save(figure, path)
+
+
+def draw_on_task(models, path):
+    """Writes the figure of the distance to the original's outputs against the bits per parameter, for `models`: by name, the
+    task points of each codec by its name. A codec with one point has no line.
+    """
+    figure, panels = panels_for(len(models))
+    for panel, (name, codecs) in zip(panels, models.items(), strict=True):
+        kind = ""
+        for index, (codec, points) in enumerate(codecs.items()):
+            points = sorted(points, key=lambda point: point.bits)
+            kind = points[0].outcome.distance_kind
+            # Where an archive loses nothing that the evaluation sees there is nothing to draw on this scale.
+            seen = [point for point in points if point.outcome.distance > LEAST_DISTANCE]
+            bits, distances = [p.bits for p in seen], [p.outcome.distance for p in seen]
+            line = "-" if len(points) > 2 else ""
+            panel.plot(bits, distances, MARKERS[index % len(MARKERS)], ls=line, color=f"C{index}", ms=4, label=codec)
+        panel.set(title=name, yscale="log", xlim=(1.5, 9))
+        panel.title.set_fontsize(9)
+        panel.set_xlabel("bits per parameter of the whole checkpoint", fontsize=8)
+        panel.set_ylabel(f"{kind} to the original's outputs", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.legend(fontsize=6)
+    save(figure, path)
+
+
+def panels_for(count):
+    """A figure with so many panels."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="tight")
+    for panel in panels.flat[count:]:
+        panel.set_visible(False)
+    return figure, panels.flat[:count]
+
+
+def save(figure, path):
+    """Writes a figure: without dates and random identifiers the same measurements give the same file."""
     matplotlib.rcParams["svg.hashsalt"] = "mcwcfs"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use super::{Archive, ArchiveError, UNFINISHED_PREFIX};
 use crate::format::index::BaseReference;
 use crate::format::limits::BASE_CHAIN;
+use crate::hexadecimal::hex;
 
 /// Which file it was: device, inode, length, time of the last change of any kind.
 type Identity = (u64, u64, u64, i64, i64);
@@ -216,8 +217,4 @@ fn candidates(place: &Place) -> Vec<PathBuf> {
 fn is_archive_name(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default();
     !name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes()) && path.extension().is_some_and(|end| end == "mcwc")
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

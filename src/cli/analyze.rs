@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::pack::source::{Checkpoint, SourceError};
 
-pub use report::{Comparison, Report, Spread, TypeReport};
+pub use report::{Comparison, Report, ResidualMagnitudes, Spread, TypeReport};
 
 /// Arguments of `mcwcfs analyze`.
 #[derive(Args, Clone, Debug)]
@@ -76,7 +76,7 @@ fn run_to(args: &AnalyzeArgs, output: &mut impl Write) -> Result<(), AnalyzeErro
     let progress = ProgressBar::no_length().with_style(
         ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}").expect("a constant template that is well formed"),
     );
-    let report = report::analyze(&checkpoint, &plan, args.seed, &progress);
+    let report = Report::of(&checkpoint, &plan, args.seed, &progress);
     if let Some(directory) = &args.write_aligned {
         aligned::write(&checkpoint, &plan, directory, &progress)?;
     }

@@ -1,5 +1,7 @@
-//! `mcwcfs inspect`: what is inside an archive, and where its bits went. Reads side information, decodes no weight.
+//! `mcwcfs inspect`: what is inside an archive, and where its bits went. Reads side information; decodes weights only where
+//! `--cost` is to measure how long that takes.
 
+mod parallelism;
 mod report;
 mod streams;
 
@@ -8,10 +10,19 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Args;
+use serde::Serialize;
 
-use crate::archive::{Archive, ArchiveError};
+use super::base_places;
+use super::bench::{BenchError, decode_seconds};
+use super::card::card;
+use super::cost::{Loading, parse_seconds};
+use super::packed_tree::{PackedTree, PackedTreeError};
+use super::size::parse_size;
+use crate::archive::{Archive, ArchiveError, Bases};
+use crate::materialize::EngineChoice;
 
-pub use report::{BlockTypeReport, FileReport, PartReport, Report, hex};
+pub use parallelism::{BlockTypeChains, Parallelism};
+pub use report::{BaseReport, BlockTypeReport, FileReport, PartReport, Report};
 pub use streams::StreamBytes;
 
 /// Say what is inside an archive and where its bits went.
@@ -22,9 +33,86 @@ pub struct InspectArgs {
     /// List every part of every record
     #[arg(long)]
     pub parts: bool,
+    /// Print what can be decoded at once, and from which bandwidth and number of loads on the archive pays
+    #[arg(long)]
+    pub cost: bool,
+    /// Bytes per second that files arrive with, for the load times [default: a gigabyte]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GB", requires = "cost")]
+    pub bandwidth: u64,
+    /// Seconds that decoding takes; measured here, once on one thread, where it is not said
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, requires = "cost")]
+    pub decode_seconds: Option<f64>,
+    /// Seconds that packing took: says after how many loads they are made up for
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, requires = "cost")]
+    pub encode_seconds: Option<f64>,
+    /// Where to look for the base of a variant that is decoded to be timed
+    #[arg(long, value_name = "PATH", requires = "cost")]
+    pub base_path: Vec<PathBuf>,
+    /// Print the section of a model card that is about the archive, in Markdown, and nothing else
+    #[arg(long, conflicts_with_all = ["cost", "parts", "json"])]
+    pub card: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `--cost` prints.
+#[derive(Debug, Serialize)]
+struct Cost {
+    parallelism: Parallelism,
+    loading: Loading,
+}
+
+impl Cost {
+    fn of(archive: &Archive, args: &InspectArgs) -> Result<Self, InspectError> {
+        let parallelism = Parallelism::of_archive(archive)?;
+        let decode_seconds = match args.decode_seconds {
+            Some(seconds) => seconds,
+            None => {
+                let tree = PackedTree::read(&args.archive)?;
+                let archive = Bases::new(base_places(&tree, false, &args.base_path)).open(&args.archive)?;
+                let engine = EngineChoice::Auto.cpu_engine().expect("the reference decoder was not asked for");
+                decode_seconds(&archive, &engine)?
+            }
+        };
+        let (original, stored) = (parallelism.decoded_bytes, archive.stored_bytes());
+        let loading = Loading::new(args.bandwidth, original, stored, decode_seconds, args.encode_seconds);
+        Ok(Self { parallelism, loading })
+    }
+}
+
+impl fmt::Display for Cost {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Parallelism { layers, keyframe_interval, scheduled_segments, records, chains, longest_chain, .. } =
+            &self.parallelism;
+        writeln!(
+            out,
+            "{layers} layers, keyframe interval {keyframe_interval}: {scheduled_segments} segments by schedule"
+        )?;
+        writeln!(
+            out,
+            "{records} records in {chains} chains, all of which can be decoded at once; the longest has {longest_chain}"
+        )?;
+        let Parallelism { strips, decoded_bytes, critical_path_bytes, greatest_speedup, block_types, .. } =
+            &self.parallelism;
+        writeln!(
+            out,
+            "the chain with most decodes to {critical_path_bytes} of {decoded_bytes} bytes: whole records decode {greatest_speedup:.1} \
+             times as fast in parallel at most"
+        )?;
+        writeln!(out, "within records {strips} strips can be decoded in any order")?;
+        writeln!(
+            out,
+            "\n{:<14} {:>8} {:>8} {:>14} {:>20}",
+            "block type", "records", "chains", "longest chain", "critical path, bytes"
+        )?;
+        for of_type in block_types {
+            let BlockTypeChains { block_type, records, chains, longest_chain, critical_path_bytes } = of_type;
+            writeln!(out, "{block_type:<14} {records:>8} {chains:>8} {longest_chain:>14} {critical_path_bytes:>20}")?;
+        }
+        writeln!(out)?;
+        self.loading.fmt(out)
+    }
 }
 
 /// Why an archive cannot be inspected.
@@ -33,6 +121,12 @@ pub enum InspectError {
     /// It cannot be read, or it is not a sound archive.
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    /// It cannot be timed.
+    #[error("{0}; --decode-seconds says how long decoding takes without measuring it")]
+    Decode(#[from] BenchError),
+    /// There is no such archive.
+    #[error(transparent)]
+    Source(#[from] PackedTreeError),
     /// Standard output does not take the report.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -41,15 +135,24 @@ pub enum InspectError {
 /// Prints the report on standard output.
 pub fn run(args: &InspectArgs) -> Result<(), InspectError> {
     let archive = Archive::open(&args.archive)?;
-    let report = Report::new(&archive, args.parts)?;
     let mut output = io::stdout().lock();
-    if args.json {
-        serde_json::to_writer_pretty(&mut output, &report).map_err(io::Error::from)?;
-        writeln!(output)?;
+    if args.card {
+        write!(output, "{}", card(&archive))?;
+    } else if args.cost {
+        print(&mut output, &Cost::of(&archive, args)?, args.json)?;
     } else {
-        write!(output, "{}", printable(&report.to_string()))?;
+        print(&mut output, &Report::new(&archive, args.parts)?, args.json)?;
     }
     Ok(output.flush()?)
+}
+
+fn print(output: &mut impl Write, report: &(impl Serialize + fmt::Display), json: bool) -> io::Result<()> {
+    if json {
+        serde_json::to_writer_pretty(&mut *output, report)?;
+        writeln!(output)
+    } else {
+        write!(output, "{}", printable(&report.to_string()))
+    }
 }
 
 /// An archive's names and values may come from anywhere: what could steer a terminal is shown escaped.
@@ -90,6 +193,15 @@ impl fmt::Display for Report {
             writeln!(out, "  {name}: {tensors} tensors, {bytes} bytes")?;
             writeln!(out, "    decoded SHA-256 {}", file.decoded_sha256)?;
             writeln!(out, "    source SHA-256  {}", file.source_sha256)?;
+            if let Some(digest) = &file.decoded_blake3 {
+                writeln!(out, "    decoded BLAKE3  {digest}")?;
+            }
+        }
+        if !self.bases.is_empty() {
+            writeln!(out, "\nbases")?;
+        }
+        for BaseReport { name, content_id } in &self.bases {
+            writeln!(out, "  {name}: content id {content_id}")?;
         }
 
         writeln!(out, "\n{:<24} {:>14} {:>8} {:>16}", "stream", "bytes", "%", "bits/parameter")?;

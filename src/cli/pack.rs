@@ -1,27 +1,37 @@
-//! `mcwc-pack`: a checkpoint in, an archive out.
+//! `mcwc-pack`: a checkpoint in, an archive out, or one for each rate of a sweep; and on request a report of what that did
+//! and what it is worth.
 
-use std::io::{IsTerminal, StdoutLock, Write};
+mod bar;
+mod destination;
+mod gates;
+mod points;
+mod print;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag::{register, register_conditional_shutdown};
 
-use super::{lies_inside, parse_threads};
+use self::gates::Gate;
+use self::points::Outputs;
+use super::bench::BenchError;
+use super::{NOT_GOOD_ENOUGH, parse_threads};
 use crate::pack::base::Base;
 use crate::pack::calibration::{Calibration, CalibrationSource};
-use crate::pack::encode::{Encoder, PackError, Progress, hidden_file};
+use crate::pack::encode::{Encoder, PackError};
+use crate::pack::evaluation::Evaluation;
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
     AlignmentChoice, ColumnScales, Effort, EntropyModel, PackOptions, PredictorChoice, Quantization, Steps, Target,
     TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
-use crate::pack::source::{Checkpoint, Sidecar};
+use crate::pack::source::Checkpoint;
+
+pub(super) use self::bar::{Bar, Phase};
+pub(super) use self::destination::{Destination, io_at};
+pub(super) use self::points::{Point, write_whole};
+pub(super) use self::print::print;
 
 /// Pack a checkpoint into a `.mcwc` archive.
 #[derive(Args, Debug)]
@@ -34,6 +44,8 @@ pub struct PackArgs {
     target: TargetArgs,
     #[command(flatten)]
     calibration: CalibrationArgs,
+    #[command(flatten)]
+    judgement: JudgementArgs,
     /// What single tensors get instead: `PATTERN=lossless`, or `PATTERN=BITS` per element. PATTERN is a glob on tensor names
     /// (`*`, `?`, `[a-z]`, `{a,b}`); of several that match a tensor the last counts.
     #[arg(long, value_name = "PATTERN=lossless|BITS")]
@@ -110,6 +122,39 @@ struct TargetArgs {
     /// Greatest squared error over squared weights, over all quantized tensors together.
     #[arg(long, value_name = "E", value_parser = below_one)]
     max_rel_mse: Option<f64>,
+    /// One archive for each of these rates, in bits per parameter, and a table of rate and distortion. OUTPUT receives a
+    /// directory for each, `4.2bpp` and so on, and the table as sweep.json.
+    #[arg(long, value_name = "R,R,...", value_delimiter = ',', value_parser = positive)]
+    sweep: Option<Vec<f64>>,
+}
+
+/// What the result is judged by, and where that is written.
+#[derive(Args, Debug)]
+struct JudgementArgs {
+    /// Run the original and the decoded model on this data and compare what they say: text, token ids or pixels as for
+    /// --calibration, with `labels` beside `pixel_values` where images have classes. Data that the model is calibrated on is
+    /// refused.
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    eval: Option<PathBuf>,
+    /// Exit with 4 where this holds, for example 'kld>0.01': MEASURE>BOUND, >=, < or <=, where MEASURE is bpp, rel-mse, or,
+    /// with --eval, kld, kld-median, kld-p99.9 (nats), ppl-ratio, top1, accuracy-drop or cosine-distance. The archive is
+    /// written all the same. May be given several times; of a sweep one rate must pass them all.
+    #[arg(long, value_name = "CONDITION", conflicts_with = "dry_run")]
+    fail_if: Vec<Gate>,
+    /// Write a report for people, one page that needs no network, and beside it the same as .json: where the bits went, what
+    /// every stage saved, every tensor's rate and error, how alike layers are, decoding time and when packing pays. Implies
+    /// --stats.
+    #[arg(long, value_name = "FILE.html", conflicts_with = "dry_run", value_parser = page_name)]
+    report: Option<PathBuf>,
+    /// Write the section of a model card that is about the archive, in Markdown; `mcwcfs inspect --card` prints it, too.
+    #[arg(long, value_name = "FILE.md", conflicts_with = "dry_run")]
+    card: Option<PathBuf>,
+}
+
+fn page_name(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let is_page = path.extension().is_some_and(|extension| extension == "html");
+    if is_page { Ok(path) } else { Err("expected a name that ends in .html".into()) }
 }
 
 #[derive(Args, Debug)]
@@ -196,6 +241,18 @@ pub enum PackCommandError {
     /// SIGINT and SIGTERM cannot be caught.
     #[error("signals: {0}")]
     Signals(std::io::Error),
+    /// A condition on what nobody measures.
+    #[error("--fail-if '{0}': needs data to judge the model by, expected --eval FILE")]
+    NothingToJudgeBy(String),
+    /// A file where a sweep needs a directory.
+    #[error("{0}: named like a file, expected a directory for the archives of a sweep")]
+    NoSweepDirectory(PathBuf),
+    /// The same rate twice.
+    #[error("--sweep: {0} twice, expected different rates")]
+    SameRate(f64),
+    /// Decoding could not be timed.
+    #[error("decoding time: {0}")]
+    Timing(#[from] BenchError),
     /// No thread pool.
     #[error("--threads: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
@@ -212,12 +269,67 @@ pub fn run(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
 }
 
 fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
-    let target = match (args.target.bpp, args.target.max_rel_mse) {
-        (Some(bits), _) => Target::BitsPerParameter(bits),
-        (_, Some(error)) => Target::RelativeSquaredError(error),
-        _ => Target::Lossless,
+    let options = options(args)?;
+    check_options(args, &options[0])?;
+    let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
+    let names: Vec<&str> =
+        checkpoint.files.iter().flat_map(|file| &file.header.tensors).map(|tensor| tensor.name.as_str()).collect();
+    if let Some(rule) = args.keep.iter().find(|rule| !names.iter().any(|name| rule.matches(name))) {
+        return Err(PackCommandError::KeepsNothing(rule.to_string()));
+    }
+    let outputs = Outputs::of(args, &checkpoint, &options)?;
+    if !args.dry_run && !args.force {
+        outputs.refuse_existing(&checkpoint)?;
+    }
+    let progress = Bar::new()?;
+    let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
+    if let Some(base) = &base {
+        check_base(base, &options[0], &outputs)?;
+    }
+    let mut encoder = Encoder::with_base(&checkpoint, &options[0], base.as_ref(), &progress)?;
+    let calibration = match args.calibration.source() {
+        Some(source) => Some(Calibration::load(&checkpoint, &source).map_err(PackError::from)?),
+        None => None,
     };
-    let options = PackOptions {
+    if let Some(path) = &args.judgement.eval {
+        let evaluation = Evaluation::load(&checkpoint, path, calibration.as_ref()).map_err(PackError::from)?;
+        encoder = encoder.with_evaluation(evaluation);
+    }
+    if let Some(calibration) = calibration {
+        encoder = encoder.with_calibration(calibration);
+    }
+    if args.dry_run {
+        return dry_run(args, &encoder, &progress);
+    }
+    let points = outputs.fill(args, &options, encoder, &checkpoint, &progress)?;
+    progress.bar.finish_and_clear();
+    for point in &points {
+        if let Some(missed) = &point.report.target_missed {
+            log::warn!("target missed: {missed}");
+        }
+        warn_of_damage(&point.report);
+    }
+    let chosen = points::choose(&points);
+    outputs.describe(args, &checkpoint, base.as_ref(), &points, chosen)?;
+    let copied = outputs.copies_sidecars().then_some(checkpoint.sidecars.len());
+    print(|output| print::print_points(output, &points, copied, args))?;
+    Ok(if points[chosen].passes() { ExitCode::SUCCESS } else { ExitCode::from(NOT_GOOD_ENOUGH) })
+}
+
+/// The options for each archive to be made.
+fn options(args: &PackArgs) -> Result<Vec<PackOptions>, PackCommandError> {
+    let targets = match (args.target.bpp, args.target.max_rel_mse, &args.target.sweep) {
+        (Some(bits), ..) => vec![Target::BitsPerParameter(bits)],
+        (_, Some(error), _) => vec![Target::RelativeSquaredError(error)],
+        (.., Some(rates)) => {
+            if let Some((_, &again)) = rates.iter().enumerate().find(|(number, rate)| rates[..*number].contains(rate)) {
+                return Err(PackCommandError::SameRate(again));
+            }
+            rates.iter().map(|&rate| Target::BitsPerParameter(rate)).collect()
+        }
+        _ => vec![Target::Lossless],
+    };
+    let of = |target| PackOptions {
         target,
         effort: args.effort,
         keep: args.keep.clone(),
@@ -232,53 +344,49 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         rate_aware_rounding: !args.no_rate_aware_rounding,
         embedding_refinement: args.embedding_refinement,
         force_requantize: args.force_requantize,
-        stats: args.stats,
+        stats: args.stats || args.judgement.report.is_some(),
     };
-    let calibration = args.calibration.source();
+    Ok(targets.into_iter().map(of).collect())
+}
+
+/// Refuses what would be asked for in vain.
+fn check_options(args: &PackArgs, options: &PackOptions) -> Result<(), PackCommandError> {
     let has_trellis = matches!(options.quantization, Quantization::Trellis | Quantization::TrellisShared);
     let is_lossy = options.target.is_lossy() || !options.keep.is_empty();
-    if calibration.is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
+    if args.calibration.source().is_some() && !(is_lossy && has_trellis && options.steps != Steps::PerGroup) {
         return Err(PackCommandError::Uncalibrated);
     }
-    let checkpoint = Checkpoint::open(&args.input).map_err(PackError::from)?;
-    let names: Vec<&str> =
-        checkpoint.files.iter().flat_map(|file| &file.header.tensors).map(|tensor| tensor.name.as_str()).collect();
-    if let Some(rule) = options.keep.iter().find(|rule| !names.iter().any(|name| rule.matches(name))) {
-        return Err(PackCommandError::KeepsNothing(rule.to_string()));
+    let gate = args.judgement.fail_if.iter().find(|gate| gate.needs_evaluation());
+    match gate.filter(|_| args.judgement.eval.is_none()) {
+        Some(gate) => Err(PackCommandError::NothingToJudgeBy(gate.to_string())),
+        None => Ok(()),
     }
-    let destination = Destination::of(&args.output, &checkpoint)?;
-    if !args.dry_run && !args.force {
-        destination.refuse_existing(&checkpoint.sidecars)?;
+}
+
+fn check_base(base: &Base, options: &PackOptions, outputs: &Outputs) -> Result<(), PackCommandError> {
+    if options.quantization == Quantization::ResidualVector {
+        return Err(PackCommandError::VectorsOfVariant);
     }
-    let progress = Bar::new()?;
-    let base = args.base.as_deref().map(Base::open).transpose().map_err(PackError::from)?;
-    if let Some(base) = &base {
-        if options.quantization == Quantization::ResidualVector {
-            return Err(PackCommandError::VectorsOfVariant);
-        }
-        let real = |path: &Path| path.canonicalize().ok();
-        if real(base.archive().path()).is_some_and(|base| real(&destination.archive) == Some(base)) {
-            return Err(PackCommandError::OverBase(destination.archive));
-        }
+    let real = |path: &Path| path.canonicalize().ok();
+    let base_path = real(base.archive().path());
+    let over = outputs.archives().find(|archive| base_path.is_some() && real(archive) == base_path);
+    if let Some(archive) = over {
+        return Err(PackCommandError::OverBase(archive.to_owned()));
     }
-    let mut encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), &progress)?;
-    if let Some(source) = calibration {
-        encoder = encoder.with_calibration(Calibration::load(&checkpoint, &source).map_err(PackError::from)?);
+    if !base.is_packed() {
+        log::warn!(
+            "{}: is a checkpoint; the variant can be read once there is a lossless archive of it, too",
+            base.archive().path().display()
+        );
     }
-    if args.dry_run {
-        let plan = encoder.dry_run()?;
-        progress.bar.finish_and_clear();
-        print(|output| print_plan(output, &plan, args.json))?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let report = destination.fill(&encoder, &checkpoint.sidecars, args.force)?;
+    Ok(())
+}
+
+/// Prints the plan; of a sweep that of its first rate.
+fn dry_run(args: &PackArgs, encoder: &Encoder<'_>, progress: &Bar) -> Result<ExitCode, PackCommandError> {
+    let plan = encoder.dry_run()?;
     progress.bar.finish_and_clear();
-    let copied = destination.directory.is_some().then_some(checkpoint.sidecars.len());
-    print(|output| print_report(output, &report, copied, args.json))?;
-    if let Some(missed) = &report.target_missed {
-        log::warn!("target missed: {missed}");
-    }
-    warn_of_damage(&report);
+    print(|output| print::print_plan(output, &plan, args.json))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -295,205 +403,4 @@ fn warn_of_damage(report: &PackReport) {
             error(worst)
         );
     }
-}
-
-/// Where the output goes.
-pub(super) struct Destination {
-    pub(super) archive: PathBuf,
-    /// Receives sidecars; absent where a file was named.
-    directory: Option<PathBuf>,
-}
-
-impl Destination {
-    pub(super) fn of(output: &Path, checkpoint: &Checkpoint) -> Result<Self, PackCommandError> {
-        let names_archive = output.extension().is_some_and(|extension| extension == "mcwc");
-        if names_archive && !output.is_dir() {
-            if !checkpoint.sidecars.is_empty() {
-                log::info!("{} sidecars are not packed: name a directory to copy them", checkpoint.sidecars.len());
-            }
-            return Ok(Self { archive: output.to_owned(), directory: None });
-        }
-        if output.is_file()
-            || output.extension().is_some_and(|extension| extension == "safetensors") && !output.is_dir()
-        {
-            return Err(PackCommandError::OddName(output.to_owned()));
-        }
-        let is_inside = |input: PathBuf| input.is_dir() && lies_inside(output, &input);
-        if checkpoint.path.canonicalize().is_ok_and(is_inside) {
-            return Err(PackCommandError::InsideInput(output.to_owned()));
-        }
-        let stem = match checkpoint.files.as_slice() {
-            [file] => file.name.strip_suffix(".safetensors").unwrap_or("model"),
-            _ => "model",
-        };
-        Ok(Self { archive: output.join(format!("{stem}.mcwc")), directory: Some(output.to_owned()) })
-    }
-
-    fn refuse_existing(&self, sidecars: &[Sidecar]) -> Result<(), PackCommandError> {
-        let copies = self.directory.iter().flat_map(|directory| sidecars.iter().map(|file| directory.join(&file.name)));
-        match std::iter::once(self.archive.clone()).chain(copies).find(|path| path.symlink_metadata().is_ok()) {
-            Some(path) => Err(PackError::Exists(path).into()),
-            None => Ok(()),
-        }
-    }
-
-    /// Packs, copies the sidecars, and gives the archive its name last: what fails before leaves nothing behind.
-    pub(super) fn fill(
-        &self,
-        encoder: &Encoder<'_>,
-        sidecars: &[Sidecar],
-        force: bool,
-    ) -> Result<PackReport, PackCommandError> {
-        let Some(directory) = &self.directory else {
-            return Ok(encoder.pack(&self.archive, force)?);
-        };
-        let is_new = !directory.exists();
-        std::fs::create_dir_all(directory).map_err(io_at(directory))?;
-        let packed = encoder.write(&self.archive).map_err(PackCommandError::from).and_then(|finished| {
-            copy_sidecars(sidecars, directory)?;
-            Ok(finished.publish(force)?)
-        });
-        if packed.is_err() && is_new {
-            let _ = std::fs::remove_dir(directory); // only if it is empty, and the error at hand says more
-        }
-        packed
-    }
-}
-
-pub(super) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackCommandError {
-    let path = path.to_owned();
-    move |source| PackCommandError::Io { path, source }
-}
-
-/// Copies sidecars under temporary names; they get their own once all are there.
-fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
-    let mut copies = Vec::with_capacity(sidecars.len());
-    for sidecar in sidecars {
-        let target = directory.join(&sidecar.name);
-        let parent = target.parent().unwrap_or(directory);
-        std::fs::create_dir_all(parent).map_err(io_at(parent))?;
-        let temporary = hidden_file(parent, "").map_err(io_at(&target))?;
-        let temporary = temporary.into_temp_path(); // closed: there may be more of them than descriptors
-        std::fs::copy(&sidecar.path, &temporary).map_err(io_at(&sidecar.path))?;
-        copies.push((temporary, target));
-    }
-    for (temporary, target) in copies {
-        temporary.persist(&target).map_err(|error| io_at(&target)(error.error))?;
-    }
-    Ok(())
-}
-
-/// A bar on a terminal, nothing elsewhere; and what SIGINT and SIGTERM ask for.
-pub(super) struct Bar {
-    pub(super) bar: ProgressBar,
-    interrupted: Arc<AtomicBool>,
-}
-
-impl Bar {
-    /// From here on, the first signal stops the work in an orderly way, and a second one at once.
-    pub(super) fn new() -> Result<Self, PackCommandError> {
-        let target =
-            if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let style = "{msg:10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-        let bar = ProgressBar::with_draw_target(Some(0), target);
-        bar.set_style(ProgressStyle::with_template(style).expect("the template is right").progress_chars("=> "));
-        let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the flag is not yet set when the first signal comes to the first of the two.
-            register_conditional_shutdown(signal, 128 + signal, Arc::clone(&interrupted))
-                .and_then(|_| register(signal, Arc::clone(&interrupted)))
-                .map_err(PackCommandError::Signals)?;
-        }
-        Ok(Self { bar, interrupted })
-    }
-}
-
-impl Progress for Bar {
-    fn phase(&self, name: &str, bytes: u64) {
-        self.bar.reset();
-        self.bar.set_length(bytes);
-        self.bar.set_message(name.to_owned());
-        log::debug!("phase: {name}");
-    }
-
-    fn advance(&self, bytes: u64) {
-        self.bar.inc(bytes);
-    }
-
-    fn is_interrupted(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed)
-    }
-}
-
-/// Writes to standard output; a reader that went away is an error, not a panic.
-pub(super) fn print(write: impl FnOnce(&mut StdoutLock<'_>) -> std::io::Result<()>) -> Result<(), PackCommandError> {
-    let mut output = std::io::stdout().lock();
-    write(&mut output).and_then(|()| output.flush()).map_err(PackCommandError::Print)
-}
-
-fn print_plan(output: &mut impl Write, plan: &[TensorReport], json: bool) -> std::io::Result<()> {
-    if json {
-        return writeln!(output, "{}", serde_json::to_string_pretty(plan).expect("plain data"));
-    }
-    writeln!(output, "{:>10}  {:<10} {:<10} {:<6} tensor", "bits/elem", "treatment", "record", "dtype")?;
-    for tensor in plan {
-        let kept = tensor.keep.as_ref().map_or(String::new(), |keep| format!(" (--keep {keep})"));
-        writeln!(
-            output,
-            "{:>10.3}  {:<10} {:<10} {:<6} {} {:?}{kept}",
-            tensor.bits_per_element, tensor.treatment, tensor.block_type, tensor.dtype, tensor.name, tensor.shape
-        )?;
-    }
-    Ok(())
-}
-
-fn print_report(
-    output: &mut impl Write,
-    report: &PackReport,
-    sidecars: Option<usize>,
-    json: bool,
-) -> std::io::Result<()> {
-    if json {
-        return writeln!(output, "{}", serde_json::to_string_pretty(report).expect("plain data"));
-    }
-    writeln!(output, "{}", report.archive)?;
-    writeln!(
-        output,
-        "  {} -> {} bytes ({:.1} %), {:.3} bits per parameter",
-        report.source_bytes,
-        report.archive_bytes,
-        100.0 * report.archive_bytes as f64 / report.source_bytes.max(1) as f64,
-        report.bits_per_parameter
-    )?;
-    if report.lossless {
-        writeln!(output, "  decoded and compared: every byte is the original's")?;
-    } else {
-        writeln!(output, "  decoded and compared: relative squared error {:.3e}", report.relative_squared_error)?;
-        if let Some(error) = report.relative_squared_error_of_changes {
-            writeln!(output, "  of what changed from the base: relative squared error {error:.3e}")?;
-        }
-    }
-    writeln!(
-        output,
-        "  {} architecture, {} records as keyframes, {} predicted",
-        report.architecture, report.keyframe_records, report.predicted_records
-    )?;
-    if let Some(sidecars) = sidecars {
-        writeln!(output, "  {sidecars} other files copied")?;
-    }
-    if let Some(calibration) = &report.calibration {
-        writeln!(output, "  calibrated with {calibration}")?;
-    }
-    if let Some(missed) = &report.target_missed {
-        writeln!(output, "  target missed: {missed}")?;
-    }
-    if let Some(stats) = &report.stats {
-        writeln!(output, "\n{:>10}  {:<26} instead", "bits/param", "stage saves")?;
-        for stage in stats {
-            let not_used = if stage.is_used { "" } else { " (not used)" };
-            let (bits, name) = (stage.bits_per_parameter, stage.stage);
-            writeln!(output, "{bits:>10.4}  {name:<26} {}{not_used}", stage.instead)?;
-        }
-    }
-    Ok(())
 }

@@ -1,5 +1,6 @@
 //! `mcwcfs unpack`: real files again. Nothing gets its final name before its digest is the one that the index states,
-//! unless somebody in a hurry says that the checksums of the stored bytes are enough.
+//! unless somebody in a hurry says that the checksums of the stored bytes are enough; and none gets it before all are there,
+//! so that what fails leaves no part of a model behind.
 //!
 //! The digest is BLAKE3, which the threads that decode compute together. SHA-256 is one chain, slower than decoding on two
 //! threads; it is computed for archives that have nothing else, and by `verify`.
@@ -17,15 +18,15 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 
 use super::decoded::{SequentialDecoder, WindowDigests, decode_in_any_order, decode_in_order};
-use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
 use super::size::parse_size;
 use super::{base_places, lies_inside, parse_threads};
 use crate::archive::{Archive, ArchiveError, Bases};
 use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
+use crate::hexadecimal::hex;
 use crate::materialize::{EngineChoice, MaterializeError};
 
 /// Write the files of archives as they were before packing.
@@ -73,7 +74,7 @@ pub enum UnpackError {
     #[error(transparent)]
     Decode(#[from] MaterializeError),
     /// A file decodes to other bytes than were packed.
-    #[error("{}: {file}: the decoded file has {found}, expected {expected}: it was not written", archive.display())]
+    #[error("{}: {file}: the decoded file has {found}, expected {expected}: nothing was written", archive.display())]
     WrongContent {
         /// The archive.
         archive: PathBuf,
@@ -175,10 +176,11 @@ pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
     let engine = args.engine.engine_within(args.gpu_memory.unwrap_or(DEFAULT_GPU_MEMORY_BYTES));
     let decoder = SequentialDecoder { engine, threads };
     let progress = progress_bar(outputs.iter().map(Output::bytes).sum());
-    let mut written = Vec::with_capacity(outputs.len());
-    for output in &outputs {
-        written.push(output.write(&decoder, args, &progress)?);
-    }
+    let mut made = MadeDirectories::default();
+    let unnamed = outputs.iter().map(|output| output.write(&decoder, args, &mut made, &progress));
+    let unnamed = unnamed.collect::<Result<Vec<_>, _>>()?;
+    let written = name_all(unnamed, args.force)?;
+    made.keep();
     progress.finish_and_clear();
     if args.json {
         let to_stdout = |source: io::Error| UnpackError::Io { path: "standard output".into(), source };
@@ -230,6 +232,63 @@ fn plan(args: &UnpackArgs) -> Result<Vec<Output>, UnpackError> {
     Ok(outputs)
 }
 
+/// A file that is written and checked, under a temporary name. Dropped, it is gone.
+struct Unnamed {
+    temporary: TempPath,
+    path: PathBuf,
+    bytes: u64,
+    digest: Option<FileDigest>,
+}
+
+/// Gives all files their names, or none: where one cannot have it, those before it lose theirs, unless they replaced others.
+fn name_all(unnamed: Vec<Unnamed>, replace: bool) -> Result<Vec<Written>, UnpackError> {
+    let mut written: Vec<(PathBuf, Written)> = Vec::with_capacity(unnamed.len());
+    for Unnamed { temporary, path, bytes, digest } in unnamed {
+        let renamed = if replace { temporary.persist(&path) } else { temporary.persist_noclobber(&path) };
+        if let Err(error) = renamed {
+            for (path, _) in written.iter().filter(|_| !replace) {
+                let _ = fs::remove_file(path); // the error at hand says more
+            }
+            return Err(match error.error.kind() {
+                io::ErrorKind::AlreadyExists => UnpackError::Exists { path },
+                _ => UnpackError::Io { path, source: error.error },
+            });
+        }
+        let shown = path.display().to_string();
+        written.push((path, Written { path: shown, bytes, digest }));
+    }
+    Ok(written.into_iter().map(|(_, written)| written).collect())
+}
+
+/// Directories that were made for the output. Dropped before they are kept, those that are empty are gone.
+#[derive(Default)]
+struct MadeDirectories(Vec<PathBuf>);
+
+impl MadeDirectories {
+    /// Makes a directory and those it lies in.
+    fn make(&mut self, directory: &Path) -> io::Result<()> {
+        let missing =
+            directory.ancestors().take_while(|ancestor| !ancestor.as_os_str().is_empty() && !ancestor.exists());
+        let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
+        fs::create_dir_all(directory)?;
+        missing.reverse(); // parents first, as they were made
+        self.0.append(&mut missing);
+        Ok(())
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for MadeDirectories {
+    fn drop(&mut self) {
+        for directory in self.0.iter().rev() {
+            let _ = fs::remove_dir(directory); // only if it is empty
+        }
+    }
+}
+
 impl Output {
     fn bytes(&self) -> u64 {
         match &self.origin {
@@ -238,19 +297,20 @@ impl Output {
         }
     }
 
-    /// Writes the file under a temporary name beside its own (`.name.XXXXXX.part`), checks it, and renames it.
+    /// Writes the file under a temporary name beside its own (`.name.XXXXXX.part`) and checks it.
     fn write(
         &self,
         decoder: &SequentialDecoder,
         args: &UnpackArgs,
+        made: &mut MadeDirectories,
         progress: &ProgressBar,
-    ) -> Result<Written, UnpackError> {
+    ) -> Result<Unnamed, UnpackError> {
         let io_at = |source| UnpackError::Io { path: self.path.clone(), source };
         let directory = match self.path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        fs::create_dir_all(directory).map_err(io_at)?;
+        made.make(directory).map_err(io_at)?;
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         progress.set_message(name.clone());
         let mut partial = tempfile::Builder::new()
@@ -267,12 +327,8 @@ impl Output {
         };
         partial.as_file().sync_all().map_err(io_at)?;
         let bytes = partial.as_file().metadata().map_err(io_at)?.len();
-        let renamed = if args.force { partial.persist(&self.path) } else { partial.persist_noclobber(&self.path) };
-        renamed.map_err(|error| match error.error.kind() {
-            io::ErrorKind::AlreadyExists => UnpackError::Exists { path: self.path.clone() },
-            _ => io_at(error.error),
-        })?;
-        Ok(Written { path: self.path.display().to_string(), bytes, digest })
+        // Closed: there may be more of them than descriptors.
+        Ok(Unnamed { temporary: partial.into_temp_path(), path: self.path.clone(), bytes, digest })
     }
 
     fn decode(

@@ -17,11 +17,11 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::decoded::{SequentialDecoder, decode_in_order};
-use super::inspect::hex;
 use super::packed_tree::{PackedTree, PackedTreeError};
 use super::unpack::progress_bar;
 use super::{base_places, parse_threads};
 use crate::archive::{Archive, ArchiveError, Bases};
+use crate::hexadecimal::hex;
 use crate::materialize::{EngineChoice, MaterializeError};
 
 pub use compare::{Compared, Comparison, SquaredError, TensorDifference};

@@ -9,10 +9,10 @@ use std::time::SystemTime;
 use clap::Args;
 use serde::Serialize;
 
-use super::inspect::hex;
 use super::pack::{Bar, Destination, PackCommandError, print};
 use super::{lies_inside, parse_threads};
 use crate::archive::Archive;
+use crate::hexadecimal::hex;
 use crate::pack::base::Base;
 use crate::pack::encode::{Encoder, PackError, Silent, hidden_file};
 use crate::pack::options::{Effort, PackOptions};

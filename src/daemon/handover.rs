@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt::Write;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -17,6 +16,7 @@ use std::process::Command;
 use super::DaemonError;
 use super::launch::{ROLE, WORKER};
 use crate::fuse::{Device, Handles};
+use crate::hexadecimal::hex;
 
 /// What the worker reads first, so that it can refuse what it would not understand.
 const VERSION: &str = "2";
@@ -95,9 +95,7 @@ pub(super) fn prepare(
     let (device_number, control_number, suspicious) = (descriptors[0], descriptors[1], u8::from(*is_suspicious));
     let mut text =
         format!("{VERSION} {device_number} {control_number} {listener} {daemon} {restarts} {upgrades} {suspicious} ");
-    for byte in device.greeting() {
-        write!(text, "{byte:02x}").expect("a String takes all that is written to it");
-    }
+    text.push_str(&hex(device.greeting()));
     text.push(' ');
     for (inode, handles) in handles {
         text.push_str(&line_of_handles(*inode, handles));

@@ -59,7 +59,7 @@ fn a_file_that_was_touched_is_read_through_before_it_is_believed() {
     let directory = tempfile::tempdir().unwrap();
     let (digest, bytes) = bytes(1, 1000);
     keep(&DecodedFiles::open(directory.path(), None).unwrap(), &digest, &bytes).unwrap();
-    let path = directory.path().join(hexadecimal(&digest) + FILE_SUFFIX);
+    let path = directory.path().join(hex(&digest) + FILE_SUFFIX);
     File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
     let files = DecodedFiles::open(directory.path(), None).unwrap();
     assert!(files.find(&digest).is_none());
@@ -72,7 +72,7 @@ fn a_file_with_other_bytes_is_written_anew() {
     let directory = tempfile::tempdir().unwrap();
     let (digest, bytes) = bytes(1, 1000);
     keep(&DecodedFiles::open(directory.path(), None).unwrap(), &digest, &bytes).unwrap();
-    let path = directory.path().join(hexadecimal(&digest) + FILE_SUFFIX);
+    let path = directory.path().join(hex(&digest) + FILE_SUFFIX);
     for damaged in [&b"short"[..], &[0; 1000]] {
         fs::write(&path, damaged).unwrap();
         let files = DecodedFiles::open(directory.path(), None).unwrap();
@@ -98,7 +98,7 @@ fn the_file_used_least_recently_makes_room() {
     let files = DecodedFiles::open(directory.path(), Some(2500)).unwrap();
     let all: Vec<_> = (0..4).map(|seed| bytes(seed, 1000)).collect();
     let use_at = |number: usize, seconds: u64| {
-        let path = directory.path().join(hexadecimal(&all[number].0) + SEEN_SUFFIX);
+        let path = directory.path().join(hex(&all[number].0) + SEEN_SUFFIX);
         let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
         File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
     };

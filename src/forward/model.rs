@@ -159,7 +159,11 @@ impl Config {
 
     fn count(&self, keys: &[&'static str]) -> Result<usize, ForwardError> {
         let found = keys.iter().find_map(|key| self.optional_count(key));
-        found.ok_or(ForwardError::Config { field: keys[0], problem: "absent, expected a positive number".into() })
+        found.ok_or_else(|| {
+            let given = keys.iter().find_map(|key| self.0.get(*key));
+            let given = given.map_or("absent".into(), Value::to_string);
+            ForwardError::Config { field: keys[0], problem: format!("{given}, expected a positive number") }
+        })
     }
 
     /// Rotary positions. Since version 5 transformers writes them into an object of their own.

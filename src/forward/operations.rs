@@ -1,7 +1,7 @@
 //! Linear maps, norms, activations and rotary positions on rows of hidden states.
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array1, Array2, ArrayViewMut2, Axis, Zip, s};
+use ndarray::{Array1, Array2, ArrayRef2, ArrayViewMut2, Axis, Zip, s};
 use rayon::prelude::*;
 
 /// Rows multiplied at once: fixed, so that no sum depends on the number of threads.
@@ -15,7 +15,7 @@ pub(super) struct Linear {
 
 impl Linear {
     /// `inputs` times the transposed weights plus the bias: `[rows, inputs]` to `[rows, outputs]`.
-    pub(super) fn apply(&self, inputs: &Array2<f32>) -> Array2<f32> {
+    pub(super) fn apply(&self, inputs: &ArrayRef2<f32>) -> Array2<f32> {
         let mut outputs = Array2::zeros((inputs.nrows(), self.weight.nrows()));
         for_row_blocks(&mut outputs, |first, mut outputs| {
             let inputs = inputs.slice(s![first..first + outputs.nrows(), ..]);

@@ -95,12 +95,30 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
+    /// The hidden states as they are now, `[tokens, hidden]`.
+    pub fn hidden(&self) -> &Array2<f32> {
+        &self.hidden
+    }
+
+    /// The rows of each sequence in the hidden states.
+    pub fn sequences(&self) -> &[Range<usize>] {
+        &self.sequences
+    }
+
     /// What the model says once all layers have run: what its head gives, of every token, or of the class token where it
     /// classifies images; without a head the last hidden states.
     ///
     /// # Errors
     /// When a tensor is missing or has a wrong shape.
     pub fn finish(self, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
+        self.outputs(watch).map(|outputs| outputs.rows(0..outputs.count()))
+    }
+
+    /// The same, row by row when they are asked for: all at once may be more than memory holds.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has a wrong shape.
+    pub fn outputs(self, watch: &mut Watch<'_>) -> Result<Outputs, ForwardError> {
         let mut hidden = match self.model.family.final_norm {
             Some(norm) => self.norm(&self.full(norm))?.apply(&self.hidden),
             None => self.hidden.clone(),
@@ -112,15 +130,16 @@ impl<'a> Pass<'a> {
         let exists = |name: &&&str| self.weights.shape(&format!("{name}.weight")).is_some();
         if let Some(head) = self.model.family.heads.iter().find(exists) {
             watch(&[format!("{head}.weight")], &hidden);
-            return self.linear(head, &hidden, None);
+            return Ok(Outputs { head: Some(self.map(head, &hidden, None)?), hidden });
         }
-        match self.model.family.embedding {
+        let head = match self.model.family.embedding {
             // A language model without a head of its own uses its embedding.
             Embedding::Tokens { tokens, .. } if self.model.is_causal() => {
-                self.linear(&self.full(tokens), &hidden, None)
+                Some(self.map(&self.full(tokens), &hidden, None)?)
             }
-            _ => Ok(hidden),
-        }
+            _ => None,
+        };
+        Ok(Outputs { head, hidden })
     }
 
     fn attend(&self, inputs: &Array2<f32>, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
@@ -287,6 +306,11 @@ impl<'a> Pass<'a> {
 
     /// Applies a linear map, which must take such inputs and give so many outputs.
     fn linear(&self, name: &str, inputs: &Array2<f32>, outputs: Option<usize>) -> Result<Array2<f32>, ForwardError> {
+        Ok(self.map(name, inputs, outputs)?.apply(inputs))
+    }
+
+    /// A linear map, which must take such inputs and give so many outputs.
+    fn map(&self, name: &str, inputs: &Array2<f32>, outputs: Option<usize>) -> Result<Linear, ForwardError> {
         let tensor = format!("{name}.weight");
         let linear = Linear { weight: self.matrix(&tensor)?, bias: self.vector(&format!("{name}.bias")) };
         let outputs = outputs.unwrap_or(linear.weight.nrows());
@@ -295,7 +319,7 @@ impl<'a> Pass<'a> {
         if !fits {
             return Err(wrong_shape(&tensor, linear.weight.shape(), format!("{expected:?} and a bias to match")));
         }
-        Ok(linear.apply(inputs))
+        Ok(linear)
     }
 
     fn norm(&self, name: &str) -> Result<Norm, ForwardError> {
@@ -342,6 +366,38 @@ impl<'a> Pass<'a> {
         let values = self.weights.values(name).ok_or_else(wrong)?;
         let columns = shape.last().copied().unwrap_or(0);
         Array2::from_shape_vec((values.len() / columns.max(1), columns), values).map_err(|_| wrong())
+    }
+}
+
+/// What a model says, and what that is made of.
+pub struct Outputs {
+    hidden: Array2<f32>,
+    head: Option<Linear>,
+}
+
+impl Outputs {
+    /// Rows: tokens, or images.
+    pub fn count(&self) -> usize {
+        self.hidden.nrows()
+    }
+
+    /// Whether they are the logits of a head; the last hidden states otherwise.
+    pub fn are_logits(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// Numbers in a row.
+    pub fn width(&self) -> usize {
+        self.head.as_ref().map_or(self.hidden.ncols(), |head| head.weight.nrows())
+    }
+
+    /// Some of the rows, `[rows, width]`.
+    pub fn rows(&self, rows: Range<usize>) -> Array2<f32> {
+        let hidden = self.hidden.slice(s![rows, ..]);
+        match &self.head {
+            Some(head) => head.apply(&hidden),
+            None => hidden.to_owned(),
+        }
     }
 }
 

@@ -6,12 +6,14 @@
 
 mod blocks;
 mod hungarian;
+mod residuals;
 mod screened_greedy;
 mod similarity;
 
 use rayon::prelude::*;
 
-pub use blocks::{BlockVectors, VectorsError};
+pub use blocks::{BlockVectors, Half, VectorsError};
+pub use residuals::{MAGNITUDE_BINS, MAGNITUDES_PER_DEVIATION, Magnitudes, residual_magnitudes};
 pub use similarity::{PairStatistics, compare};
 
 use crate::codec::architecture::BlockType;

@@ -52,6 +52,7 @@ pub struct Base {
     archive: Arc<Archive>,
     materializer: Materializer,
     name: String,
+    is_packed: bool,
 }
 
 impl Base {
@@ -60,7 +61,9 @@ impl Base {
     /// # Errors
     /// When it is none of these, or does not stand alone.
     pub fn open(path: &Path) -> Result<Self, BaseError> {
-        let archive = match packed_at(path)? {
+        let packed = packed_at(path)?;
+        let is_packed = packed.is_some();
+        let archive = match packed {
             Some(archive) => Archive::open(&archive)?,
             None => {
                 let checkpoint = Checkpoint::open(path)?;
@@ -76,7 +79,7 @@ impl Base {
         let options = MaterializeOptions { cache_bytes, ..MaterializeOptions::default() };
         let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let name = canonical.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { archive: Arc::new(archive), materializer: Materializer::new(options), name })
+        Ok(Self { archive: Arc::new(archive), materializer: Materializer::new(options), name, is_packed })
     }
 
     /// What an index says of it.
@@ -87,6 +90,11 @@ impl Base {
     /// The base as an archive.
     pub fn archive(&self) -> &Arc<Archive> {
         &self.archive
+    }
+
+    /// Whether it is an archive; a checkpoint otherwise, which serves for packing but not for reading a variant.
+    pub fn is_packed(&self) -> bool {
+        self.is_packed
     }
 
     /// A tensor's description.

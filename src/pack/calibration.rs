@@ -20,13 +20,13 @@ mod weights;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
-use sha2::{Digest, Sha256};
 
+use self::inputs::InputData;
 pub use self::statistics::{ColumnInputs, InputStatistics};
-use self::weights::{CheckpointWeights, DeployedWeights};
+pub(in crate::pack) use self::weights::CheckpointWeights;
+use self::weights::DeployedWeights;
 use super::source::Checkpoint;
 use crate::forward::ForwardError;
-use crate::forward::inputs::Inputs;
 use crate::forward::model::Transformer;
 use crate::forward::pass::Pass;
 
@@ -66,13 +66,35 @@ pub enum CalibrationError {
     SeveralModels(PathBuf),
 }
 
+/// Tokens and patches that a model is calibrated on, together: enough for Hessians of a few thousand inputs.
+const MOST_TOKENS: usize = 24_576;
+
 /// A model and inputs to run it on.
 pub struct Calibration<'a> {
     model: Transformer,
     weights: CheckpointWeights<'a>,
     deployed: DeployedWeights<'a>,
-    inputs: Inputs,
-    description: String,
+    data: InputData,
+}
+
+/// How the model of a checkpoint runs, its weights, and where its tokenizer would be.
+///
+/// # Errors
+/// When there are several models, `config.json` beside the checkpoint cannot be read, or no family runs it.
+pub(in crate::pack) fn open_model(
+    checkpoint: &Checkpoint,
+) -> Result<(Transformer, CheckpointWeights<'_>, PathBuf), CalibrationError> {
+    if checkpoint.files.iter().any(|file| file.model != checkpoint.files[0].model) {
+        return Err(CalibrationError::SeveralModels(checkpoint.path.clone()));
+    }
+    let directory = match checkpoint.path.is_dir() {
+        true => checkpoint.path.as_path(),
+        false => checkpoint.path.parent().unwrap_or(Path::new(".")),
+    };
+    let config = inputs::read_file(&directory.join("config.json"))?;
+    let weights = CheckpointWeights::new(checkpoint);
+    let model = Transformer::new(&config, &weights)?;
+    Ok((model, weights, directory.join("tokenizer.json")))
 }
 
 impl<'a> Calibration<'a> {
@@ -82,36 +104,15 @@ impl<'a> Calibration<'a> {
     /// When the inputs or `config.json` and, for text, `tokenizer.json` beside the checkpoint cannot be read, or no family
     /// runs this model on such inputs.
     pub fn load(checkpoint: &'a Checkpoint, source: &CalibrationSource) -> Result<Self, CalibrationError> {
-        if checkpoint.files.iter().any(|file| file.model != checkpoint.files[0].model) {
-            return Err(CalibrationError::SeveralModels(checkpoint.path.clone()));
-        }
-        let directory = match checkpoint.path.is_dir() {
-            true => checkpoint.path.as_path(),
-            false => checkpoint.path.parent().unwrap_or(Path::new(".")),
-        };
-        let config_path = directory.join("config.json");
-        let config = inputs::read_file(&config_path)?;
-        let weights = CheckpointWeights::new(checkpoint);
-        let model = Transformer::new(&config, &weights)?;
-        let (inputs, bytes) = inputs::load(source, &model, &directory.join("tokenizer.json"))?;
-        let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let amount = match &inputs {
-            Inputs::Tokens(sequences) => {
-                format!("{} tokens in {} sequences", sequences.iter().map(Vec::len).sum::<usize>(), sequences.len())
-            }
-            Inputs::Images(images) => format!("{} images", images.dim().0),
-        };
-        let from = match source {
-            CalibrationSource::BuiltIn => "built-in text",
-            CalibrationSource::File(_) => "file",
-        };
+        let (model, weights, tokenizer) = open_model(checkpoint)?;
+        let data = inputs::load(source, MOST_TOKENS, &model, &tokenizer)?;
         let deployed = DeployedWeights::new(CheckpointWeights::new(checkpoint));
-        Ok(Self { model, weights, deployed, inputs, description: format!("{from}, sha256 {digest}, {amount}") })
+        Ok(Self { model, weights, deployed, data })
     }
 
     /// What was used, for reports and the archive's provenance.
-    pub fn description(&self) -> &str {
-        &self.description
+    pub fn data(&self) -> &InputData {
+        &self.data
     }
 
     /// What the model's linear maps are multiplied with, from the first layer on.
@@ -125,7 +126,7 @@ impl<'a> Calibration<'a> {
     /// When a tensor is missing or has a wrong shape.
     pub fn outputs(&self) -> Result<Array2<f32>, ForwardError> {
         let watch = &mut |_: &[String], _: &Array2<f32>| ();
-        let mut pass = Pass::new(&self.model, &self.weights, &self.inputs, watch)?;
+        let mut pass = Pass::new(&self.model, &self.weights, &self.data.inputs, watch)?;
         while pass.next_layer() < self.model.layers {
             pass.layer(watch)?;
         }

@@ -21,6 +21,7 @@ pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
 use super::base::{Base, BaseError};
 use super::calibration::Calibration;
+use super::evaluation::Evaluation;
 use super::keep::{Keep, kept};
 use super::low_rank::FoundProduct;
 use super::options::{PackOptions, PredictorChoice, Quantization};
@@ -70,6 +71,9 @@ pub struct Encoder<'a> {
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
     calibration: Option<Calibration<'a>>,
+    evaluation: Option<Evaluation<'a>>,
+    /// Samples of every tensor, where they are needed again.
+    surveyed: Option<Survey<'a>>,
 }
 
 impl<'a> Encoder<'a> {
@@ -99,6 +103,8 @@ impl<'a> Encoder<'a> {
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
             calibration: None,
+            evaluation: None,
+            surveyed: None,
         };
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
@@ -152,6 +158,27 @@ impl<'a> Encoder<'a> {
         Self { calibration: Some(calibration), ..self }
     }
 
+    /// Compares what the decoded model says with the original.
+    #[must_use]
+    pub fn with_evaluation(self, evaluation: Evaluation<'a>) -> Self {
+        Self { evaluation: Some(evaluation), ..self }
+    }
+
+    /// Keeps what is learned of the checkpoint: it will be packed again, with [`Encoder::retarget`].
+    ///
+    /// # Errors
+    /// When the base does not decode.
+    pub fn remember(&mut self) -> Result<(), PackError> {
+        self.surveyed = Some(self.survey()?);
+        Ok(())
+    }
+
+    /// Packs for another lossy target from here on; all other options must be those that it was made with.
+    pub fn retarget(&mut self, options: &'a PackOptions) {
+        assert!(self.options.target.is_lossy() && options.target.is_lossy(), "treatments were chosen for losses");
+        self.options = options;
+    }
+
     fn tensor(&self, file: usize, tensor: usize) -> (&'a TensorInfo, &'a [u8]) {
         let file = &self.checkpoint.files[file];
         (&file.header.tensors[tensor], file.tensor_bytes(tensor))
@@ -186,6 +213,9 @@ impl<'a> Encoder<'a> {
 
     /// Samples every tensor.
     fn survey(&self) -> Result<Survey<'a>, BaseError> {
+        if let Some(surveyed) = &self.surveyed {
+            return Ok(surveyed.with_options(self.options));
+        }
         self.progress.phase("measuring", self.source_bytes());
         let quantizable: u64 = (self.plan.records.iter().zip(&self.treatments))
             .flat_map(|(record, treatments)| record.parts.iter().zip(treatments))
@@ -244,7 +274,7 @@ impl<'a> Encoder<'a> {
         record: &RecordPlan,
         (file, tensor): (usize, usize),
         part: &ProbedPart,
-        relative_squared_error: Option<f64>,
+        errors: Option<(f64, f64)>,
     ) -> TensorReport {
         let file = &self.checkpoint.files[file];
         let info = &file.header.tensors[tensor];
@@ -260,7 +290,8 @@ impl<'a> Encoder<'a> {
                 .filter(|&keep| keep == Keep::Lossless || part.decision.is_quantized())
                 .map(|keep| keep.to_string()),
             bits_per_element: part.bits / info.elements().max(1) as f64,
-            relative_squared_error,
+            relative_squared_error: errors.map(|(error, energy)| if energy > 0.0 { error / energy } else { 0.0 }),
+            energy: errors.map(|(_, energy)| energy).filter(|_| part.decision.is_quantized()),
         }
     }
 
@@ -300,12 +331,20 @@ impl<'a> Encoder<'a> {
             file.decoded_blake3 = Some(compared.decoded_blake3[number]);
         }
         index.content_id = content_id(compared.decoded.iter().copied());
+        let evaluation = match &self.evaluation {
+            Some(evaluation) => {
+                self.progress.phase("evaluating", 0);
+                Some(evaluation.of_archive(&self.reopened(unfinished.as_file())?)?)
+            }
+            None => None,
+        };
+        let (squared_error, energy) = compared.error_of(&quantized_tensors(&self.plan, &written.parts));
+        let relative_squared_error = if energy > 0.0 { squared_error / energy } else { 0.0 };
+        index.provenance = self.provenance(relative_squared_error, evaluation.as_ref());
         let archive_bytes = records::write_index(unfinished.as_file_mut(), &index, written.bytes).map_err(output)?;
         unfinished.as_file().sync_all().map_err(output)?;
         Archive::open(unfinished.path())?;
 
-        let quantized = quantized_tensors(&self.plan, &written.parts);
-        let (squared_error, energy) = compared.error_of(&quantized);
         let report = PackReport {
             archive: out.display().to_string(),
             architecture: index.architecture,
@@ -314,8 +353,9 @@ impl<'a> Encoder<'a> {
             parameters,
             bits_per_parameter: 8.0 * archive_bytes as f64 / parameters.max(1) as f64,
             lossless: compared.decoded == compared.sources,
-            relative_squared_error: if energy > 0.0 { squared_error / energy } else { 0.0 },
-            calibration: self.calibration.as_ref().map(|calibration| calibration.description().to_owned()),
+            relative_squared_error,
+            calibration: self.calibration.as_ref().map(|calibration| calibration.data().origin.to_string()),
+            evaluation,
             relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,
@@ -331,9 +371,8 @@ impl<'a> Encoder<'a> {
         let mut reports = Vec::new();
         for (record, parts) in self.plan.records.iter().zip(parts) {
             for (part, written) in record.parts.iter().zip(parts) {
-                let (squared_error, energy) = compared.errors[part.file][part.tensor];
-                let error = if energy > 0.0 { squared_error / energy } else { 0.0 };
-                reports.push(self.tensor_report(record, (part.file, part.tensor), written, Some(error)));
+                let errors = compared.errors[part.file][part.tensor];
+                reports.push(self.tensor_report(record, (part.file, part.tensor), written, Some(errors)));
             }
         }
         reports

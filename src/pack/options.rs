@@ -288,6 +288,11 @@ impl Default for PackOptions {
     }
 }
 
+/// A choice by its name on the command line.
+fn name_of(choice: impl clap::ValueEnum) -> String {
+    choice.to_possible_value().expect("every choice can be given").get_name().to_owned()
+}
+
 /// What a bit is worth in squared steps where rounding is rate-aware, for the scalar and the trellis quantizer. The slope of
 /// distortion over rate, 2 ln 2 times the mean squared error, would be 0.12 and about 0.35; measured best on Gaussian
 /// values from 2 to 4.4 bits.
@@ -340,37 +345,48 @@ impl PackOptions {
     /// Tool and options as the archive keeps them. The same input and options give the same archive, so nothing of the
     /// machine or the hour is in it.
     pub fn provenance(&self) -> Vec<(String, String)> {
-        let target = match self.target {
-            Target::Lossless => "lossless".to_owned(),
-            Target::BitsPerParameter(bits) => format!("bpp {bits}"),
-            Target::RelativeSquaredError(error) => format!("max-rel-mse {error}"),
+        vec![
+            ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
+            ("options".to_owned(), self.arguments()),
+        ]
+    }
+
+    /// The options as they would be given on the command line. What the effort chooses is left to it.
+    fn arguments(&self) -> String {
+        let mut arguments = match self.target {
+            Target::Lossless => "--lossless".to_owned(),
+            Target::BitsPerParameter(bits) => format!("--bpp {bits}"),
+            Target::RelativeSquaredError(error) => format!("--max-rel-mse {error}"),
         };
-        let mut options = format!("{target}, effort {:?}", self.effort);
+        let mut add = |text: String| arguments.push_str(&text);
+        add(format!(" --effort {}", name_of(self.effort)));
+        for rule in &self.keep {
+            add(format!(" --keep '{rule}'"));
+        }
+        if self.force_requantize {
+            add(" --force-requantize".to_owned());
+        }
         // The rest says how weights are quantized: nothing of it matters where none are.
         if self.target.is_lossy() || self.keep.iter().any(KeepRule::is_lossy) {
-            options.push_str(&format!(
-                ", keyframe-interval {}, alignment {:?}, predictor {:?}, steps {:?}, column-scales {:?}, quantization {:?}, \
-                 trellis-states {}, entropy-model {:?}, rate-aware-rounding {}, embedding-refinement {}",
+            add(format!(
+                " --keyframe-interval {} --alignment {} --predictor {} --steps {} --column-scales {} --quantization {} \
+                 --entropy-model {} --embedding-refinement {}",
                 self.keyframe_interval,
-                self.alignment,
-                self.predictor,
-                self.steps,
-                self.column_scales,
-                self.quantization,
-                self.trellis_states(),
-                self.entropy_model,
-                self.rate_aware_rounding,
+                name_of(self.alignment),
+                name_of(self.predictor),
+                name_of(self.steps),
+                name_of(self.column_scales),
+                name_of(self.quantization),
+                name_of(self.entropy_model),
                 self.embedding_refinement
             ));
+            if let Some(states) = self.trellis_states {
+                add(format!(" --trellis-states {states}"));
+            }
+            if !self.rate_aware_rounding {
+                add(" --no-rate-aware-rounding".to_owned());
+            }
         }
-        let mut provenance = vec![
-            ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
-            ("options".to_owned(), options.to_lowercase()),
-        ];
-        if !self.keep.is_empty() {
-            let rules: Vec<String> = self.keep.iter().map(KeepRule::to_string).collect();
-            provenance.push(("keep".to_owned(), rules.join(", ")));
-        }
-        provenance
+        arguments
     }
 }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::evaluation::EvaluationReport;
 use super::record::StageBits;
 
 /// One tensor of the plan (`--dry-run`) and of the report.
@@ -27,6 +28,8 @@ pub struct TensorReport {
     pub bits_per_element: f64,
     /// Squared error over squared weights of the decoded tensor; 0 where it is bit-exact, absent in a plan.
     pub relative_squared_error: Option<f64>,
+    /// Sum of squares of its weights, where it is quantized; absent in a plan.
+    pub energy: Option<f64>,
 }
 
 /// The result of packing.
@@ -50,6 +53,8 @@ pub struct PackReport {
     pub relative_squared_error: f64,
     /// What the model was run on, where it was calibrated.
     pub calibration: Option<String>,
+    /// What the decoded model says beside the original, where there was data to judge it by.
+    pub evaluation: Option<EvaluationReport>,
     /// The same over the squares of what changed from the base, over the tensors that are quantized as changes; absent where
     /// none is.
     pub relative_squared_error_of_changes: Option<f64>,

@@ -42,6 +42,7 @@ pub struct Survey<'a> {
     parts: Vec<Vec<SurveyedPart<'a>>>,
 }
 
+#[derive(Clone)]
 struct SurveyedPart<'a> {
     tensor: &'a TensorInfo,
     bytes: &'a [u8],
@@ -53,6 +54,7 @@ struct SurveyedPart<'a> {
     exact: Option<State>,
 }
 
+#[derive(Clone)]
 enum State {
     Raw,
     Split {
@@ -78,6 +80,7 @@ enum State {
 }
 
 /// The step of a part that has a rate of its own.
+#[derive(Clone)]
 struct OwnStep {
     step: f64,
     search: StepSearch,
@@ -139,6 +142,12 @@ impl<'a> Survey<'a> {
     /// Starts with no part known; `parts` are added with [`Survey::add`], record after record.
     pub fn new(options: &'a PackOptions) -> Self {
         Self { options, parts: Vec::new() }
+    }
+
+    /// The same samples for other options, as if they had just been taken.
+    #[must_use]
+    pub fn with_options(&self, options: &'a PackOptions) -> Self {
+        Self { options, parts: self.parts.clone() }
     }
 
     /// Begins a record.

@@ -1,9 +1,9 @@
 //! Extended attributes of archived files (contract lines 1 and 11): what a reader may want to know without decoding.
 
 use std::ffi::OsStr;
-use std::fmt::Write;
 
 use super::tree::Archived;
+use crate::hexadecimal::hex;
 
 /// SHA-256 of the bytes that the file reads as, in hexadecimal.
 const SHA256: &str = "user.mcwc.sha256";
@@ -22,8 +22,8 @@ pub(super) const NAMES: [&str; 5] = [SHA256, SOURCE_SHA256, BITS_PER_PARAMETER, 
 pub(super) fn value(archived: &Archived, name: &OsStr) -> Option<String> {
     let (checkpoint, file) = (archived.checkpoint(), archived.file());
     match name.to_str()? {
-        SHA256 => Some(hexadecimal(&file.decoded_sha256)),
-        SOURCE_SHA256 => Some(hexadecimal(&file.source_sha256)),
+        SHA256 => Some(hex(&file.decoded_sha256)),
+        SOURCE_SHA256 => Some(hex(&file.source_sha256)),
         BITS_PER_PARAMETER => bits_per_parameter(checkpoint.stored_bytes(), checkpoint.parameters()),
         LOSSY => Some(checkpoint.is_lossy().to_string()),
         STORED_BYTES => Some(checkpoint.stored_bytes().to_string()),
@@ -36,13 +36,6 @@ fn bits_per_parameter(stored_bytes: u64, parameters: u64) -> Option<String> {
     (parameters > 0).then(|| format!("{:.4}", stored_bytes as f64 * 8.0 / parameters as f64))
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes all that is written to it");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,10 +44,5 @@ mod tests {
     fn bits_per_parameter_counts_the_whole_archive() {
         assert_eq!(bits_per_parameter(1_000, 2_000).as_deref(), Some("4.0000"));
         assert_eq!(bits_per_parameter(1_000, 0), None);
-    }
-
-    #[test]
-    fn digests_are_written_in_lower_case_with_leading_zeros() {
-        assert_eq!(hexadecimal(&[0x0a, 0xff, 0x00]), "0aff00");
     }
 }

@@ -9,11 +9,13 @@ with every layer's blocks permuted and compensated, and runs both through transf
 - a tensor that moved holds the same values as before, in another order, and no tensor outside the blocks changed;
 - the forward pass gives the same output up to float rounding;
 - undoing the move of any one matrix alone changes the output: a check that cannot fail would prove nothing;
-- where the symmetry is restricted, a move that the restriction forbids changes the output.
+- where the symmetry is restricted, a move that the restriction forbids changes the output;
+- `analyze` says of every kind of block what alignment finds, beside its control and where nothing was fitted.
 
 Prints one line per architecture; the exit status is 1 if any check failed.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -121,13 +123,30 @@ def swapped_output(model, moves):
     return output
 
 
+def check_diagnostics(report):
+    """Every architecture with rules has the diagnostics of Appendices I and M: for each block type, beside its control."""
+    if not 0 < report["alignable_fraction"] <= 1 or not report["block_types"]:
+        raise Failed(f"analyze finds nothing to align: {report}")
+    for block_type in report["block_types"]:
+        for found in block_type["weights_found"], block_type["gaussian_control"]:
+            name = block_type["block_type"]
+            before, after = found["cosine_before"]["mean"], found["cosine_after"]["mean"]
+            if not before - 1e-6 <= after <= 1:
+                raise Failed(f"{name}: the mean cosine goes from {before} to {after} by alignment")
+            if not 0 <= found["nre_after"]["mean"] <= 1:
+                raise Failed(f"{name}: a residual energy of {found['nre_after']['mean']}")
+            if not found["r2_held_out"]["mean"] <= found["r2_after"]["mean"] + 0.2:
+                raise Failed(f"{name}: more is explained where nothing was fitted: {found}")
+
+
 def check_family(family, binary, work):
     directory, aligned_directory = work / family, work / f"{family}-aligned"
     model = checkpoints.make(family, directory)
-    command = [binary, "analyze", str(directory), "--write-aligned", str(aligned_directory)]
+    command = [binary, "analyze", str(directory), "--json", "--write-aligned", str(aligned_directory)]
     analyze = subprocess.run(command, capture_output=True, text=True)
     if analyze.returncode != 0:
         raise Failed(f"{' '.join(command)}: exit code {analyze.returncode}\n{analyze.stderr}")
+    check_diagnostics(json.loads(analyze.stdout))
 
     aligned = checkpoints.load(family, aligned_directory)
     original_tensors, aligned_tensors = model.state_dict(), aligned.state_dict()

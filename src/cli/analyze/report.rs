@@ -10,7 +10,9 @@ use serde::Serialize;
 use crate::codec::architecture::{BlockType, CheckpointPlan, RecordPlan};
 use crate::codec::blocks::Symmetry;
 use crate::codec::permutation::{GroupedPermutation, PermutationCoding, encode};
-use crate::pack::align::{Alignment, BlockVectors, PairStatistics, align, compare};
+use crate::pack::align::{
+    Alignment, BlockVectors, Half, MAGNITUDE_BINS, Magnitudes, PairStatistics, align, compare, residual_magnitudes,
+};
 use crate::pack::source::Checkpoint;
 use crate::tensor::{TensorInfo, total_elements};
 
@@ -48,6 +50,22 @@ pub struct TypeReport {
     pub weights_found: Comparison,
     /// What Gaussian numbers of the same shape and scale show.
     pub gaussian_control: Comparison,
+    /// How large residuals of the weights are (Figure 5).
+    pub magnitudes: ResidualMagnitudes,
+}
+
+/// Shares of residuals by magnitude, in bins of an eighth of the weights' root mean square; the last bin has all above it,
+/// too.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ResidualMagnitudes {
+    /// Of the weights themselves, which is what a keyframe codes.
+    pub weights: Vec<f64>,
+    /// Of what the block in the same place below leaves.
+    pub unaligned: Vec<f64>,
+    /// Of what the block that alignment finds leaves.
+    pub aligned: Vec<f64>,
+    /// The same block, scaled by the best gain: alignment and prediction.
+    pub predicted: Vec<f64>,
 }
 
 /// Before and after alignment.
@@ -65,6 +83,9 @@ pub struct Comparison {
     pub nre_before: Spread,
     /// The same with the permutation.
     pub nre_after: Spread,
+    /// Explained variance where nothing was fitted: permutation and gain are chosen on every second element of the blocks
+    /// and judged on the others, so that what they find by chance counts for nothing. Negative where they do harm.
+    pub r2_held_out: Spread,
     /// Gain of mean cosine (Eq. 135).
     pub cosine_gain: f64,
     /// Relative reduction of mean residual energy (Eq. 136).
@@ -90,35 +111,37 @@ pub struct Spread {
     pub deviation: f64,
 }
 
-/// Two records that follow one another, the upper one first.
-type Pair<'a> = (&'a RecordPlan, &'a RecordPlan);
-
-/// Measures every pair of layers of every block type.
-pub(super) fn analyze(checkpoint: &Checkpoint, plan: &CheckpointPlan, seed: u64, progress: &ProgressBar) -> Report {
-    let parameters = checkpoint.parameters();
-    let placed = plan.records.iter().flat_map(|record| &record.parts).filter(|part| part.placement.is_some());
-    let alignable_parameters =
-        total_elements(placed.map(|part| &checkpoint.files[part.file].header.tensors[part.tensor]));
-    let pairs = pairs(checkpoint, plan);
-    progress.set_length(pairs.len() as u64);
-    progress.set_message("layers compared");
-    let names = BlockType::NAMES.iter().copied();
-    let block_types = names
-        .filter_map(|name| {
-            let pairs: Vec<Pair<'_>> =
-                pairs.iter().filter(|(record, _)| record.block_type.name() == name).copied().collect();
-            type_report(checkpoint, name, &pairs, seed, progress)
-        })
-        .collect();
-    Report {
-        checkpoint: checkpoint.path.display().to_string(),
-        family: plan.family,
-        parameters,
-        alignable_parameters,
-        alignable_fraction: if parameters == 0 { 0.0 } else { alignable_parameters as f64 / parameters as f64 },
-        block_types,
+impl Report {
+    /// Measures every pair of layers of every block type.
+    pub fn of(checkpoint: &Checkpoint, plan: &CheckpointPlan, seed: u64, progress: &ProgressBar) -> Self {
+        let parameters = checkpoint.parameters();
+        let placed = plan.records.iter().flat_map(|record| &record.parts).filter(|part| part.placement.is_some());
+        let alignable_parameters =
+            total_elements(placed.map(|part| &checkpoint.files[part.file].header.tensors[part.tensor]));
+        let pairs = pairs(checkpoint, plan);
+        progress.set_length(pairs.len() as u64);
+        progress.set_message("layers compared");
+        let names = BlockType::NAMES.iter().copied();
+        let block_types = names
+            .filter_map(|name| {
+                let pairs: Vec<Pair<'_>> =
+                    pairs.iter().filter(|(record, _)| record.block_type.name() == name).copied().collect();
+                type_report(checkpoint, name, &pairs, seed, progress)
+            })
+            .collect();
+        Self {
+            checkpoint: checkpoint.path.display().to_string(),
+            family: plan.family,
+            parameters,
+            alignable_parameters,
+            alignable_fraction: if parameters == 0 { 0.0 } else { alignable_parameters as f64 / parameters as f64 },
+            block_types,
+        }
     }
 }
+
+/// Two records that follow one another, the upper one first.
+type Pair<'a> = (&'a RecordPlan, &'a RecordPlan);
 
 /// The records that have a symmetry and follow another one.
 pub(super) fn pairs<'a>(checkpoint: &Checkpoint, plan: &'a CheckpointPlan) -> Vec<Pair<'a>> {
@@ -164,11 +187,13 @@ fn type_report(
     progress: &ProgressBar,
 ) -> Option<TypeReport> {
     let (mut found, mut control) = (Measured::default(), Measured::default());
+    let mut counted = CountedMagnitudes::default();
     for (record, previous) in pairs {
         let layer = record.layer.unwrap_or_default();
         if let (Some(upper), Some(lower)) = (vectors(checkpoint, record), vectors(checkpoint, previous)) {
             let block_type = record.block_type;
-            found.add(block_type, layer, &lower, &upper);
+            let (permutation, after) = found.add(block_type, layer, &lower, &upper);
+            counted.add(&lower, &upper, &permutation, &after);
             // A layer's noise is the same as the upper of one pair and the lower of the next.
             let noise = |layer: u32| seed.wrapping_mul(1 << 32).wrapping_add(u64::from(layer));
             let lower = lower.gaussian_control(noise(layer.wrapping_sub(1)));
@@ -187,6 +212,7 @@ fn type_report(
         weights: found.after.iter().map(|pair| pair.weights).sum(),
         weights_found: found.comparison(),
         gaussian_control: control.comparison(),
+        magnitudes: counted.shares(),
     })
 }
 
@@ -195,18 +221,35 @@ fn type_report(
 struct Measured {
     before: Vec<PairStatistics>,
     after: Vec<PairStatistics>,
+    /// Explained variance of what was fitted to the other half.
+    held_out: Vec<f64>,
     permutation_bits: u64,
     last: Option<GroupedPermutation>,
 }
 
 impl Measured {
-    fn add(&mut self, block_type: BlockType, layer: u32, lower: &BlockVectors<'_>, upper: &BlockVectors<'_>) {
+    /// Adds a pair of layers; returns its alignment, and what that gives.
+    fn add(
+        &mut self,
+        block_type: BlockType,
+        layer: u32,
+        lower: &BlockVectors<'_>,
+        upper: &BlockVectors<'_>,
+    ) -> (GroupedPermutation, PairStatistics) {
         let permutation = align(Alignment::Similarity, block_type, layer, lower, upper);
         let identity = GroupedPermutation::identity(upper.symmetry()).expect("checked when the blocks were made");
         self.before.push(compare(lower, upper, &identity));
-        self.after.push(compare(lower, upper, &permutation));
+        let after = compare(lower, upper, &permutation);
+        self.after.push(after.clone());
+        let halves = [Half::Fitted, Half::HeldOut].map(|half| (lower.clone().half(half), upper.clone().half(half)));
+        let [(fitted_lower, fitted_upper), (held_out_lower, held_out_upper)] = &halves;
+        let of_half = align(Alignment::Similarity, block_type, layer, fitted_lower, fitted_upper);
+        let fitted = compare(fitted_lower, fitted_upper, &of_half);
+        let held_out = compare(held_out_lower, held_out_upper, &of_half);
+        self.held_out.push(held_out.explained_variance_with_gain_of(&fitted));
         self.permutation_bits += 8 * encode(&permutation, self.last.as_ref(), PermutationCoding::Shortest).len() as u64;
-        self.last = Some(permutation);
+        self.last = Some(permutation.clone());
+        (permutation, after)
     }
 
     fn comparison(&self) -> Comparison {
@@ -226,6 +269,7 @@ impl Measured {
             r2_after: r2(&self.after),
             nre_before,
             nre_after,
+            r2_held_out: Spread::of(self.held_out.iter().copied()),
             cosine_gain: cosine_after.mean - cosine_before.mean,
             nre_reduction: if nre_before.mean > 0.0 { 1.0 - nre_after.mean / nre_before.mean } else { 0.0 },
             permutation_bits: self.permutation_bits,
@@ -233,6 +277,53 @@ impl Measured {
             estimated_bits_saved_after: saved_after,
             estimated_net_bits: net,
             estimated_net_bits_per_weight: if weights == 0 { 0.0 } else { net / weights as f64 },
+        }
+    }
+}
+
+/// Residuals of the pairs so far.
+#[derive(Default)]
+struct CountedMagnitudes {
+    weights: Magnitudes,
+    unaligned: Magnitudes,
+    aligned: Magnitudes,
+    predicted: Magnitudes,
+}
+
+impl CountedMagnitudes {
+    fn add(
+        &mut self,
+        lower: &BlockVectors<'_>,
+        upper: &BlockVectors<'_>,
+        permutation: &GroupedPermutation,
+        after: &PairStatistics,
+    ) {
+        let deviation = (after.energy / after.weights.max(1) as f64).sqrt();
+        if deviation == 0.0 {
+            return; // no residual either
+        }
+        let identity = GroupedPermutation::identity(upper.symmetry()).expect("checked when the blocks were made");
+        for (total, permutation, gain) in [
+            (&mut self.weights, &identity, 0.0),
+            (&mut self.unaligned, &identity, 1.0),
+            (&mut self.aligned, permutation, 1.0),
+            (&mut self.predicted, permutation, after.gain()),
+        ] {
+            let counts = residual_magnitudes(lower, upper, permutation, gain, deviation);
+            total.iter_mut().zip(counts).for_each(|(total, count)| *total += count);
+        }
+    }
+
+    fn shares(&self) -> ResidualMagnitudes {
+        let shares = |counts: &[u64; MAGNITUDE_BINS]| {
+            let all = counts.iter().sum::<u64>().max(1) as f64;
+            counts.iter().map(|&count| count as f64 / all).collect()
+        };
+        ResidualMagnitudes {
+            weights: shares(&self.weights),
+            unaligned: shares(&self.unaligned),
+            aligned: shares(&self.aligned),
+            predicted: shares(&self.predicted),
         }
     }
 }
@@ -263,11 +354,14 @@ impl fmt::Display for Report {
         }
         writeln!(formatter)?;
         let (cosine, r2, nre) = ("cosine", "R2", "residual energy");
-        writeln!(formatter, "{:20}  {cosine:^27}  {r2:^27}  {nre:^27}", "")?;
+        writeln!(formatter, "{:20}  {cosine:^27}  {r2:^42}  {nre:^27}", "")?;
         let (before, after) = ("before", "after");
         write!(formatter, "{:20}", "")?;
-        for _ in 0..3 {
+        for held_out in ["", "held out", ""] {
             write!(formatter, "  {before:>13} {after:>13}")?;
+            if !held_out.is_empty() {
+                write!(formatter, "  {held_out:>13}")?;
+            }
         }
         writeln!(formatter, "  {:>17}  {:>15}", "permutation bits", "net bits/weight")?;
         for block_type in &self.block_types {
@@ -276,7 +370,7 @@ impl fmt::Display for Report {
                 ("  Gaussian control", &block_type.gaussian_control),
             ] {
                 write!(formatter, "{name:20}  {:>13} {:>13}", found.cosine_before, found.cosine_after)?;
-                write!(formatter, "  {:>13} {:>13}", found.r2_before, found.r2_after)?;
+                write!(formatter, "  {:>13} {:>13}  {:>13}", found.r2_before, found.r2_after, found.r2_held_out)?;
                 write!(formatter, "  {:>13} {:>13}", found.nre_before, found.nre_after)?;
                 let (bits, net) = (found.permutation_bits, found.estimated_net_bits_per_weight);
                 writeln!(formatter, "  {bits:>17}  {net:>15.4}")?;
@@ -292,6 +386,10 @@ impl fmt::Display for Report {
         writeln!(
             formatter,
             "Biases are outside the blocks. Residual energy and R2 are those of one scaled copy per pair."
+        )?;
+        writeln!(
+            formatter,
+            "Held out: permutation and gain were chosen on every second element of the blocks, and judged on the others."
         )?;
         writeln!(
             formatter,

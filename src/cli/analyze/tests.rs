@@ -115,7 +115,7 @@ fn units(matrices: &BTreeMap<String, Matrix>, layer: usize) -> Vec<Vec<Vec<u32>>
 
 fn report(path: &Path) -> Report {
     let checkpoint = Checkpoint::open(path).unwrap();
-    report::analyze(&checkpoint, &checkpoint.plan(), 0, &ProgressBar::hidden())
+    Report::of(&checkpoint, &checkpoint.plan(), 0, &ProgressBar::hidden())
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::format::difference::BasedInfo;
 use crate::format::part::{Carrier, Coding, PartHeader, StoredPredictor};
 use crate::format::preamble::VERSION;
+use crate::hexadecimal::hex;
 use crate::tensor::total_elements;
 
 /// An archive, summed up.
@@ -45,6 +46,8 @@ pub struct Report {
     /// Every part of every record; only where asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<PartReport>,
+    /// Archives that parts start from.
+    pub bases: Vec<BaseReport>,
     /// How the archive came to be.
     pub provenance: BTreeMap<String, String>,
 }
@@ -64,6 +67,17 @@ pub struct FileReport {
     pub decoded_sha256: String,
     /// SHA-256 of the file that was packed, hexadecimal.
     pub source_sha256: String,
+    /// BLAKE3 of the decoded file, hexadecimal; absent in archives from before they had it.
+    pub decoded_blake3: Option<String>,
+}
+
+/// An archive that parts start from.
+#[derive(Debug, Serialize)]
+pub struct BaseReport {
+    /// Where it was when it was used.
+    pub name: String,
+    /// What names its content, hexadecimal.
+    pub content_id: String,
 }
 
 /// All records of one block type.
@@ -165,9 +179,12 @@ impl Report {
             stream_bytes: StreamBytes::of_archive(archive)?,
             block_types: Vec::new(),
             parts: Vec::new(),
+            bases: (index.bases.iter())
+                .map(|base| BaseReport { name: base.name.clone(), content_id: hex(&base.content_id) })
+                .collect(),
             provenance: index.provenance.iter().cloned().collect(),
         };
-        for file in archive.files() {
+        for (number, file) in archive.files().iter().enumerate() {
             report.files.push(FileReport {
                 name: file.name.clone(),
                 bytes: file.length_bytes,
@@ -175,6 +192,7 @@ impl Report {
                 parameters: total_elements(&file.tensors),
                 decoded_sha256: hex(&file.decoded_sha256),
                 source_sha256: hex(&file.source_sha256),
+                decoded_blake3: archive.decoded_blake3(number).map(|digest| hex(&digest)),
             });
         }
         for record in 0..index.records.len() as u32 {
@@ -219,9 +237,4 @@ impl Report {
         }
         Ok(())
     }
-}
-
-/// Lower-case hexadecimal, as sha256sum prints it.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

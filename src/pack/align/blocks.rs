@@ -48,7 +48,7 @@ pub enum VectorsError {
 }
 
 /// The blocks of one record: groups, and the members of groups where a group has more than one.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BlockVectors<'a> {
     symmetry: Symmetry,
     /// Tensors whose blocks are the groups.
@@ -57,6 +57,17 @@ pub struct BlockVectors<'a> {
     member_parts: Vec<Part<'a>>,
     /// Seed of the Gaussian numbers that stand in for the weights.
     control: Option<u64>,
+    /// Which elements of each vector are left.
+    half: Option<Half>,
+}
+
+/// Every second element of a vector, so that one half can be judged by what was found on the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// Those that something is fitted to: the first, the third and so on.
+    Fitted,
+    /// The others.
+    HeldOut,
 }
 
 /// Which blocks: groups, or members one by one.
@@ -66,7 +77,7 @@ pub(super) enum Level {
     Members,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Part<'a> {
     bytes: &'a [u8],
     dtype: FloatType,
@@ -93,7 +104,8 @@ impl<'a> BlockVectors<'a> {
         parts: impl IntoIterator<Item = (&'a TensorInfo, Placement, &'a [u8])>,
     ) -> Result<Self, VectorsError> {
         symmetry.blocks()?;
-        let mut vectors = Self { symmetry, group_parts: Vec::new(), member_parts: Vec::new(), control: None };
+        let mut vectors =
+            Self { symmetry, group_parts: Vec::new(), member_parts: Vec::new(), control: None, half: None };
         for (info, placement, bytes) in parts {
             if info.shape.len() < 2 {
                 continue;
@@ -115,6 +127,12 @@ impl<'a> BlockVectors<'a> {
         Self { control: Some(seed), ..self }
     }
 
+    /// The same blocks with half of their elements.
+    #[must_use]
+    pub fn half(self, half: Half) -> Self {
+        Self { half: Some(half), ..self }
+    }
+
     /// Which permutations are allowed.
     pub fn symmetry(&self) -> Symmetry {
         self.symmetry
@@ -122,18 +140,27 @@ impl<'a> BlockVectors<'a> {
 
     /// Weights in all blocks together.
     pub fn weights(&self) -> u64 {
-        let all = self.group_parts.iter().chain(&self.member_parts);
-        all.map(|part| (part.layout.outer * part.layout.extent * part.layout.inner) as u64).sum()
+        let of_group = self.width(Level::Groups) + self.symmetry.members as usize * self.width(Level::Members);
+        u64::from(self.symmetry.groups) * of_group as u64
     }
 
     /// Elements of one vector.
     pub(super) fn width(&self, level: Level) -> usize {
+        let whole = self.whole_width(level);
+        match self.half {
+            None => whole,
+            Some(Half::Fitted) => whole.div_ceil(2),
+            Some(Half::HeldOut) => whole / 2,
+        }
+    }
+
+    fn whole_width(&self, level: Level) -> usize {
         self.parts(level).iter().map(Part::width).sum()
     }
 
     /// The vectors of these blocks: `[indices, width]`. Weights that are not finite count as 0.
     pub(super) fn rows(&self, level: Level, indices: &[u32]) -> Array2<f32> {
-        let mut rows = Array2::zeros((indices.len(), self.width(level)));
+        let mut rows = Array2::zeros((indices.len(), self.whole_width(level)));
         let mut start = 0;
         for (number, part) in self.parts(level).iter().enumerate() {
             let end = start + part.width();
@@ -152,7 +179,10 @@ impl<'a> BlockVectors<'a> {
             }
             start = end;
         }
-        rows
+        match self.half {
+            None => rows,
+            Some(half) => rows.slice(s![.., if half == Half::Fitted { 0 } else { 1 }..;2]).to_owned(),
+        }
     }
 
     fn parts(&self, level: Level) -> &[Part<'a>] {

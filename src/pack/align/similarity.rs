@@ -135,6 +135,18 @@ impl PairStatistics {
         if self.energy_around_mean == 0.0 { 0.0 } else { 1.0 - self.residual() / self.energy_around_mean }
     }
 
+    /// Explained variance with the gain that was the best for `fitted`: what a prediction is worth where it was not fitted.
+    pub fn explained_variance_with_gain_of(&self, fitted: &Self) -> f64 {
+        let gain = fitted.gain();
+        let residual = self.energy - 2.0 * gain * self.product + gain * gain * self.reference_energy;
+        if self.energy_around_mean == 0.0 { 0.0 } else { 1.0 - residual / self.energy_around_mean }
+    }
+
+    /// Factor of the scaled copy with the least residual.
+    pub fn gain(&self) -> f64 {
+        if self.reference_energy == 0.0 { 0.0 } else { self.product / self.reference_energy }
+    }
+
     /// Bits that the prediction saves if weights and residuals are Gaussian: an estimate, never a measured size.
     pub fn gaussian_bits_saved(&self) -> f64 {
         let floor = 1e-12; // a perfect copy saves 20 bits a weight, not infinitely many
@@ -159,6 +171,31 @@ pub fn compare(
     current: &BlockVectors<'_>,
     permutation: &GroupedPermutation,
 ) -> PairStatistics {
+    let members = current.symmetry().members as usize;
+    let tiles = for_tiles(previous, current, permutation, |groups, members_of| {
+        let mut sums = Tile::compare(&groups.current, &groups.below, 1);
+        if let Some(rows) = members_of {
+            sums.add_members(&Tile::compare(&rows.current, &rows.below, members));
+        }
+        sums
+    });
+    Tile::total(&tiles, current.symmetry().groups, current.weights())
+}
+
+/// Vectors of some blocks, and of those that they are predicted from.
+pub(super) struct Pairs {
+    pub(super) current: Array2<f32>,
+    pub(super) below: Array2<f32>,
+}
+
+/// Calls `of_tile` with some groups at a time and with their members, where groups have several, in parallel; what it
+/// returns is in the order of the groups.
+pub(super) fn for_tiles<T: Send>(
+    previous: &BlockVectors<'_>,
+    current: &BlockVectors<'_>,
+    permutation: &GroupedPermutation,
+    of_tile: impl Fn(Pairs, Option<Pairs>) -> T + Sync,
+) -> Vec<T> {
     assert_eq!(previous.symmetry(), current.symmetry(), "blocks of one symmetry");
     assert_eq!(permutation.symmetry(), current.symmetry(), "a permutation of these blocks");
     let symmetry = current.symmetry();
@@ -166,22 +203,22 @@ pub fn compare(
     let expanded = permutation.expanded();
     let group_width = current.width(Level::Groups) + members * current.width(Level::Members);
     let groups: Vec<u32> = (0..symmetry.groups).collect();
-    let tiles: Vec<Tile> = groups
-        .par_chunks(tile_rows(group_width))
-        .map(|tile| {
-            let below: Vec<u32> = tile.iter().map(|&group| permutation.outer().entries()[group as usize]).collect();
-            let mut sums = Tile::compare(&current.rows(Level::Groups, tile), &previous.rows(Level::Groups, &below), 1);
-            if members > 1 {
-                let of_tile = |group: &u32| group * symmetry.members..(group + 1) * symmetry.members;
-                let own: Vec<u32> = tile.iter().flat_map(of_tile).collect();
-                let below: Vec<u32> = own.iter().map(|&member| expanded.entries()[member as usize]).collect();
-                let rows = current.rows(Level::Members, &own);
-                sums.add_members(&Tile::compare(&rows, &previous.rows(Level::Members, &below), members));
-            }
-            sums
-        })
-        .collect();
-    Tile::total(&tiles, symmetry.groups, current.weights())
+    let pairs = |level: Level, own: &[u32], below: &[u32]| Pairs {
+        current: current.rows(level, own),
+        below: previous.rows(level, below),
+    };
+    let tile_of = |tile: &[u32]| {
+        let below: Vec<u32> = tile.iter().map(|&group| permutation.outer().entries()[group as usize]).collect();
+        let groups = pairs(Level::Groups, tile, &below);
+        let members = (members > 1).then(|| {
+            let of_tile = |group: &u32| group * symmetry.members..(group + 1) * symmetry.members;
+            let own: Vec<u32> = tile.iter().flat_map(of_tile).collect();
+            let below: Vec<u32> = own.iter().map(|&member| expanded.entries()[member as usize]).collect();
+            pairs(Level::Members, &own, &below)
+        });
+        of_tile(groups, members)
+    };
+    groups.par_chunks(tile_rows(group_width)).map(tile_of).collect()
 }
 
 /// Sums over some groups, kept apart so that adding them up has one order.

@@ -51,6 +51,44 @@ fn shuffled(len: u32, chance: &mut fastrand::Rng) -> Permutation {
     Permutation::new(entries).unwrap()
 }
 
+/// Two unrelated layers look alike after alignment, but only where the permutation was chosen.
+#[test]
+fn chance_is_found_where_it_was_fitted_and_not_in_the_half_held_out() {
+    let mut chance = fastrand::Rng::with_seed(3);
+    let symmetry = Symmetry { groups: 64, members: 1 };
+    let (lower, upper) = (part([64, 64], ROWS, &mut chance), part([64, 64], ROWS, &mut chance));
+    let (lower, upper) =
+        (vectors(symmetry, std::slice::from_ref(&lower)), vectors(symmetry, std::slice::from_ref(&upper)));
+    let of = |half: Half| (lower.clone().half(half), upper.clone().half(half));
+    let ((fitted_lower, fitted_upper), (other_lower, other_upper)) = (of(Half::Fitted), of(Half::HeldOut));
+    assert_eq!(fitted_upper.weights() + other_upper.weights(), upper.weights());
+    let permutation = align(Alignment::Similarity, BlockType::Ffn, 1, &fitted_lower, &fitted_upper);
+    let fitted = compare(&fitted_lower, &fitted_upper, &permutation);
+    let held_out = compare(&other_lower, &other_upper, &permutation);
+    assert!(fitted.explained_variance() > 0.05, "{}", fitted.explained_variance());
+    let elsewhere = held_out.explained_variance_with_gain_of(&fitted);
+    assert!(elsewhere < 0.02, "{elsewhere}");
+    let own = fitted.explained_variance_with_gain_of(&fitted);
+    assert!((own - fitted.explained_variance()).abs() < 1e-9, "{own}");
+}
+
+#[test]
+fn residual_magnitudes_are_counted_in_eighths_of_a_deviation() {
+    let symmetry = Symmetry { groups: 2, members: 1 };
+    let (lower, upper) =
+        (with_values([2, 2], ROWS, vec![0.0, 8.0, 0.0, 1.0]), with_values([2, 2], ROWS, vec![1.0, 1.5, 0.0, -9.0]));
+    let (lower, upper) =
+        (vectors(symmetry, std::slice::from_ref(&lower)), vectors(symmetry, std::slice::from_ref(&upper)));
+    let swapped = GroupedPermutation::free(Permutation::new(vec![1, 0]).unwrap()).unwrap();
+    // 1 - 0, 1.5 - 1/2, 0 - 0, -9 - 8/2; a deviation of 8 makes bins of 1, and 13 is in the 13th.
+    let counts = residual_magnitudes(&lower, &upper, &swapped, 0.5, 8.0);
+    let filled: Vec<(usize, u64)> = counts.iter().copied().enumerate().filter(|(_, count)| *count > 0).collect();
+    assert_eq!(filled, [(0, 1), (1, 2), (13, 1)]);
+    let beyond = residual_magnitudes(&lower, &upper, &swapped, 0.5, 1.0);
+    assert_eq!(beyond[MAGNITUDE_BINS - 1], 1, "what is above the last bin is in it");
+    assert_eq!(MAGNITUDES_PER_DEVIATION, 8);
+}
+
 const ROWS: Placement = Placement { axis: 0, repeat: 1, per_member: false, unit: 1 };
 const COLUMNS: Placement = Placement { axis: 1, ..ROWS };
 
@@ -201,13 +239,16 @@ fn every_float_type_is_read_and_nothing_else() {
         let mut part = with_values([2, 2], ROWS, values.to_vec());
         part.info.dtype = dtype.clone();
         part.info.length_bytes = bytes.len() as u64;
-        let vectors = BlockVectors::new(Symmetry::free(2), [(&part.info, ROWS, bytes.as_slice())]).unwrap();
+        let vectors =
+            BlockVectors::new(Symmetry { groups: 2, members: 1 }, [(&part.info, ROWS, bytes.as_slice())]).unwrap();
         assert_eq!(vectors.rows(blocks::Level::Groups, &[1, 0]), ndarray::array![[0.125, 3.0], [1.0, -2.5]]);
-        let columns = BlockVectors::new(Symmetry::free(2), [(&part.info, COLUMNS, bytes.as_slice())]).unwrap();
+        let columns =
+            BlockVectors::new(Symmetry { groups: 2, members: 1 }, [(&part.info, COLUMNS, bytes.as_slice())]).unwrap();
         assert_eq!(columns.rows(blocks::Level::Groups, &[1]), ndarray::array![[-2.5, 3.0]]);
         part.info.dtype = Dtype::I32;
-        let error = BlockVectors::new(Symmetry::free(2), [(&part.info, ROWS, bytes.as_slice())]).unwrap_err();
+        let error =
+            BlockVectors::new(Symmetry { groups: 2, members: 1 }, [(&part.info, ROWS, bytes.as_slice())]).unwrap_err();
         assert_eq!(error.to_string(), "tensor `w`: dtype I32: expected F32, F16, BF16 or F64");
     }
-    BlockVectors::new(Symmetry::free(2), []).unwrap_err();
+    BlockVectors::new(Symmetry { groups: 2, members: 1 }, []).unwrap_err();
 }

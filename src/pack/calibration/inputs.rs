@@ -1,22 +1,25 @@
-//! Calibration inputs: text, token ids or pixels, cut to what a few minutes can be spent on.
+//! Inputs for a model, to calibrate on or to be judged by: text, token ids or pixels, cut to what a few minutes can be spent
+//! on.
 
+use std::fmt;
 use std::path::Path;
 
 use ndarray::{Array4, ArrayViewD, Axis};
 use ndarray_npy::{ViewElement, ViewNpyError, ViewNpyExt};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use super::{CalibrationError, CalibrationSource};
 use crate::forward::inputs::Inputs;
 use crate::forward::model::Transformer;
+use crate::hexadecimal::hex;
 use crate::numerics::{f32_from_bf16, f32_from_f16};
 use crate::safetensors::Header;
 use crate::tensor::{Dtype, TensorInfo};
 
-/// Tokens and patches that a model is run on, together: enough for Hessians of a few thousand inputs.
-const MOST_TOKENS: usize = 24_576;
 /// Patches that an image counts for.
-const IMAGE_TOKENS: usize = 256;
+pub(in crate::pack) const IMAGE_TOKENS: usize = 256;
 /// Tokens of a sequence.
 const SEQUENCE_TOKENS: usize = 512;
 /// Text for models of language when nobody gives a better one.
@@ -27,43 +30,103 @@ pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, CalibrationError> {
     std::fs::read(path).map_err(|source| CalibrationError::Io { path: path.to_owned(), source })
 }
 
-/// The inputs for a model, and the bytes that they were read from. Text needs the file `tokenizer`.
+/// Inputs of a model, and where they are from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InputData {
+    /// What the model is run on.
+    pub inputs: Inputs,
+    /// The class of each image, where the file says.
+    pub labels: Option<Vec<u32>>,
+    /// Where they are from.
+    pub origin: DataOrigin,
+}
+
+/// Where inputs are from and how many there are, for reports and provenance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DataOrigin {
+    /// Whether they came with the program instead of in a file.
+    pub built_in: bool,
+    /// SHA-256 of the bytes that they were read from, hexadecimal.
+    pub sha256: String,
+    /// Sequences or images that were used.
+    pub inputs: usize,
+    /// Tokens that were used, of sequences.
+    pub tokens: Option<usize>,
+}
+
+impl fmt::Display for DataOrigin {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let from = if self.built_in { "built-in text" } else { "file" };
+        write!(out, "{from}, sha256 {}, ", self.sha256)?;
+        match self.tokens {
+            Some(tokens) => write!(out, "{tokens} tokens in {} sequences", self.inputs),
+            None => write!(out, "{} images", self.inputs),
+        }
+    }
+}
+
+/// The inputs for a model, `most_tokens` of them at most. Text needs the file `tokenizer`.
 ///
 /// # Errors
 /// When a file cannot be read or is not what its name says.
-pub(super) fn load(
+pub(in crate::pack) fn load(
     source: &CalibrationSource,
+    most_tokens: usize,
     model: &Transformer,
     tokenizer: &Path,
-) -> Result<(Inputs, Vec<u8>), CalibrationError> {
+) -> Result<InputData, CalibrationError> {
     let (path, bytes) = match source {
         CalibrationSource::BuiltIn => (Path::new("built-in text"), BUILT_IN_TEXT.as_bytes().to_vec()),
         CalibrationSource::File(path) => (path.as_path(), read_file(path)?),
     };
     let format = |problem: String| CalibrationError::Format { path: path.to_owned(), problem };
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or("");
+    let mut labels = None;
     let inputs = match extension {
-        "safetensors" => from_safetensors(&bytes).map_err(format)?,
+        "safetensors" => {
+            labels = labels_of(&bytes).map_err(format)?;
+            from_safetensors(&bytes).map_err(format)?
+        }
         "npy" => from_npy(&bytes).map_err(format)?,
         _ if model.takes_images() => {
-            let problem =
-                "text for a model of images; --calibration expects pixel_values in a .safetensors file, or .npy";
+            let problem = "text for a model of images, expected pixel_values in a .safetensors file, or .npy";
             return Err(format(problem.into()));
         }
         _ => {
             let text = std::str::from_utf8(&bytes).map_err(|error| format(format!("{error}, expected UTF-8 text")))?;
-            from_text(text, model, tokenizer)?
+            from_text(text, most_tokens, model, tokenizer)?
         }
     };
-    let inputs = shortened(inputs, model);
+    if let Some(labels) = &labels
+        && (!model.takes_images() || labels.len() != inputs.count())
+    {
+        let problem = format!("labels: {} for {} inputs, expected one per image", labels.len(), inputs.count());
+        return Err(CalibrationError::Format { path: path.to_owned(), problem });
+    }
+    let (inputs, labels) = shortened(inputs, labels, most_tokens, model);
     if inputs.count() == 0 {
         return Err(format("nothing in it, expected sequences or images".into()));
     }
-    Ok((inputs, bytes))
+    let tokens = match &inputs {
+        Inputs::Tokens(sequences) => Some(sequences.iter().map(Vec::len).sum()),
+        Inputs::Images(_) => None,
+    };
+    let origin = DataOrigin {
+        built_in: *source == CalibrationSource::BuiltIn,
+        sha256: hex(&Sha256::digest(&bytes)),
+        inputs: inputs.count(),
+        tokens,
+    };
+    Ok(InputData { inputs, labels, origin })
 }
 
 /// Sequences no longer than the model takes, and no more inputs than time allows, taken evenly.
-fn shortened(inputs: Inputs, model: &Transformer) -> Inputs {
+fn shortened(
+    inputs: Inputs,
+    labels: Option<Vec<u32>>,
+    most_tokens: usize,
+    model: &Transformer,
+) -> (Inputs, Option<Vec<u32>>) {
     let longest = model.positions.unwrap_or(SEQUENCE_TOKENS).clamp(1, SEQUENCE_TOKENS);
     match inputs {
         Inputs::Tokens(sequences) => {
@@ -80,14 +143,15 @@ fn shortened(inputs: Inputs, model: &Transformer) -> Inputs {
             };
             let pieces: Vec<Vec<u32>> = pieces.into_iter().filter(|piece| !piece.is_empty()).collect();
             let tokens: usize = pieces.iter().map(Vec::len).sum();
-            let kept = (pieces.len() * MOST_TOKENS).div_ceil(tokens.max(MOST_TOKENS));
-            Inputs::Tokens((0..kept).map(|index| pieces[index * pieces.len() / kept].clone()).collect())
+            let kept = (pieces.len() * most_tokens).div_ceil(tokens.max(most_tokens));
+            (Inputs::Tokens((0..kept).map(|index| pieces[index * pieces.len() / kept].clone()).collect()), labels)
         }
         Inputs::Images(images) => {
             let count = images.dim().0;
-            let kept = count.min(MOST_TOKENS / IMAGE_TOKENS);
+            let kept = count.min(most_tokens / IMAGE_TOKENS);
             let chosen: Vec<usize> = (0..kept).map(|index| index * count / kept).collect();
-            Inputs::Images(images.select(Axis(0), &chosen))
+            let labels = labels.map(|labels| chosen.iter().map(|&image| labels[image]).collect());
+            (Inputs::Images(images.select(Axis(0), &chosen)), labels)
         }
     }
 }
@@ -96,12 +160,17 @@ fn shortened(inputs: Inputs, model: &Transformer) -> Inputs {
 const TOKEN_BYTES: usize = 64;
 
 /// For causal models the whole text, for others a sequence per line, with the special tokens that the tokenizer adds.
-fn from_text(text: &str, model: &Transformer, tokenizer: &Path) -> Result<Inputs, CalibrationError> {
+fn from_text(
+    text: &str,
+    most_tokens: usize,
+    model: &Transformer,
+    tokenizer: &Path,
+) -> Result<Inputs, CalibrationError> {
     let failed = |problem: String| CalibrationError::Format { path: tokenizer.to_owned(), problem };
     let mut tokenizer = Tokenizer::from_bytes(read_file(tokenizer)?).map_err(|error| failed(error.to_string()))?;
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
-    let text = &text[..text.floor_char_boundary(TOKEN_BYTES * MOST_TOKENS)];
+    let text = &text[..text.floor_char_boundary(TOKEN_BYTES * most_tokens)];
     let encode = |text: &str| {
         let encoded = tokenizer.encode(text, true).map_err(|error| failed(error.to_string()))?;
         Ok(encoded.get_ids().to_vec())
@@ -113,22 +182,32 @@ fn from_text(text: &str, model: &Transformer, tokenizer: &Path) -> Result<Inputs
     sequences.map(Inputs::Tokens)
 }
 
+/// The class of each image: `labels`, where the file has them.
+fn labels_of(bytes: &[u8]) -> Result<Option<Vec<u32>>, String> {
+    let header = Header::read_from(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
+    let Some(labels) = header.tensors.iter().find(|tensor| tensor.name == "labels") else { return Ok(None) };
+    integers("labels", &labels.dtype, data_of(&header, labels, bytes)?).map(Some)
+}
+
+/// The bytes of one tensor.
+fn data_of<'a>(header: &Header, tensor: &TensorInfo, bytes: &'a [u8]) -> Result<&'a [u8], String> {
+    let start = header.bytes.len() + tensor.offset_bytes as usize;
+    bytes.get(start..start + tensor.length_bytes as usize).ok_or_else(|| "shorter than its header says".into())
+}
+
 /// `input_ids` of one or two dimensions, with `attention_mask` where sequences are padded; or `pixel_values` of four.
 fn from_safetensors(bytes: &[u8]) -> Result<Inputs, String> {
     let header = Header::read_from(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
     let find = |name: &str| header.tensors.iter().find(|tensor| tensor.name == name);
-    let data = |tensor: &TensorInfo| {
-        let start = header.bytes.len() + tensor.offset_bytes as usize;
-        bytes.get(start..start + tensor.length_bytes as usize).ok_or("shorter than its header says")
-    };
+    let data = |tensor: &TensorInfo| data_of(&header, tensor, bytes);
     if let Some(pixels) = find("pixel_values") {
         let values = floats(&pixels.dtype, data(pixels)?)?;
         return images(&pixels.shape.iter().map(|&dimension| dimension as usize).collect::<Vec<_>>(), values);
     }
     let ids = find("input_ids").ok_or("neither input_ids nor pixel_values in it, expected one of them")?;
-    let mut tokens = integers(&ids.dtype, data(ids)?)?.into_iter();
+    let mut tokens = integers("input_ids", &ids.dtype, data(ids)?)?.into_iter();
     let mask = match find("attention_mask") {
-        Some(mask) if mask.shape == ids.shape => integers(&mask.dtype, data(mask)?)?,
+        Some(mask) if mask.shape == ids.shape => integers("attention_mask", &mask.dtype, data(mask)?)?,
         Some(mask) => return Err(format!("attention_mask: shape {:?}, expected {:?}", mask.shape, ids.shape)),
         None => vec![1; tokens.len()],
     };
@@ -182,17 +261,17 @@ fn floats(dtype: &Dtype, bytes: &[u8]) -> Result<Vec<f32>, String> {
     }
 }
 
-fn integers(dtype: &Dtype, bytes: &[u8]) -> Result<Vec<u32>, String> {
+fn integers(name: &str, dtype: &Dtype, bytes: &[u8]) -> Result<Vec<u32>, String> {
     let wide: Vec<i64> = match dtype {
         Dtype::BOOL | Dtype::U8 => bytes.iter().map(|&byte| byte.into()).collect(),
         Dtype::U16 => bytes.as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes).into()).collect(),
         Dtype::I32 => bytes.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
         Dtype::U32 => bytes.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes).into()).collect(),
         Dtype::I64 => bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect(),
-        other => return Err(format!("input_ids: {other}, expected U16, I32, U32 or I64")),
+        other => return Err(format!("{name}: {other}, expected U16, I32, U32 or I64")),
     };
     let narrow = wide.into_iter().map(u32::try_from).collect::<Result<_, _>>();
-    narrow.map_err(|_| "input_ids: a token id that is negative or beyond 32 bits".into())
+    narrow.map_err(|_| format!("{name}: a number that is negative or beyond 32 bits"))
 }
 
 #[cfg(test)]

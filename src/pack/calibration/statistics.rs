@@ -192,7 +192,8 @@ impl<'a> InputStatistics<'a> {
         if self.stage == Some(stage) {
             return Ok(());
         }
-        let Calibration { model, weights, deployed, inputs, .. } = self.calibration;
+        let Calibration { model, weights, deployed, data } = self.calibration;
+        let inputs = &data.inputs;
         let mut kept: BTreeMap<String, Arc<Array2<f32>>> = BTreeMap::new();
         let mut ignore = |_: &[String], _: &Array2<f32>| ();
         let mut keep = |names: &[String], inputs: &Array2<f32>| {
@@ -236,7 +237,8 @@ impl<'a> InputStatistics<'a> {
 
     /// Runs the deployed model until it is before the stage.
     fn run_deployed(&mut self, stage: Stage) -> Result<(), ForwardError> {
-        let Calibration { model, deployed, inputs, .. } = self.calibration;
+        let Calibration { model, deployed, data, .. } = self.calibration;
+        let inputs = &data.inputs;
         let mut ignore = |_: &[String], _: &Array2<f32>| ();
         let mut pass = match self.deployed.take() {
             Some(pass) => pass,

@@ -9,7 +9,7 @@ use crate::pack::source::Checkpoint;
 use crate::tensor::Dtype;
 
 /// The checkpoint's own weights.
-pub(super) struct CheckpointWeights<'a> {
+pub(in crate::pack) struct CheckpointWeights<'a> {
     checkpoint: &'a Checkpoint,
     /// File and tensor.
     places: BTreeMap<&'a str, (usize, usize)>,

@@ -12,7 +12,7 @@ use super::super::quantize::values_of;
 use super::super::survey::ProbedPart;
 use super::super::treatment::changes;
 use super::{Encoder, PackError, quantized_tensors};
-use crate::archive::Archive;
+use crate::archive::{Archive, ArchiveError};
 use crate::materialize::{MaterializeOptions, Materializer};
 
 /// Bytes decoded at once when the finished archive is compared with its source.
@@ -41,11 +41,7 @@ impl Encoder<'_> {
         parts: &[Vec<ProbedPart>],
     ) -> Result<Compared, PackError> {
         self.progress.phase("comparing", self.source_bytes());
-        let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
-        let mut archive = Archive::open(&path)?;
-        let needed = self.base.iter().take(archive.index().bases.len()); // none, where nothing starts from it
-        archive.attach_bases(needed.map(|base| Arc::clone(base.archive())).collect())?;
-        let archive = Arc::new(archive);
+        let archive = self.reopened(file)?;
         let materializer = Materializer::new(MaterializeOptions {
             cache_bytes: self.compare_cache(),
             ..MaterializeOptions::default()
@@ -101,6 +97,15 @@ impl Encoder<'_> {
             log::debug!("compared: {} in {}", source.name, out.display());
         }
         Ok(compared)
+    }
+
+    /// The archive in `file`, with what it starts from.
+    pub(super) fn reopened(&self, file: &std::fs::File) -> Result<Arc<Archive>, ArchiveError> {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
+        let mut archive = Archive::open(&path)?;
+        let needed = self.base.iter().take(archive.index().bases.len()); // none, where nothing starts from it
+        archive.attach_bases(needed.map(|base| Arc::clone(base.archive())).collect())?;
+        Ok(Arc::new(archive))
     }
 
     /// Room for a tensor and its reference, where there are predictions.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::super::base::BaseError;
 use super::super::calibration::CalibrationError;
+use super::super::evaluation::EvaluationError;
 use super::super::part::SelfCheckError;
 use super::super::source::SourceError;
 use crate::archive::ArchiveError;
@@ -76,6 +77,9 @@ pub enum PackError {
     /// The model cannot be run on calibration inputs.
     #[error("calibration: {0}")]
     Calibration(#[from] CalibrationError),
+    /// The model cannot be run on what it should be judged by.
+    #[error("evaluation: {0}")]
+    Evaluation(#[from] EvaluationError),
     /// An encoded part does not decode.
     #[error(transparent)]
     SelfCheck(#[from] SelfCheckError),

@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::super::calibration::{Calibration, ColumnInputs};
 use super::super::entropy_model::TablePool;
+use super::super::evaluation::{Evaluation, EvaluationReport};
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::quantize::values_of;
 use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
@@ -33,6 +34,8 @@ use crate::tensor::TensorInfo;
 const OWN_RATE_TOLERANCE: f64 = 0.002;
 /// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
 const BITS_PER_OCTAVE: f64 = 0.95;
+/// Stands for an error that is not yet measured, and takes as many bytes.
+const UNKNOWN_ERROR: f64 = 1.2345e-3;
 
 /// An archive's records, written.
 pub(super) struct Written {
@@ -245,12 +248,28 @@ impl Encoder<'_> {
             bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
             has_column_scales: false,
-            provenance: {
-                let calibration = self.calibration.as_ref().map(Calibration::description);
-                let calibration = calibration.map(|text| ("calibration".to_owned(), text.to_owned()));
-                self.options.provenance().into_iter().chain(calibration).collect()
-            },
+            provenance: self.provenance(UNKNOWN_ERROR, self.evaluation.as_ref().map(Evaluation::stand_in).as_ref()),
         }
+    }
+
+    /// How the archive came to be, and what was measured on what it decodes to. Nothing of the machine or the hour is in it.
+    pub(super) fn provenance(
+        &self,
+        relative_squared_error: f64,
+        evaluation: Option<&EvaluationReport>,
+    ) -> Vec<(String, String)> {
+        let mut provenance = self.options.provenance();
+        let mut add = |key: &str, value: String| provenance.push((key.to_owned(), value));
+        if let Some(calibration) = &self.calibration {
+            add("calibration", calibration.data().origin.to_string());
+        }
+        if self.has_quantized() {
+            add("measured", format!("relative squared error {relative_squared_error:.4e}"));
+        }
+        if let Some(evaluation) = evaluation {
+            add("evaluation", evaluation.to_string());
+        }
+        provenance
     }
 
     /// Bits of preamble and index for records like these, about.

@@ -11,6 +11,7 @@ use super::super::symbols::RunLayout;
 use crate::tensor::TensorInfo;
 
 /// Some runs of a part.
+#[derive(Clone)]
 pub struct Sample {
     /// Their weights, run after run.
     pub values: Vec<f32>,
