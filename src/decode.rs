@@ -5,9 +5,13 @@
 //! its bytes is a [`DecodeError`], never a panic.
 
 pub mod cpu;
+pub mod cuda;
 pub mod prepared;
 pub mod reference;
 pub mod select;
+
+#[cfg(test)]
+mod random_parts;
 
 pub use prepared::{Pools, PreparedPart};
 pub use select::EngineChoice;

@@ -35,8 +35,10 @@ use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::budget::{Budget, Share};
 use crate::cache::{Cache, CacheStats, Loan};
 use crate::decode::cpu::WORDS_PADDING;
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::format::limits;
 use crate::metrics::METRICS;
 use pieces::Pieces;
 use prepared_records::PreparedRecords;
@@ -57,13 +59,16 @@ pub struct MaterializeOptions {
     pub threads: usize,
     /// Which engine decodes.
     pub engine: EngineChoice,
+    /// What decoding may take of a CUDA device's memory, where the engine is that.
+    pub gpu_memory_bytes: u64,
 }
 
 impl Default for MaterializeOptions {
     /// The best engine on all processors, no limit to working memory, and no cache.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        Self { cache_bytes: 0, working_bytes: u64::MAX, threads, engine: EngineChoice::Auto }
+        let (engine, gpu_memory_bytes) = (EngineChoice::Auto, DEFAULT_GPU_MEMORY_BYTES);
+        Self { cache_bytes: 0, working_bytes: u64::MAX, threads, engine, gpu_memory_bytes }
     }
 }
 
@@ -167,9 +172,14 @@ pub struct Materializer {
 impl Materializer {
     /// Starts with an empty cache.
     pub fn new(options: MaterializeOptions) -> Self {
+        Self::with_engine(options, options.engine.engine_within(options.gpu_memory_bytes))
+    }
+
+    /// [`Self::new`] with an engine that is there already, whatever the options say.
+    pub fn with_engine(options: MaterializeOptions, engine: Arc<dyn Engine>) -> Self {
         let piece_bytes = options.cache_bytes / 4;
         Self {
-            engine: options.engine.engine(),
+            engine,
             cache: Cache::new(options.cache_bytes - piece_bytes),
             taken_bytes: Mutex::default(),
             pieces: Arc::new(Pieces::new(piece_bytes)),
@@ -244,6 +254,11 @@ impl Materializer {
         }
         drop(kept);
         decoded.map_err(|error| decode_error(archive, address, error))
+    }
+
+    /// What is decoded in one call at most, near enough.
+    fn together_bytes(&self) -> u64 {
+        (strips::TOGETHER_BYTES as u64).max(self.engine.strips_at_once() as u64 * limits::RAW_STRIP_BYTES)
     }
 
     /// How many strips of a part are decoded in one call at most: what the engine does best together, or what a reader

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::hint::black_box;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -19,6 +20,7 @@ use super::packed_tree::{PackedTree, PackedTreeError};
 use super::size::parse_size;
 use crate::archive::{Archive, ArchiveError, Bases, PartAddress};
 use crate::decode::cpu::{CpuEngine, Stage, StageClock, WORDS_PADDING};
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::materialize::{
     EngineChoice, MaterializeError, MaterializeOptions, Materializer, decode_error, prepare_record,
@@ -32,9 +34,12 @@ const COPIED_BYTES: usize = 256 << 20;
 pub struct BenchArgs {
     /// The archive (.mcwc)
     pub archive: PathBuf,
-    /// Which engine decodes; the reference decoder has no stages
+    /// Which engine decodes; those of the CPU say how long each stage takes
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineChoice,
+    /// What decoding may take of a CUDA device, where that is the engine [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub gpu_memory: Option<u64>,
     /// Bytes per second that files arrive with, for the load times [default: a gigabyte]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GB")]
     pub bandwidth: u64,
@@ -64,9 +69,6 @@ pub enum BenchError {
     /// The archive does not decode.
     #[error(transparent)]
     Decode(#[from] MaterializeError),
-    /// The reference decoder was asked for.
-    #[error("--engine reference: has no stages to time, expected auto, avx512, avx2 or portable")]
-    NoStages,
     /// Standard output does not take the report.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -106,11 +108,14 @@ pub(super) struct Measurement {
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
-    let engine = args.engine.cpu_engine().ok_or(BenchError::NoStages)?;
+    let (engine, staged) = match args.engine.cpu_engine() {
+        Some(engine) => (Arc::new(engine) as Arc<dyn Engine>, Some(engine)),
+        None => (args.engine.engine_within(args.gpu_memory.unwrap_or(DEFAULT_GPU_MEMORY_BYTES)), None),
+    };
     let tree = PackedTree::read(&args.archive)?;
     let archive = Bases::new(base_places(&tree, false, &args.base_path)).open(&args.archive)?;
     let BenchArgs { repeat, bandwidth, encode_seconds, .. } = *args;
-    let report = Report::measure(&archive, &engine, &Measurement { repeat, bandwidth, encode_seconds })?;
+    let report = Report::measure(&archive, &*engine, staged, &Measurement { repeat, bandwidth, encode_seconds })?;
     let mut output = io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut output, &report).map_err(io::Error::from)?;
@@ -146,22 +151,30 @@ impl Around {
 }
 
 impl Report {
-    pub(super) fn measure(archive: &Archive, engine: &CpuEngine, wanted: &Measurement) -> Result<Self, BenchError> {
+    pub(super) fn measure(
+        archive: &Archive,
+        engine: &dyn Engine,
+        staged: Option<CpuEngine>,
+        wanted: &Measurement,
+    ) -> Result<Self, BenchError> {
         let decoded_bytes = archive.files().iter().flat_map(|file| &file.tensors).map(|t| t.length_bytes).sum();
         let mut around = decode_all(archive, engine, None)?;
         for _ in 1..wanted.repeat {
             around = around.fastest(decode_all(archive, engine, None)?);
         }
-        let clock = StageClock::default();
-        decode_all(archive, engine, Some(&clock))?;
         let mut stages = vec![
             StageReport { stage: "read", seconds: around.read },
             StageReport { stage: "side information", seconds: around.prepare },
             StageReport { stage: "room for tensors", seconds: around.allocate },
         ];
-        stages.extend(
-            Stage::ALL.map(|stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() }),
-        );
+        if let Some(staged) = staged {
+            let clock = StageClock::default();
+            decode_all(archive, engine, Some((&staged, &clock)))?;
+            let spent = |stage: Stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() };
+            stages.extend(Stage::ALL.map(spent));
+        } else {
+            stages.push(StageReport { stage: "decoding", seconds: around.decode.iter().sum() });
+        }
         let decode_seconds = around.decode_seconds();
         Ok(Self {
             engine: engine.name(),
@@ -213,12 +226,16 @@ fn copy_seconds() -> f64 {
 ///
 /// # Errors
 /// When it does not decode.
-pub(super) fn decode_seconds(archive: &Archive, engine: &CpuEngine) -> Result<f64, BenchError> {
+pub(super) fn decode_seconds(archive: &Archive, engine: &dyn Engine) -> Result<f64, BenchError> {
     Ok(decode_all(archive, engine, None)?.decode_seconds())
 }
 
 /// Decodes every part once, in the order of the records, keeping what later ones are predicted from.
-fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>) -> Result<Around, BenchError> {
+fn decode_all(
+    archive: &Archive,
+    engine: &dyn Engine,
+    clock: Option<(&CpuEngine, &StageClock)>,
+) -> Result<Around, BenchError> {
     let mut around = Around::default();
     let base = Materializer::new(MaterializeOptions { cache_bytes: 64 << 20, ..MaterializeOptions::default() });
     let mut references: HashMap<PartAddress, Vec<u8>> = HashMap::new();
@@ -276,12 +293,12 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
 }
 
 fn decode_part(
-    engine: &CpuEngine,
+    engine: &dyn Engine,
     part: &PreparedPart,
     stored: &[u8],
     reference: Option<&[u8]>,
     out: &mut [u8],
-    clock: Option<&StageClock>,
+    clock: Option<(&CpuEngine, &StageClock)>,
 ) -> Result<(), DecodeError> {
     let mut jobs: Vec<StripJob<'_>> = out
         .chunks_mut(part.full_strip_output_bytes() as usize)
@@ -291,6 +308,9 @@ fn decode_part(
     let at_once = engine.strips_at_once();
     jobs.chunks_mut(at_once).try_for_each(|jobs| {
         let reference = part.reference_of(jobs[0].strip, 0, reference);
-        engine.decode_timed(part, reference, jobs, clock)
+        match clock {
+            Some((staged, clock)) => staged.decode_timed(part, reference, jobs, Some(clock)),
+            None => engine.decode_strips(part, reference, jobs),
+        }
     })
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::{MaterializeError, Materializer, Purpose, UnitKey, bytes_of, strips, zeroed};
+use super::{MaterializeError, Materializer, Purpose, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
 use crate::metrics::METRICS;
@@ -81,7 +81,7 @@ impl Materializer {
 
     fn memory_for(&self, length_bytes: u64, tensors: u64) -> u64 {
         let held = length_bytes.saturating_mul(tensors);
-        held.saturating_add(held.min(self.processors.total() * strips::TOGETHER_BYTES as u64))
+        held.saturating_add(held.min(self.processors.total().saturating_mul(self.together_bytes())))
     }
 
     fn check_memory(&self, archive: &Archive, address: PartAddress, needed_bytes: u64) -> Result<(), MaterializeError> {

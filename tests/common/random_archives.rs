@@ -265,7 +265,7 @@ impl ArchiveWriter {
         let reference = BaseTensor { base: 0, file: 0, tensor: base_tensor as u32 };
         let mut info = BasedInfo { reference, low_rank, difference: None };
         if is_float && random.below(3) == 0 {
-            let mut part = self.quantized(tensor, false, None);
+            let mut part = self.quantized(tensor, 0, None);
             part.header.coding = match part.header.coding {
                 Coding::Quantized(info) if info.vectors.is_none() => Coding::QuantizedFromBase(reference, info),
                 other => other,

@@ -142,11 +142,13 @@ mod tests {
             files: Vec::new(),
             tables: Vec::new(),
             codebooks: Vec::new(),
+            networks: Vec::new(),
             block_types: vec!["ffn".into()],
             records: [None, Some(0), Some(1), None, Some(3)].map(record).to_vec(),
             bases: Vec::new(),
             has_units: false,
             has_column_scales: false,
+            has_predictors: false,
             provenance: Vec::new(),
         };
         let found = Parallelism::of_index(&index, &[10, 20, 30, 70, 5], 9);

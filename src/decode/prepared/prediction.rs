@@ -63,6 +63,11 @@ impl Prediction {
         }
     }
 
+    /// Whether all runs have the same predictor.
+    pub fn is_uniform(&self) -> bool {
+        matches!(self.method, Method::ScaledCopy(_))
+    }
+
     /// The predictor of a run.
     pub fn of_run(&self, run: usize) -> RunPredictor {
         match &self.method {
