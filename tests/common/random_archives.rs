@@ -343,10 +343,10 @@ impl ArchiveWriter {
         let prediction = predicted.then(|| StoredPrediction {
             reference_part: 0,
             placement: placement.filter(|_| random.below(4) > 0),
-            predictor: match random.below(4) {
+            predictor: match random.below(6) {
                 0 => StoredPredictor::ScaledCopy { gain: random.normal() },
                 1 => random.vectors(shape),
-                2 if !networks.is_empty() => random.use_of(networks, records_below),
+                2..=4 if !networks.is_empty() => random.use_of(networks, records_below),
                 _ => StoredPredictor::RowAffine {
                     gain_step: random.normal() * 0.01,
                     offset_step: random.normal() * 0.01,
@@ -554,7 +554,7 @@ impl Random {
     /// A codebook of finite numbers.
     fn network(&mut self) -> StoredNetwork {
         let (unit, contexts, width, hidden) =
-            (1 + self.below(9), 1 + self.below(2), 1 + self.below(7), self.below(2) * (1 + self.below(9)));
+            (1 + self.below(9), 1 + self.below(3).min(1), 1 + self.below(7), self.below(2) * (1 + self.below(9)));
         let to_latent = self.requantization();
         StoredNetwork {
             unit: unit as u16,

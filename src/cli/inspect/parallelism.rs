@@ -147,8 +147,8 @@ mod tests {
             records: [None, Some(0), Some(1), None, Some(3)].map(record).to_vec(),
             bases: Vec::new(),
             has_units: false,
-            has_column_scales: false,
             has_predictors: false,
+            has_column_scales: false,
             provenance: Vec::new(),
         };
         let found = Parallelism::of_index(&index, &[10, 20, 30, 70, 5], 9);
