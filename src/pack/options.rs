@@ -289,7 +289,7 @@ impl Default for PackOptions {
 }
 
 /// A choice by its name on the command line.
-fn name_of(choice: impl clap::ValueEnum) -> String {
+fn name_of(choice: &impl clap::ValueEnum) -> String {
     choice.to_possible_value().expect("every choice can be given").get_name().to_owned()
 }
 
@@ -359,7 +359,7 @@ impl PackOptions {
             Target::RelativeSquaredError(error) => format!("--max-rel-mse {error}"),
         };
         let mut add = |text: String| arguments.push_str(&text);
-        add(format!(" --effort {}", name_of(self.effort)));
+        add(format!(" --effort {}", name_of(&self.effort)));
         for rule in &self.keep {
             add(format!(" --keep '{rule}'"));
         }
@@ -372,12 +372,12 @@ impl PackOptions {
                 " --keyframe-interval {} --alignment {} --predictor {} --steps {} --column-scales {} --quantization {} \
                  --entropy-model {} --embedding-refinement {}",
                 self.keyframe_interval,
-                name_of(self.alignment),
-                name_of(self.predictor),
-                name_of(self.steps),
-                name_of(self.column_scales),
-                name_of(self.quantization),
-                name_of(self.entropy_model),
+                name_of(&self.alignment),
+                name_of(&self.predictor),
+                name_of(&self.steps),
+                name_of(&self.column_scales),
+                name_of(&self.quantization),
+                name_of(&self.entropy_model),
                 self.embedding_refinement
             ));
             if let Some(states) = self.trellis_states {
