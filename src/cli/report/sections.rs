@@ -397,7 +397,7 @@ pub(super) fn loading(report: &ModelReport<'_>) -> String {
 /// Every tensor.
 pub(super) fn tensors(report: &ModelReport<'_>) -> String {
     let modes: BTreeMap<&str, &str> =
-        report.archive.parts.iter().map(|part| (part.tensor.as_str(), part.mode)).collect();
+        report.archive.parts.iter().map(|part| (part.tensor.as_str(), part.mode.as_str())).collect();
     let tensors = &report.point().report.tensors;
     let rows = tensors.iter().map(|tensor| {
         vec![
