@@ -581,13 +581,13 @@ impl PackOptions {
             ));
             // What is rarely chosen is named where it is.
             if self.assignment != Assignment::Auto {
-                add(format!(" --assignment {}", name_of(self.assignment)));
+                add(format!(" --assignment {}", name_of(&self.assignment)));
             }
             if let Some(seed) = self.alignment_seed {
                 add(format!(" --alignment-seed {seed}"));
             }
             if self.permutations != Permutations::Auto {
-                add(format!(" --permutations {}", name_of(self.permutations)));
+                add(format!(" --permutations {}", name_of(&self.permutations)));
             }
             if self.force_prediction {
                 add(" --force-prediction".to_owned());

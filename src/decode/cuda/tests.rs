@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use self::emulated_gpu::{EmulatedDevice, Fault, kernel_source, shared, source_digest};
+use super::batch::supports;
 use super::device::{DeviceError, Kernel};
 use super::{CudaDevice, CudaEngine, PTX};
 use crate::decode::cpu::CpuEngine;
@@ -73,6 +74,7 @@ proptest! {
     #[test]
     fn the_kernels_return_the_bytes_of_the_reference(recipe in recipes()) {
         let random = recipe.make();
+        prop_assume!(supports(&random.prepared()));
         let engine = emulated(PLENTY);
         let expected = decode_together(&ReferenceEngine, &random).expect("sound strips");
         let together = decode_together(&engine, &random);
@@ -86,6 +88,7 @@ proptest! {
         places in prop::collection::vec((any::<Index>(), 1_u8..), 1..4),
     ) {
         let random = recipe.make().damaged(&places);
+        prop_assume!(supports(&random.prepared()));
         let expected = decode_each(&ReferenceEngine, &random);
         prop_assert_eq!(&decode_each(&emulated(PLENTY), &random), &expected);
     }

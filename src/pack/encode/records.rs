@@ -36,6 +36,8 @@ use crate::tensor::TensorInfo;
 
 /// Steps of training that take about as long as quantizing everything in a closed loop.
 const STEPS_AS_LONG_AS_ENCODING: u64 = 8;
+/// What says in the provenance how weights were trained.
+pub(super) const TRAINING: &str = "training";
 /// How far off a rate of its own a part may be, relative, before it is coded once more.
 const OWN_RATE_TOLERANCE: f64 = 0.002;
 /// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
@@ -140,7 +142,7 @@ impl Encoder<'_> {
         if steps > 0
             && let Some(trainer) = &trainer
         {
-            written.index.provenance.push(("training".to_owned(), trainer.schedule().description()));
+            written.index.provenance.push((TRAINING.to_owned(), trainer.schedule().description()));
         }
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
