@@ -157,6 +157,10 @@ fn named(header: &PartHeader) -> &'static str {
                 (Some(StoredPredictor::ScaledCopy { .. }), true) => "predicted, scaled copy, trellis",
                 (Some(StoredPredictor::RowAffine { .. }), false) => "predicted, affine",
                 (Some(StoredPredictor::RowAffine { .. }), true) => "predicted, affine, trellis",
+                (Some(StoredPredictor::MotionVectors { .. }), false) => "predicted, motion vectors",
+                (Some(StoredPredictor::MotionVectors { .. }), true) => "predicted, motion vectors, trellis",
+                (Some(StoredPredictor::Network { .. }), false) => "predicted, network",
+                (Some(StoredPredictor::Network { .. }), true) => "predicted, network, trellis",
             }
         }
     }
