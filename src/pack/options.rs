@@ -301,12 +301,12 @@ impl Steps {
 /// Which columns of a tensor have steps of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum ColumnScales {
-    /// Those of tensors whose inputs calibration knows, where a finer step for what is multiplied with strong inputs makes up
-    /// for more than its bits.
-    #[default]
-    Auto,
     /// None.
+    #[default]
     None,
+    /// Those of tensors whose inputs calibration knows, where by an estimate a finer step for what is multiplied with strong
+    /// inputs makes up for more than its bits. What it does to a model's outputs was not measured alone.
+    Auto,
     /// All, in proportion to the root mean square of the column: an ablation. At equal squared error it costs bits, as steps
     /// per row do.
     Energy,
