@@ -5,7 +5,9 @@
 mod bases;
 mod plain;
 
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use crate::codec::entropy::CodingTable;
+use crate::codec::predictor::network::Network;
 use crate::codec::vector_quantizer::Codebook;
 use crate::format::FormatError;
 use crate::format::difference::BaseTensor;
@@ -30,6 +33,16 @@ pub use bases::{Bases, Place};
 
 /// What names begin with while their files are being written, and after a run that was killed: no part of any tree.
 pub const UNFINISHED_PREFIX: &str = ".mcwc-pack-";
+
+/// Whether a file of this name is one that is still being written, or that was left behind by a run that was killed.
+pub fn is_unfinished_name(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes())
+}
+
+/// Whether a file of this name is a finished archive.
+pub fn is_archive_name(name: &OsStr) -> bool {
+    !is_unfinished_name(name) && Path::new(name).extension().is_some_and(|extension| extension == "mcwc")
+}
 
 /// Why an archive cannot be opened or read.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +141,7 @@ pub struct Archive {
     files: Vec<ArchivedFile>,
     tables: Vec<Arc<CodingTable>>,
     codebooks: Vec<Arc<Codebook>>,
+    networks: Vec<Arc<Network>>,
     /// First byte of each record.
     record_offsets: Vec<u64>,
     /// Whether a later record is predicted from it.
@@ -276,6 +290,7 @@ impl Archive {
             stored_bytes: offset.saturating_add(index_stored_bytes),
             index_stored_bytes,
             codebooks: index.codebooks.iter().map(|stored| Arc::new(Codebook::of_stored(stored))).collect(),
+            networks: index.networks.iter().map(|stored| Arc::new(Network::new(stored.clone()))).collect(),
             tables: index.tables.iter().map(|table| Arc::new(CodingTable::new(table.clone()))).collect(),
             index,
             files,
@@ -348,6 +363,11 @@ impl Archive {
     /// Length of the stored, deflated index in bytes.
     pub fn index_stored_bytes(&self) -> u64 {
         self.index_stored_bytes
+    }
+
+    /// The networks of learned predictors.
+    pub fn networks(&self) -> &[Arc<Network>] {
+        &self.networks
     }
 
     /// The codebooks of vectors, ready for look-ups.

@@ -133,6 +133,8 @@ pub struct ArchiveStatus {
 pub struct Vfs {
     source: Source,
     open_archive: Box<OpenArchive>,
+    /// Told that archives are about to be opened again.
+    before_rescan: Box<dyn Fn() + Send + Sync>,
     /// What is shown. The lock covers taking or replacing the pointer.
     tree: RwLock<Arc<Tree>>,
     /// Files that are shown no more, for who has them open.
@@ -192,6 +194,7 @@ impl Vfs {
         Ok(Self {
             source,
             open_archive,
+            before_rescan: Box::new(|| ()),
             tree,
             retired,
             scanned,
@@ -200,6 +203,11 @@ impl Vfs {
             loads: Loads::default(),
             log,
         })
+    }
+
+    /// Calls `tell` before archives are opened again, because what they need may be there now.
+    pub fn before_rescans(&mut self, tell: impl Fn() + Send + Sync + 'static) {
+        self.before_rescan = Box::new(tell);
     }
 
     /// Starts to decode ahead of readers into a cache of `cache_bytes`, where `threads` threads may decode.
@@ -241,6 +249,7 @@ impl Vfs {
         if scan == scanned.scan && !scanned.opened.is_worth_another_try() {
             return Ok(Changes::default());
         }
+        (self.before_rescan)();
         let opened = Opened::new(&self.source, &scan, &scanned.opened, &*self.open_archive, &self.log);
         let new = Arc::new(Tree::build(&self.source, &scan, &opened, &self.log));
         *scanned = Scanned { scan, opened };
@@ -328,14 +337,15 @@ impl Vfs {
         }
     }
 
-    /// What `open` must know before it answers: fails where `inode` is no file. Returns its path from the root of the
-    /// tree, for log lines.
-    pub fn open_file(&self, inode: Inode) -> Result<PathBuf, VfsError> {
+    /// What `open` must know before it answers: fails where `inode` is no file. `keeper` is who keeps what is read this way.
+    /// Returns its path from the root of the tree, for log lines.
+    pub fn open_file(&self, inode: Inode, keeper: Keeper) -> Result<PathBuf, VfsError> {
         let node = self.node(inode)?;
         match &node.content {
             Content::Sidecar(_) => {}
             Content::Archived(archived) => {
                 archived.archive.activity.count_open();
+                archived.keeper(keeper);
                 self.loads.opened(inode);
             }
             Content::Directory(_) => return Err(VfsError::IsADirectory),

@@ -107,6 +107,18 @@ fn without_its_base_a_variant_is_refused_and_the_error_names_what_is_missing() {
 }
 
 #[test]
+fn a_base_that_was_missing_is_found_when_it_is_looked_for_again() {
+    let packed = Packed::new();
+    let bases = mcwcfs::archive::Bases::new(vec![mcwcfs::archive::Place::tree(packed.scratch.path())]);
+    let aside = packed.scratch.path().join("aside");
+    fs::rename(&packed.base, &aside).expect("a move");
+    assert!(bases.open(&packed.variant).is_err());
+    fs::rename(&aside, &packed.base).expect("a move");
+    bases.look_again();
+    assert!(bases.open(&packed.variant).is_ok());
+}
+
+#[test]
 fn a_base_with_other_content_is_not_taken_for_it() {
     let packed = Packed::new();
     // The variant's own weights, packed alone under the name of the base.
@@ -300,6 +312,29 @@ fn a_merged_product_is_found_and_decodes_to_the_variant_s_bytes_on_every_engine(
 }
 
 #[test]
+fn a_merged_product_is_never_longer_with_losses_than_without() {
+    let scratch = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| scratch.path().join(name);
+    for (name, tensors) in ["base", "variant"].iter().zip(merged()) {
+        fs::write(path(&format!("{name}.safetensors")), safetensors(&tensors)).expect("a file");
+    }
+    mcwcfs_ok(arguments!["pack", path("base.safetensors"), path("base.mcwc")]);
+    let pack = |options: &[&str]| -> serde_json::Value {
+        let arguments =
+            arguments!["pack", "--json", "--force", "--effort", "fast", "--base", path("base.mcwc")].into_iter();
+        let files = arguments![path("variant.safetensors"), path("variant.mcwc")];
+        let said = mcwcfs_ok(arguments.chain(options.iter().map(OsString::from)).chain(files));
+        serde_json::from_str(&said).expect("JSON")
+    };
+    let bits = |report: &serde_json::Value| report["bits_per_parameter"].as_f64().expect("a number");
+    let lossless = bits(&pack(&[]));
+    for target in [["--bpp", "8"], ["--max-rel-mse", "1e-9"], ["--bpp", &format!("{:.3}", lossless + 0.01)]] {
+        let lossy = bits(&pack(&target));
+        assert!(lossy <= lossless + 0.01, "{target:?}: {lossy} bits, {lossless} without losses");
+    }
+}
+
+#[test]
 fn a_zoo_is_packed_against_the_bases_that_were_found_and_not_packed_twice() {
     let scratch = tempfile::tempdir().expect("a directory");
     let path = |name: &str| scratch.path().join(name);
@@ -338,6 +373,18 @@ fn a_zoo_is_packed_against_the_bases_that_were_found_and_not_packed_twice() {
     let before = modified();
     assert_eq!(zoo(&[]), packed);
     assert_eq!(modified(), before, "nothing was packed again");
+    let (config, weights) = (path("zoo/stranger/config.json"), path("zoo/stranger/model.safetensors"));
+    fs::write(&config, [fs::read(&config).expect("a file"), b"\n".to_vec()].concat()).expect("a file");
+    zoo(&[]);
+    assert_eq!(modified(), before, "a sidecar is copied, and nothing packed for it");
+    // Other weights, and a time that says they are old.
+    let mut other = fs::read(&weights).expect("a file");
+    *other.last_mut().expect("weights") ^= 1;
+    fs::write(&weights, other).expect("a file");
+    let file = fs::File::options().append(true).open(&weights).expect("a file");
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).expect("a time");
+    zoo(&[]);
+    assert_eq!(modified().iter().zip(&before).filter(|(now, before)| now != before).count(), 1, "one was packed again");
     mcwcfs_ok(arguments!["unpack", path("packed"), path("unpacked")]);
     fs::remove_file(path("unpacked/zoo.json")).expect("the manifest is a sidecar");
     assert_same_directories(&path("zoo"), &path("unpacked"));

@@ -1,14 +1,13 @@
 //! Finding the archives that an archive starts from, by their content ids, among the archives of some directories.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::{Archive, ArchiveError, UNFINISHED_PREFIX};
+use super::{Archive, ArchiveError, is_archive_name};
 use crate::format::index::BaseReference;
 use crate::format::limits::BASE_CHAIN;
 use crate::hexadecimal::hex;
@@ -24,6 +23,8 @@ pub struct Bases {
     known: Mutex<HashMap<Identity, Known>>,
     /// Where content was found last.
     found: Mutex<HashMap<[u8; 32], PathBuf>>,
+    /// Content that was in none of the places when it was last looked for.
+    missing: Mutex<HashSet<[u8; 32]>>,
 }
 
 /// Where bases are looked for.
@@ -70,7 +71,13 @@ impl Bases {
     /// Bases are looked for in these places, in the order given; of two in one directory that are equally good the first in
     /// byte order is taken.
     pub fn new(places: Vec<Place>) -> Self {
-        Self { places, known: Mutex::default(), found: Mutex::default() }
+        Self { places, ..Self::default() }
+    }
+
+    /// Looks again for what was missing. Until it is told to, a base that is missing is looked for once, however many
+    /// variants need it.
+    pub fn look_again(&self) {
+        held(&self.missing).clear();
     }
 
     /// Opens the archive at `path`, and what it starts from.
@@ -112,7 +119,16 @@ impl Bases {
     fn find(&self, path: &Path, base: &BaseReference, depth: usize) -> Result<Arc<Archive>, ArchiveError> {
         let wanted = base.content_id;
         let is_base = |candidate: &Path| self.has_content(candidate, wanted) == Some(StandsAlone(true));
-        let last = self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&wanted).cloned();
+        let missing = || ArchiveError::BaseMissing {
+            path: path.to_owned(),
+            name: base.name.clone(),
+            content_id: hex(&wanted),
+            places: self.places.iter().map(|place| place.path.clone()).collect(),
+        };
+        if held(&self.missing).contains(&wanted) {
+            return Err(missing());
+        }
+        let last = held(&self.found).get(&wanted).cloned();
         if let Some(last) = last.filter(|last| is_base(last))
             && let Ok(archive) = self.open_below(&last, depth)
         {
@@ -123,8 +139,7 @@ impl Bases {
             match self.has_content(&candidate, wanted) {
                 Some(StandsAlone(true)) => {
                     if let Ok(archive) = self.open_below(&candidate, depth) {
-                        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-                        found.insert(wanted, candidate);
+                        held(&self.found).insert(wanted, candidate);
                         return Ok(archive);
                     }
                 }
@@ -132,15 +147,13 @@ impl Bases {
                 None => (),
             }
         }
+        if variants.is_empty() {
+            held(&self.missing).insert(wanted);
+        }
         let own = path.canonicalize().ok();
         let mut variants = variants.into_iter().filter(|variant| variant.canonicalize().ok() != own);
         let found = variants.find_map(|variant| self.open_below(&variant, depth).ok());
-        found.ok_or_else(|| ArchiveError::BaseMissing {
-            path: path.to_owned(),
-            name: base.name.clone(),
-            content_id: hex(&wanted),
-            places: self.places.iter().map(|place| place.path.clone()).collect(),
-        })
+        found.ok_or_else(missing)
     }
 
     /// Whether the file is an archive that decodes to this content, and if so which kind. Each file is looked at once.
@@ -165,9 +178,13 @@ impl Bases {
         found
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Identity, Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<Identity, Known>> {
+        held(&self.known)
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Archive {
@@ -204,7 +221,7 @@ fn candidates(place: &Place) -> Vec<PathBuf> {
                 if level < place.levels {
                     waiting.push((candidate, level + 1));
                 }
-            } else if is_archive_name(&candidate)
+            } else if is_archive_name(&name)
                 && (link.is_file() || candidate.canonicalize().is_ok_and(|real| real.starts_with(&root)))
             {
                 found.push(candidate);
@@ -212,9 +229,4 @@ fn candidates(place: &Place) -> Vec<PathBuf> {
         }
     }
     found
-}
-
-fn is_archive_name(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default();
-    !name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes()) && path.extension().is_some_and(|end| end == "mcwc")
 }

@@ -3,6 +3,7 @@
 //!
 //! Everything is decoded on one thread from memory; only the stage `read` touches the file.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hint::black_box;
 use std::io::{self, Write};
@@ -240,9 +241,13 @@ fn decode_all(
     let mut references: HashMap<PartAddress, Vec<u8>> = HashMap::new();
     let records = archive.index().records.len();
     let mut last_use = vec![0; records];
+    let looks_at_two_layers = archive.networks().iter().any(|network| network.contexts() == 2);
     for number in 0..records as u32 {
         if let Some(reference) = archive.record(number).reference {
             last_use[reference as usize] = number; // references come first
+            if looks_at_two_layers && let Some(second) = archive.record(reference).reference {
+                last_use[second as usize] = number;
+            }
         }
     }
     for number in 0..records as u32 {
@@ -258,15 +263,18 @@ fn decode_all(
             archive.read_body(address, 0, &mut stored[..unpadded])?;
             around.read += start.elapsed().as_secs_f64();
 
+            let decoded = |record, part| references.get(&PartAddress { record, part }).map(Vec::as_slice);
             let reference = part.prediction().and_then(|prediction| {
-                references.get(&PartAddress { record: below?, part: prediction.reference_part }).map(Vec::as_slice)
+                let nearest = decoded(below?, prediction.reference_part)?;
+                let Some(part) = prediction.second_part else { return Some(Cow::Borrowed(nearest)) };
+                Some(Cow::Owned([nearest, decoded(archive.record(below?).reference?, part)?].concat()))
             });
             // The base's decoding is the base's.
             let of_base = match part.base() {
                 Some(reference) => Some(base.base_bytes(archive, reference, 0..part.length_bytes())?),
                 None => None,
             };
-            let reference = of_base.as_deref().or(reference);
+            let reference = of_base.as_deref().or(reference.as_deref());
             // Touched before decoding is timed: what the system does for fresh memory is a stage of its own.
             let start = Instant::now();
             let mut out = vec![1; part.length_bytes() as usize];

@@ -1,7 +1,7 @@
 //! The report of a packing run: what was made, what it lost and what it saves, for people who decide and for programs.
 //!
-//! [`ModelReport`] is all that is known, gathered from the archive as it lies there; [`mod@page`] draws it, and the page
-//! carries the same as JSON.
+//! `ModelReport` is all that is known, gathered from the archive as it lies there; `page` draws it, and the page carries the
+//! same as JSON.
 
 mod charts;
 mod html;

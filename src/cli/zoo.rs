@@ -2,21 +2,21 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::SystemTime;
 
 use clap::Args;
 use serde::Serialize;
 
-use super::pack::{Bar, Destination, PackCommandError, print};
+use super::pack::{Bar, Destination, PackCommandError, copy_sidecars, print};
 use super::{lies_inside, parse_threads};
-use crate::archive::Archive;
+use crate::archive::{Archive, ArchivedFile};
 use crate::hexadecimal::hex;
 use crate::pack::base::Base;
 use crate::pack::encode::{Encoder, PackError, Silent, hidden_file};
 use crate::pack::options::{Effort, PackOptions};
-use crate::pack::source::Checkpoint;
+use crate::pack::source::{Checkpoint, Sidecar, SourceFile};
 use crate::pack::zoo::{self, Member};
 
 /// The manifest's name in the output.
@@ -45,7 +45,7 @@ pub struct ZooArgs {
     /// Print the manifest, or the plan, as JSON.
     #[arg(long)]
     json: bool,
-    /// Pack again what was packed before; otherwise archives newer than their checkpoints are kept.
+    /// Pack again what was packed before; otherwise archives of checkpoints that did not change are kept.
     #[arg(long)]
     force: bool,
 }
@@ -165,7 +165,11 @@ fn pack_member(
     };
     let base_id = base.as_ref().map(|base| base.reference().content_id);
     let is_packed = !args.force && is_packed(&destination.archive, &checkpoint, base_id);
-    if !is_packed {
+    if is_packed {
+        let is_other = |sidecar: &&Sidecar| !is_copied(sidecar, &directory);
+        let changed: Vec<Sidecar> = checkpoint.sidecars.iter().filter(is_other).cloned().collect();
+        copy_sidecars(&changed, &directory)?;
+    } else {
         fs::create_dir_all(&directory).map_err(super::pack::io_at(&directory))?;
         let options = options(args);
         let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), progress)?;
@@ -183,21 +187,31 @@ fn pack_member(
     })
 }
 
-/// Whether there is a sound archive of the checkpoint as it is, against the same base: nothing is read but headers, so
-/// a file that was changed without a newer time is not seen to be.
+/// Whether a sidecar lies in the output as it is.
+fn is_copied(sidecar: &Sidecar, directory: &Path) -> bool {
+    let copy = directory.join(&sidecar.name);
+    let length = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).ok();
+    let is_as_long = length(&copy).is_some_and(|bytes| length(&sidecar.path) == Some(bytes));
+    is_as_long && fs::read(&copy).is_ok_and(|bytes| fs::read(&sidecar.path).is_ok_and(|source| source == bytes))
+}
+
+/// Whether there is a sound archive of the checkpoint as it is, against the same base. Of a file that nobody has touched since
+/// only the header is read; whatever a file says of its own time, the system knows when anything of it last changed.
 fn is_packed(archive_path: &Path, checkpoint: &Checkpoint, base: Option<[u8; 32]>) -> bool {
-    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
     let Ok(archive) = Archive::open(archive_path) else { return false };
-    let packed = modified(archive_path).unwrap_or(SystemTime::UNIX_EPOCH);
-    let is_the_base = archive.index().bases.first().map(|base| base.content_id) == base;
-    let is_newer = checkpoint.files.iter().all(|file| modified(&file.path).is_some_and(|changed| changed <= packed));
-    let has_its_headers = archive.files().len() == checkpoint.files.len()
-        && archive
-            .files()
-            .iter()
-            .zip(&checkpoint.files)
-            .all(|(ours, theirs)| ours.name == theirs.name && ours.header == theirs.header.bytes);
-    is_the_base && is_newer && has_its_headers && !archive.is_lossy()
+    let Ok(packed) = fs::metadata(archive_path) else { return false };
+    let is_as_packed = |ours: &ArchivedFile, theirs: &SourceFile| {
+        let is_untouched = fs::metadata(&theirs.path)
+            .is_ok_and(|file| (file.ctime(), file.ctime_nsec()) < (packed.ctime(), packed.ctime_nsec()));
+        ours.name == theirs.name
+            && ours.header == theirs.header.bytes
+            && (is_untouched || theirs.sha256().is_ok_and(|digest| digest == ours.source_sha256))
+    };
+    let is_the_base = archive.index().bases.first().map(|found| found.content_id) == base;
+    is_the_base
+        && !archive.is_lossy()
+        && archive.files().len() == checkpoint.files.len()
+        && archive.files().iter().zip(&checkpoint.files).all(|(ours, theirs)| is_as_packed(ours, theirs))
 }
 
 /// What the checkpoint takes alone, and compressed by zstd.

@@ -17,9 +17,9 @@ pub struct LowRank {
     /// The product is taken times this, in weight units.
     pub scale: f32,
     /// The left factor, `[rows, rank]`, magnitudes up to [`crate::format::limits::FACTOR`].
-    pub left: Vec<i32>,
+    pub left: Vec<i16>,
     /// The right factor, `[rank, columns]`, alike.
-    pub right: Vec<i32>,
+    pub right: Vec<i16>,
 }
 
 impl LowRank {
@@ -27,6 +27,7 @@ impl LowRank {
     /// number of the first in the tensor. Each sum is rounded to `dtype`.
     ///
     /// Panics where `dtype` is not `F32`, `F16` or `BF16`: it is checked when a part is prepared.
+    #[inline(always)] // so that it is compiled for the instructions of who calls it
     pub fn add(&self, dtype: &Dtype, first_element: usize, elements: &mut [u8]) {
         match dtype {
             Dtype::BF16 => self.add_to::<2>(first_element, elements, |value, product| {
@@ -42,6 +43,7 @@ impl LowRank {
         }
     }
 
+    #[inline(always)]
     fn add_to<const BYTES: usize>(
         &self,
         first_element: usize,
@@ -62,13 +64,14 @@ impl LowRank {
     }
 
     /// Integer products of a row of the left factor with consecutive columns of the right one.
+    #[inline(always)]
     fn products(&self, row: usize, column: usize, count: usize, sums: &mut Vec<i32>) {
         sums.clear();
         sums.resize(count, 0);
         for (k, &left) in self.left[row * self.rank..][..self.rank].iter().enumerate() {
             let right = &self.right[k * self.columns + column..][..count];
             for (sum, &right) in sums.iter_mut().zip(right) {
-                *sum += left * right;
+                *sum += i32::from(left) * i32::from(right);
             }
         }
     }

@@ -98,7 +98,8 @@ impl CpuEngine {
         if part.based().is_some_and(|based| based.difference.is_none()) {
             for job in jobs {
                 let reference = part.reference_of(job.strip, first, reference).expect("it starts from a base");
-                job.out.copy_from_slice(&part.predicted_strip(job.strip, reference));
+                let predicted = part.predicted_strip(job.strip, reference, self.kernels.differences.add_product());
+                job.out.copy_from_slice(&predicted);
             }
             return Ok(());
         }

@@ -10,9 +10,11 @@ use super::{DecodeError, Engine, Pools, PreparedPart, StripJob};
 use crate::codec::entropy::{CodingTable, STATE_LOW};
 use crate::codec::integers;
 use crate::codec::motion::Motion;
+use crate::codec::predictor::network::Network;
 use crate::codec::quantizer::join_code;
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::format::limits::TRELLIS_STATE_BITS;
+use crate::format::network::{Requantization, StoredHidden, StoredKind, StoredMap, StoredNetwork};
 use crate::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredPlacement, StoredPrediction, StoredPredictor,
     StoredTrellis, SymbolStreams, TrellisTables,
@@ -35,7 +37,8 @@ pub(super) struct RandomPart {
 
 impl RandomPart {
     pub fn prepared(&self) -> PreparedPart {
-        let pools = Pools { tables: &self.tables, ..Pools::default() };
+        let networks = [small_network()];
+        let pools = Pools { tables: &self.tables, networks: &networks, ..Pools::default() };
         PreparedPart::new(&self.tensor, &self.header, pools, self.motion.clone()).expect("a sound header")
     }
 
@@ -52,6 +55,31 @@ impl RandomPart {
         }
         self
     }
+}
+
+/// A network for units of eleven elements.
+fn small_network() -> Arc<Network> {
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut map = |rows: usize, columns: usize| StoredMap {
+        weights: (0..rows * columns).map(|_| random.i8(..)).collect(),
+        biases: (0..rows).map(|_| random.i32(-999..999)).collect(),
+    };
+    let requantization = Requantization { multiplier: 40_000, shift: 21 };
+    Arc::new(Network::new(StoredNetwork {
+        unit: 11,
+        contexts: 1,
+        width: 6,
+        to_latent: requantization,
+        hidden: Some(StoredHidden {
+            up: map(9, 6),
+            to_hidden: requantization,
+            activation: (-128..=127).collect(),
+            down: map(6, 9),
+            to_latent: requantization,
+        }),
+        kinds: vec![StoredKind { input: map(6, 11), output: map(11, 6) }],
+        layers: vec![],
+    }))
 }
 
 /// Tables that keep the depth rule: a few codes, or many.
@@ -124,6 +152,14 @@ pub(super) struct Recipe {
     pub seed: u64,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Predicted {
+    Copied,
+    Affine,
+    Vectors,
+    Network,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     Split(Carrier, u8),
@@ -136,7 +172,7 @@ pub(super) enum Kind {
     Quantized {
         raw_bits: u8,
         trellis: Option<StoredTrellis>,
-        prediction: Option<bool>,
+        prediction: Option<Predicted>,
         motion_axis: Option<u8>,
         sides: bool,
         has_column_scales: bool,
@@ -153,7 +189,9 @@ pub(super) fn recipes() -> impl Strategy<Value = Recipe> {
     let tables = select(vec![TrellisTables::Shared, TrellisTables::Pairs]);
     let trellis = (tables, TRELLIS_STATE_BITS).prop_map(|(tables, state_bits)| StoredTrellis { tables, state_bits });
     let trellis = prop::option::of(trellis);
-    let prediction = (select(vec![None, Some(false), Some(true)]), select(vec![None, Some(0_u8), Some(1)]));
+    use Predicted::{Affine, Copied, Network, Vectors};
+    let prediction = select(vec![None, Some(Copied), Some(Affine), Some(Vectors), Some(Network)]);
+    let prediction = (prediction, select(vec![None, Some(0_u8), Some(1)]));
     let quantized = (
         select(vec![Dtype::BF16, Dtype::F16, Dtype::F32]),
         select(vec![0_u8, 0, 0, 1, 3, 8]),
@@ -257,18 +295,44 @@ impl Recipe {
                 let column_scales = has_column_scales.then(|| {
                     integers::encode(&(0..run_elements).map(|column| column as i32 * 7 % 41 - 20).collect::<Vec<_>>())
                 });
-                let predictor = prediction.map(|affine| match affine {
-                    false => StoredPredictor::ScaledCopy { gain: 0.7 },
-                    true => StoredPredictor::RowAffine {
+                let predictor = prediction.map(|predicted| match predicted {
+                    Predicted::Copied => StoredPredictor::ScaledCopy { gain: 0.7 },
+                    Predicted::Affine => StoredPredictor::RowAffine {
                         gain_step: 0.01,
                         offset_step: 0.003,
                         gains: each(-100, 100),
                         offsets: each(-5, 5),
                     },
+                    Predicted::Vectors => {
+                        let axis = motion_axis.unwrap_or(0);
+                        let units = [self.rows, self.columns][usize::from(axis)];
+                        let mut random = fastrand::Rng::with_seed(self.seed);
+                        let mut each = |count, most| {
+                            let numbers: Vec<i32> = (0..count).map(|_| random.i32(0..=most)).collect();
+                            (numbers.iter().sum::<i32>() as usize, integers::encode(&numbers))
+                        };
+                        let (vectors, counts) = each(units, 4);
+                        let (_, sources) = each(vectors, units as i32 - 1);
+                        let (_, gains) = each(vectors, 20);
+                        StoredPredictor::MotionVectors { axis, gain_step: -0.06, counts, sources, gains }
+                    }
+                    Predicted::Network => StoredPredictor::Network {
+                        network: 0,
+                        kind: 0,
+                        layer: None,
+                        input_scale: 300.0,
+                        output_scale: 1e-5,
+                        second_part: None,
+                    },
                 });
                 let prediction = predictor.map(|predictor| {
-                    let placement =
-                        motion_axis.map(|axis| StoredPlacement { axis, repeat: 1, per_member: true, unit: 1 });
+                    let is_vectors = matches!(predictor, StoredPredictor::MotionVectors { .. });
+                    let placement = (motion_axis.filter(|_| !is_vectors)).map(|axis| StoredPlacement {
+                        axis,
+                        repeat: 1,
+                        per_member: true,
+                        unit: 1,
+                    });
                     StoredPrediction { reference_part: 0, placement, predictor }
                 });
                 if let Some(axis) = motion_axis {

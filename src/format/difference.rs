@@ -55,6 +55,13 @@ pub struct BasedInfo {
     pub difference: Option<StoredDifference>,
 }
 
+impl StoredLowRank {
+    /// Bits of both factors.
+    pub fn bits(&self) -> f64 {
+        8.0 * (self.left.0.len() + self.right.0.len()) as f64
+    }
+}
+
 const HAS_LOW_RANK: u8 = 1;
 const HAS_DIFFERENCE: u8 = 2;
 

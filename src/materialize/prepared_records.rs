@@ -6,6 +6,7 @@ use lru::LruCache;
 
 use super::{MaterializeError, prepare_record};
 use crate::archive::Archive;
+use crate::codec::integers::Integers;
 use crate::decode::PreparedPart;
 
 /// More than this is not worth keeping: it is the side information of a model of some hundred billion parameters.
@@ -55,11 +56,19 @@ impl PreparedRecords {
     }
 }
 
-/// What a prepared record takes, near enough: a line per strip, and up to five integers per run.
+/// What a prepared record takes, near enough: a line per strip, up to five integers per run, and of parts that start from a
+/// base the factors of a product and an integer per row of classes.
 fn memory_bytes(record: &PreparedRecord) -> u64 {
     let of_part = |part: &PreparedPart| {
         let runs = part.symbols().map_or(0, |symbols| part.strips() * symbols.runs_per_strip);
-        512 + 40 * part.strips() as u64 + 20 * runs as u64
+        let low_rank = part.based().and_then(|based| based.low_rank.as_ref());
+        let factors = low_rank.map_or(0, |product| product.left.len() + product.right.len());
+        let difference = part.based().and_then(|based| based.difference.as_ref());
+        let class_rows = difference.map_or(0, |difference| match &difference.classes.offsets {
+            Integers::Constant(_) => 0,
+            Integers::Each(offsets) => offsets.len(),
+        });
+        512 + 48 * part.strips() as u64 + 20 * runs as u64 + 2 * factors as u64 + 4 * class_rows as u64
     };
     record.iter().map(of_part).sum()
 }

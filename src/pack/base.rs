@@ -1,12 +1,13 @@
 //! The base of a variant: which of its tensors each tensor of a checkpoint starts from, and their decoded bytes.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::difference::mean_distance;
+use super::difference::{mean_distance, spread_elements};
 use super::source::{Checkpoint, SourceError};
-use crate::archive::{Archive, ArchiveError, UNFINISHED_PREFIX};
+use crate::archive::{Archive, ArchiveError, is_archive_name};
 use crate::format::difference::BaseTensor;
 use crate::format::index::BaseReference;
 use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
@@ -142,6 +143,7 @@ impl Base {
                 unclaimed.remove(&place);
             }
         }
+        let mut spread = BTreeMap::new();
         for (file, tensor, info) in all() {
             if found[file][tensor].is_some() {
                 continue;
@@ -156,7 +158,7 @@ impl Base {
                 (alike.iter().copied()).filter(|&place| ends_alike(&info.name, &self.tensor(of(place)).name)).collect();
             let chosen = match named.as_slice() {
                 [place] => Some(*place),
-                _ => self.nearest(info, checkpoint.files[file].tensor_bytes(tensor), &alike)?,
+                _ => self.nearest(info, checkpoint.files[file].tensor_bytes(tensor), &alike, &mut spread)?,
             };
             if let Some(place) = chosen {
                 found[file][tensor] = Some(of(place));
@@ -173,21 +175,30 @@ impl Base {
         })
     }
 
-    /// Of tensors of the same shape the one whose values are nearest, unless even that is unlike.
+    /// Of tensors of the same shape the one whose values are nearest, unless even that is unlike. `spread` has what is known of
+    /// their elements: each is decoded once.
     fn nearest(
         &self,
         tensor: &TensorInfo,
         bytes: &[u8],
         candidates: &[(u32, u32)],
+        spread: &mut BTreeMap<(u32, u32), Vec<f64>>,
     ) -> Result<Option<(u32, u32)>, MaterializeError> {
+        let elements = spread_elements(tensor, bytes, COMPARED_ELEMENTS);
         let mut nearest: Option<(f64, (u32, u32))> = None;
         for &(file, number) in candidates {
             let reference = BaseTensor { base: 0, file, tensor: number };
             if self.tensor(reference).shape != tensor.shape {
                 continue;
             }
-            let decoded = self.decoded(reference, tensor.length_bytes)?;
-            let distance = mean_distance(tensor, bytes, &decoded, COMPARED_ELEMENTS);
+            let others = match spread.entry((file, number)) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(unknown) => {
+                    let decoded = self.decoded(reference, tensor.length_bytes)?;
+                    unknown.insert(spread_elements(tensor, &decoded, COMPARED_ELEMENTS))
+                }
+            };
+            let distance = mean_distance(&elements, others);
             if distance < nearest.map_or(UNLIKE, |(least, _)| least) {
                 nearest = Some((distance, (file, number)));
             }
@@ -214,15 +225,13 @@ fn ends_alike(a: &str, b: &str) -> bool {
 
 /// The archive at `path` or the one in it; `None` where it is no packed one.
 fn packed_at(path: &Path) -> Result<Option<PathBuf>, BaseError> {
-    let is_archive = |path: &Path| path.extension().is_some_and(|extension| extension == "mcwc");
+    let is_archive = |path: &Path| path.file_name().is_some_and(is_archive_name);
     if !path.is_dir() {
         return Ok(is_archive(path).then(|| path.to_owned()));
     }
     let entries = std::fs::read_dir(path).map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
-    let archives: Vec<PathBuf> = (entries.flatten().map(|entry| entry.path()))
-        .filter(|path| is_archive(path))
-        .filter(|path| !path.file_name().unwrap_or_default().to_string_lossy().starts_with(UNFINISHED_PREFIX))
-        .collect();
+    let archives: Vec<PathBuf> =
+        (entries.flatten().map(|entry| entry.path())).filter(|path| is_archive(path)).collect();
     match archives.len() {
         0 => Ok(None),
         1 => Ok(archives.into_iter().next()),

@@ -9,6 +9,7 @@ use super::entropy_model::{ClassHistograms, StreamKind, TablePool};
 use super::histogram::Histogram;
 use super::part::{EncodedPart, EncodedStrip, strip_bytes};
 use super::symbols::{Placed, RunLayout};
+use super::treatment::changes;
 use crate::codec::difference::{Bits, CLASSES, Classes, coded_order};
 use crate::codec::integers::{self, Integers};
 use crate::format::difference::{BaseTensor, BasedInfo, StoredDifference, StoredLowRank};
@@ -46,6 +47,15 @@ pub struct DifferenceChoice {
     has_few_lanes: bool,
 }
 
+/// What all choices of parameters begin with, found out once.
+#[derive(Clone, Debug, Default)]
+struct Facts {
+    /// The largest magnitude of what elements start from, as an unsigned integer.
+    highest: u32,
+    /// By row, octaves of the root mean square change; `None` where nothing changed. Empty where classes do not follow rows.
+    row_octaves: Vec<Option<f64>>,
+}
+
 /// A tensor beside what it starts from.
 #[derive(Clone, Copy, Debug)]
 pub struct Pair<'a> {
@@ -57,9 +67,8 @@ pub struct Pair<'a> {
     pub predicted: &'a [u8],
 }
 
-/// Mean distance of a tensor to another in units of its own spread, both as integers in the order of the numbers, on at most
-/// `sampled` elements: 0 where they are equal, about 1 where they have nothing in common.
-pub fn mean_distance(tensor: &TensorInfo, bytes: &[u8], other: &[u8], sampled: usize) -> f64 {
+/// Elements spread over a tensor, about so many, as integers in the order of the numbers.
+pub fn spread_elements(tensor: &TensorInfo, bytes: &[u8], count: usize) -> Vec<f64> {
     let width = tensor.dtype.bits().unwrap_or(8) as usize / 8;
     let elements = bytes.len() / width.max(1);
     let value = |bytes: &[u8], element: usize| -> f64 {
@@ -69,11 +78,17 @@ pub fn mean_distance(tensor: &TensorInfo, bytes: &[u8], other: &[u8], sampled: u
         let magnitude = number & (u64::MAX >> (65 - 8 * width));
         if number >> (8 * width - 1) == 1 { -(magnitude as f64) } else { magnitude as f64 }
     };
+    (0..elements).step_by((elements / count).max(1)).map(|element| value(bytes, element)).collect()
+}
+
+/// Mean distance of elements to others in units of their own spread: 0 where they are equal, about 1 where they have nothing in
+/// common.
+pub fn mean_distance(elements: &[f64], others: &[f64]) -> f64 {
     let (mut distance, mut spread) = (0.0, 0.0);
-    for element in (0..elements).step_by((elements / sampled).max(1)) {
-        let next = (element + elements / 2 + 1) % elements;
-        distance += (value(bytes, element) - value(other, element)).abs();
-        spread += (value(bytes, element) - value(bytes, next)).abs();
+    for (number, (&element, other)) in elements.iter().zip(others).enumerate() {
+        let next = elements[(number + elements.len() / 2 + 1) % elements.len()];
+        distance += (element - other).abs();
+        spread += (element - next).abs();
     }
     if distance == 0.0 { 0.0 } else { distance / spread }
 }
@@ -95,22 +110,25 @@ impl DifferenceChoice {
             _ => width - 1,
         };
         let zero_bits = common_zero_bits(pair);
-        let strips = DifferencePart::new(pair, Self::plain(mantissa_bits, zero_bits)).layout.strips();
+        let follows_rows = pair.tensor.shape.len() >= 2 && pair.is_float();
+        let facts = Facts::of(pair, follows_rows);
+        let plain = Self::plain(mantissa_bits, zero_bits);
+        let strips = DifferencePart::with_facts(pair, plain, &facts).layout.strips();
         let sampled: Vec<usize> = (0..strips).step_by(strips.div_ceil(SAMPLED_STRIPS)).collect();
         let cost = |choice: Self| {
-            let part = DifferencePart::new(pair, choice);
+            let part = DifferencePart::with_facts(pair, choice, &facts);
             let (classes, raw_bits) = part.count(&sampled);
             let elements: usize = sampled.iter().map(|&strip| part.layout.strip_elements(strip)).sum();
             let offsets =
                 if choice.by_row { 8.0 * part.offsets().0.len() as f64 / pair.elements() as f64 } else { 0.0 };
             (classes.bits(&classes.fit()) + raw_bits) / elements.max(1) as f64 + offsets
         };
-        let mut best = Self::plain(mantissa_bits, zero_bits);
+        let mut best = plain;
         let mut least = cost(best);
         for (finer, by_row) in [(0, true), (1, false), (2, false), (2, true)] {
             let class_shift = (mantissa_bits as u8).saturating_sub(finer);
             let choice = Self { class_shift, by_row, ..best };
-            if by_row && (pair.tensor.shape.len() < 2 || !pair.is_float()) {
+            if by_row && !follows_rows {
                 continue;
             }
             let bits = cost(choice);
@@ -135,6 +153,41 @@ impl Pair<'_> {
 
     fn is_float(&self) -> bool {
         matches!(self.tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    }
+
+    fn element_bytes(&self) -> usize {
+        self.bytes.len() / self.elements().max(1)
+    }
+
+    fn columns(&self) -> usize {
+        self.tensor.shape[1..].iter().product::<u64>() as usize
+    }
+
+    fn for_width<R>(&self, work: &impl ForWidth<R>) -> R {
+        match self.element_bytes() {
+            1 => work.of::<u8>(),
+            2 => work.of::<u16>(),
+            _ => work.of::<u32>(),
+        }
+    }
+}
+
+impl Facts {
+    fn of(pair: Pair<'_>, follows_rows: bool) -> Self {
+        let highest = pair.for_width(&Highest(pair.predicted));
+        if !follows_rows {
+            return Self { highest, row_octaves: Vec::new() };
+        }
+        let columns = pair.columns();
+        let row_bytes = columns * pair.element_bytes();
+        let rows = pair.bytes.par_chunks(row_bytes).zip(pair.predicted.par_chunks(row_bytes));
+        let row_octaves = rows.map(|(row, predicted)| {
+            let changes = changes(pair.tensor, row, predicted);
+            let squares: f64 = changes.into_iter().map(|change| f64::from(change) * f64::from(change)).sum();
+            let octaves = 0.5 * (squares / columns as f64).log2();
+            octaves.is_finite().then_some(octaves)
+        });
+        Self { highest, row_octaves: row_octaves.collect() }
     }
 }
 
@@ -179,6 +232,10 @@ struct RunSymbols {
 impl<'a> DifferencePart<'a> {
     /// The differences of a pair, coded as chosen.
     pub fn new(pair: Pair<'a>, choice: DifferenceChoice) -> Self {
+        Self::with_facts(pair, choice, &Facts::of(pair, choice.by_row))
+    }
+
+    fn with_facts(pair: Pair<'a>, choice: DifferenceChoice, facts: &Facts) -> Self {
         let elements = pair.elements();
         let mut layout = RunLayout::of_runs(elements, RUN_ELEMENTS);
         if choice.has_few_lanes {
@@ -194,40 +251,30 @@ impl<'a> DifferencePart<'a> {
             },
             layout,
         };
-        part.classes = part.fit_classes();
+        part.classes = part.fit_classes(facts);
         part
     }
 
     /// Where classes begin: none is lost at the upper end, and where classes follow the rows each row's offset is how much
     /// larger its changes are than the least.
-    fn fit_classes(&self) -> Classes {
-        let shift = u32::from(self.choice.class_shift);
-        let highest = self.for_width(&Highest { shift, bytes: self.pair.predicted });
+    fn fit_classes(&self, facts: &Facts) -> Classes {
+        let highest = (facts.highest >> self.choice.class_shift) as i32;
         let mut classes = self.classes.clone();
         if !self.choice.by_row {
             classes.offsets = Integers::Constant((highest - (CLASSES as i32 - 1)).max(0));
             return classes;
         }
-        let columns = self.pair.tensor.shape[1..].iter().product::<u64>() as usize;
-        let row_bytes = columns * self.element_bytes();
-        let values = |bytes: &[u8]| super::quantize::values_of(&self.pair.tensor.dtype, bytes);
-        let rows: Vec<(&[u8], &[u8])> =
-            self.pair.bytes.chunks(row_bytes).zip(self.pair.predicted.chunks(row_bytes)).collect();
-        // Octaves of the root mean square change of each row, in units of classes.
+        // In units of classes.
         let mantissa = match self.pair.tensor.dtype {
             Dtype::BF16 => 7,
             Dtype::F16 => 10,
             _ => 23,
         };
         let per_octave = f64::from(1_u32 << (mantissa - self.choice.class_shift));
-        let changes: Vec<Option<i32>> = rows
-            .par_iter()
-            .map(|(row, predicted)| {
-                let changes = values(row).into_iter().zip(values(predicted));
-                let squares: f64 = changes.map(|(value, before)| f64::from(value - before).powi(2)).sum();
-                let octaves = 0.5 * (squares / columns as f64).log2();
-                octaves.is_finite().then(|| (per_octave * octaves).round() as i32)
-            })
+        let changes: Vec<Option<i32>> = facts
+            .row_octaves
+            .iter()
+            .map(|octaves| octaves.map(|octaves| (per_octave * octaves).round() as i32))
             .collect();
         let largest = changes.iter().flatten().copied().max().unwrap_or(0);
         // Rows that changed most have their highest class at the top; a row that did not change at all is like them.
@@ -235,16 +282,12 @@ impl<'a> DifferencePart<'a> {
             .map(|change| (highest - (CLASSES as i32 - 1) + change.unwrap_or(largest) - largest).max(0))
             .collect();
         let lowest = offsets.iter().copied().min().unwrap_or(0);
-        classes.row_elements = columns;
+        classes.row_elements = self.pair.columns();
         classes.offsets = match offsets.iter().all(|&offset| offset == lowest) {
             true => Integers::Constant(lowest),
             false => Integers::Each(offsets),
         };
         classes
-    }
-
-    fn element_bytes(&self) -> usize {
-        self.pair.bytes.len() / self.pair.elements().max(1)
     }
 
     fn offsets(&self) -> crate::format::part::StoredIntegers {
@@ -254,17 +297,9 @@ impl<'a> DifferencePart<'a> {
         }
     }
 
-    fn for_width<R>(&self, work: &impl ForWidth<R>) -> R {
-        match self.element_bytes() {
-            1 => work.of::<u8>(),
-            2 => work.of::<u16>(),
-            _ => work.of::<u32>(),
-        }
-    }
-
     /// Differences of a strip, in coded order, common zero bits still below them.
     fn strip(&self, strip: usize) -> Vec<i32> {
-        self.for_width(&StripOf { part: self, strip })
+        self.pair.for_width(&StripOf { part: self, strip })
     }
 
     /// Counts the symbols of strips by kind and class; and raw bits.
@@ -394,7 +429,7 @@ impl<'a> DifferencePart<'a> {
                 let is_even = shifted << zero_bits == i64::from(difference);
                 let position = i32::try_from(symbol).ok().filter(|_| is_even).and_then(|symbol| table.position(symbol));
                 placed.positions.push(position.unwrap_or_else(|| {
-                    let value = difference.to_le_bytes()[..self.element_bytes()].to_vec();
+                    let value = difference.to_le_bytes()[..self.pair.element_bytes()].to_vec();
                     placed.exceptions.push((placed.raw.len() as u16, value));
                     table.filler()
                 }));
@@ -413,15 +448,12 @@ trait ForWidth<R> {
     fn of<T: Bits>(&self) -> R;
 }
 
-struct Highest<'a> {
-    shift: u32,
-    bytes: &'a [u8],
-}
+/// The largest magnitude in these bytes.
+struct Highest<'a>(&'a [u8]);
 
-impl ForWidth<i32> for Highest<'_> {
-    fn of<T: Bits>(&self) -> i32 {
-        let magnitudes = self.bytes.chunks_exact(T::BYTES).map(|bytes| T::read(bytes).magnitude());
-        (magnitudes.max().unwrap_or(0) >> self.shift) as i32
+impl ForWidth<u32> for Highest<'_> {
+    fn of<T: Bits>(&self) -> u32 {
+        T::chunks(self.0).iter().map(|&raw| T::from_raw(raw).magnitude()).max().unwrap_or(0)
     }
 }
 
@@ -438,11 +470,10 @@ impl ForWidth<Vec<i32>> for StripOf<'_> {
         let (bytes, predicted) = (&pair.bytes[range.clone()], &pair.predicted[range]);
         let mut of_elements = Vec::new();
         classes.of::<T>(first, predicted, &mut of_elements);
-        let difference = |element: u32| {
-            let bytes_of = element as usize * T::BYTES..(element as usize + 1) * T::BYTES;
-            T::read(&predicted[bytes_of.clone()]).difference(T::read(&bytes[bytes_of])).signed()
-        };
-        coded_order(&of_elements).into_iter().map(difference).collect()
+        let (elements, predicted) = (T::chunks(bytes), T::chunks(predicted));
+        let difference = |(&before, &element)| T::from_raw(before).difference(T::from_raw(element)).signed();
+        let differences: Vec<i32> = predicted.iter().zip(elements).map(difference).collect();
+        coded_order(&of_elements).into_iter().map(|element| differences[element as usize]).collect()
     }
 }
 
@@ -493,8 +524,8 @@ mod tests {
             offset_bytes: 0,
             length_bytes: 800,
         };
-        let (one, other) = (values(1), values(2));
-        assert_eq!(mean_distance(&tensor, &one, &one, 512), 0.0);
-        assert!(mean_distance(&tensor, &one, &other, 512) > 0.5);
+        let [one, other] = [1, 2].map(|seed| spread_elements(&tensor, &values(seed), 512));
+        assert_eq!(mean_distance(&one, &one), 0.0);
+        assert!(mean_distance(&one, &other) > 0.5);
     }
 }

@@ -7,24 +7,28 @@
 mod compare;
 mod error;
 mod finished;
+mod network;
 mod records;
 mod steering;
 mod target;
+mod training;
 mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
+use self::training::Settled;
 use super::base::{Base, BaseError};
 use super::calibration::Calibration;
 use super::evaluation::Evaluation;
 use super::keep::{Keep, kept};
-use super::low_rank::FoundProduct;
-use super::options::{PackOptions, PredictorChoice, Quantization};
+use super::low_rank::{FoundProduct, add_product};
+use super::network::FittedNetwork;
+use super::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
@@ -57,6 +61,23 @@ impl Progress for Silent {
     fn advance(&self, _: u64) {}
 }
 
+/// How a tensor starts from one of the base.
+#[derive(Debug)]
+struct BasedTensor {
+    reference: BaseTensor,
+    /// Bit-exact, where that is shorter than bit-exact and alone.
+    exact: Option<ExactStart>,
+    /// Whether it is so near that what changed is quantized where the tensor is to be.
+    is_near: bool,
+}
+
+#[derive(Debug)]
+struct ExactStart {
+    choice: BasedChoice,
+    /// What is added to the reference.
+    product: Option<FoundProduct>,
+}
+
 /// A checkpoint on its way into an archive.
 pub struct Encoder<'a> {
     checkpoint: &'a Checkpoint,
@@ -66,11 +87,13 @@ pub struct Encoder<'a> {
     plan: CheckpointPlan,
     /// Per record, per part.
     treatments: Vec<Vec<Treatment>>,
-    /// The tensors that start from the base, by file and tensor.
-    based: BTreeMap<(usize, usize), (BaseTensor, Option<FoundProduct>)>,
+    /// The tensors that start from the base, or may, by file and tensor.
+    based: BTreeMap<(usize, usize), BasedTensor>,
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
     calibration: Option<Calibration<'a>>,
+    /// What parts may be predicted with, fitted when first asked for.
+    network: OnceLock<Option<FittedNetwork>>,
     evaluation: Option<Evaluation<'a>>,
     /// Samples of every tensor, where they are needed again.
     surveyed: Option<Survey<'a>>,
@@ -103,9 +126,13 @@ impl<'a> Encoder<'a> {
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
             calibration: None,
+            network: OnceLock::new(),
             evaluation: None,
             surveyed: None,
         };
+        if options.alignment == AlignmentChoice::Coarse {
+            encoder.plan.records.iter_mut().for_each(RecordPlan::merge_pairs);
+        }
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
             let mut treatments = Vec::with_capacity(record.parts.len());
@@ -116,15 +143,13 @@ impl<'a> Encoder<'a> {
                 let reference = counterparts.as_ref().and_then(|found| found[part.file][part.tensor]);
                 if let (Some(base), Some(reference)) = (base, reference) {
                     let decoded = base.decoded(reference, tensor.length_bytes).map_err(BaseError::from)?;
-                    let is_whole = base.tensor(reference).shape == tensor.shape;
-                    let chosen = BasedChoice::choose(treatment, reference, is_whole, tensor, bytes, &decoded);
-                    if let Some((choice, product)) = chosen {
-                        treatment = Treatment::Based(choice);
-                        encoder.based.insert((part.file, part.tensor), (reference, product));
-                    } else if options.quantization != Quantization::ResidualVector
-                        && is_near(treatment, tensor, bytes, &decoded)
-                    {
-                        encoder.based.insert((part.file, part.tensor), (reference, None));
+                    let mut based = BasedTensor::choose(base, reference, treatment, tensor, bytes, &decoded);
+                    based.is_near &= options.quantization != Quantization::ResidualVector;
+                    if let (false, Some(exact)) = (matches!(treatment, Treatment::Quantized(_)), &based.exact) {
+                        treatment = Treatment::Based(exact.choice);
+                    }
+                    if based.exact.is_some() || based.is_near {
+                        encoder.based.insert((part.file, part.tensor), based);
                     }
                 }
                 treatments.push(treatment);
@@ -135,21 +160,21 @@ impl<'a> Encoder<'a> {
         Ok(encoder)
     }
 
-    /// What a tensor starts from, decoded; `None` where it stands alone.
-    fn start(&self, file: usize, tensor: usize) -> Result<Option<Start>, MaterializeError> {
-        let (Some(base), Some((reference, product))) = (self.base, self.based.get(&(file, tensor))) else {
-            return Ok(None);
+    /// What a tensor starts from where it is quantized or, the other way, bit-exact, decoded; `None` where it stands alone.
+    fn start(&self, file: usize, tensor: usize, is_quantized: bool) -> Result<Option<Start>, MaterializeError> {
+        let (Some(base), Some(based)) = (self.base, self.based.get(&(file, tensor))) else { return Ok(None) };
+        let product = match &based.exact {
+            _ if is_quantized && based.is_near => None,
+            Some(exact) if !is_quantized => exact.product.as_ref(),
+            _ => return Ok(None),
         };
         let info = self.tensor(file, tensor).0;
-        let mut predicted = base.decoded(*reference, info.length_bytes)?;
+        let mut predicted = base.decoded(based.reference, info.length_bytes)?;
         if let Some(found) = product {
-            found.product.add(&info.dtype, 0, &mut predicted);
+            add_product(&found.product, &info.dtype, &mut predicted);
         }
-        Ok(Some(Start {
-            reference: *reference,
-            predicted,
-            low_rank: product.as_ref().map(|found| found.stored.clone()),
-        }))
+        let low_rank = product.map(|found| found.stored.clone());
+        Ok(Some(Start { reference: based.reference, predicted, low_rank }))
     }
 
     /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
@@ -228,8 +253,12 @@ impl<'a> Encoder<'a> {
             survey.begin_record();
             for (part, &treatment) in record.parts.iter().zip(treatments) {
                 let (tensor, bytes) = self.tensor(part.file, part.tensor);
-                let start = self.start(part.file, part.tensor)?;
-                survey.add(treatment, tensor, bytes, start.as_ref(), share);
+                let is_quantized = matches!(treatment, Treatment::Quantized(_));
+                let start = self.start(part.file, part.tensor, is_quantized)?;
+                let exact = self.based.get(&(part.file, part.tensor)).and_then(|based| based.exact.as_ref());
+                let exact_start = if is_quantized { self.start(part.file, part.tensor, false)? } else { None };
+                let exact = exact.zip(exact_start.as_ref()).map(|(exact, start)| (exact.choice, start));
+                survey.add(treatment, (tensor, bytes), start.as_ref(), exact, share);
                 self.finish_part(part.file, part.tensor);
             }
         }
@@ -310,7 +339,7 @@ impl<'a> Encoder<'a> {
     pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
         self.check_not_quantized()?;
         // Before the work, in case it cannot be made.
-        let mut unfinished = finished::create(out)?;
+        let unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
         let mut survey = self.survey()?;
         self.check_interrupted(out)?;
@@ -318,7 +347,8 @@ impl<'a> Encoder<'a> {
         self.check_interrupted(out)?;
         // A survey holds samples of everything: it goes before the encoding unless it is asked once more.
         let asked = self.options.stats.then(|| (survey, plan.probe.clone()));
-        let (written, compared, target_missed) = self.settle(unfinished.as_file_mut(), out, plan)?;
+        let Settled { file: mut unfinished, written, compared, target_missed, training } =
+            self.settle_trained(unfinished, out, plan)?;
         let parameters = self.checkpoint.parameters();
         let stats = asked.map(|(mut survey, probe)| {
             statistics::measure(&mut survey, self.options, &probe, &written.stages, parameters)
@@ -356,10 +386,14 @@ impl<'a> Encoder<'a> {
             relative_squared_error,
             calibration: self.calibration.as_ref().map(|calibration| calibration.data().origin.to_string()),
             evaluation,
+            training,
             relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,
+            residual_entropy: (written.residual_elements > 0)
+                .then(|| written.residual_bits / written.residual_elements as f64),
+            permutation_percent: 100.0 * written.stages.chosen_permutation / (8.0 * archive_bytes as f64),
             stages: written.stages,
             stats,
             tensors: self.tensor_reports(&written.parts, &compared),
@@ -376,6 +410,27 @@ impl<'a> Encoder<'a> {
             }
         }
         reports
+    }
+}
+
+impl BasedTensor {
+    /// How a tensor may start from one of the base, `decoded` as many bytes. `treatment` is what would be done with it alone.
+    fn choose(
+        base: &Base,
+        reference: BaseTensor,
+        treatment: Treatment,
+        tensor: &TensorInfo,
+        bytes: &[u8],
+        decoded: &[u8],
+    ) -> Self {
+        let alone = match treatment {
+            Treatment::Quantized(_) => Treatment::exact(tensor, bytes),
+            other => other,
+        };
+        let is_whole = base.tensor(reference).shape == tensor.shape;
+        let exact = BasedChoice::choose(alone, reference, is_whole, tensor, bytes, decoded);
+        let exact = exact.map(|(choice, product)| ExactStart { choice, product });
+        Self { reference, exact, is_near: is_near(treatment, tensor, bytes, decoded) }
     }
 }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
-use super::difference::{DifferenceChoice, DifferencePart, Pair};
+use super::difference::{DifferencePart, Pair};
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::options::{PackOptions, Quantization};
@@ -18,6 +18,7 @@ use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
 use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment, changes};
+use crate::format::difference::StoredLowRank;
 use crate::tensor::{Dtype, TensorInfo};
 
 /// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
@@ -50,8 +51,8 @@ struct SurveyedPart<'a> {
     /// Number of the part, over all records.
     number: u32,
     state: State,
-    /// The part as a bit-exact difference to a base, where it is to be quantized as one.
-    exact: Option<State>,
+    /// The part as it may be instead: bit-exact from a base, as long as it is to be quantized; quantized, once it is not.
+    instead: Option<State>,
 }
 
 #[derive(Clone)]
@@ -68,6 +69,8 @@ enum State {
         counted: ClassHistograms,
         /// Raw bits of all symbols.
         raw_bits: f64,
+        /// Bits of a product.
+        side_bits: f64,
         strips: usize,
     },
     Quantized {
@@ -156,13 +159,13 @@ impl<'a> Survey<'a> {
     }
 
     /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled, `start` what it
-    /// starts from where it starts from a base.
+    /// starts from where it starts from a base, `exact` how it may start from there bit-exact where it is to be quantized.
     pub fn add(
         &mut self,
         treatment: Treatment,
-        tensor: &'a TensorInfo,
-        bytes: &'a [u8],
+        (tensor, bytes): (&'a TensorInfo, &'a [u8]),
         start: Option<&Start>,
+        exact: Option<(BasedChoice, &Start)>,
         share: f64,
     ) {
         let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
@@ -184,14 +187,10 @@ impl<'a> Survey<'a> {
             Treatment::Raw => State::Raw,
             Treatment::Based(choice) => {
                 let start = start.expect("chosen with what it starts from at hand");
-                State::based(choice, Pair { tensor, bytes, predicted: &start.predicted })
+                State::based(choice, (tensor, bytes), start)
             }
         };
-        let exact = start.filter(|_| matches!(treatment, Treatment::Quantized(_))).and_then(|start| {
-            let pair = Pair { tensor, bytes, predicted: &start.predicted };
-            let (difference, _) = DifferenceChoice::choose(pair)?;
-            Some(State::based(BasedChoice { reference: start.reference, difference: Some(difference) }, pair))
-        });
+        let instead = exact.map(|(choice, start)| State::based(choice, (tensor, bytes), start));
         let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
         self.parts.last_mut().expect("a record was begun").push(SurveyedPart {
             tensor,
@@ -199,7 +198,7 @@ impl<'a> Survey<'a> {
             layout,
             number,
             state,
-            exact,
+            instead,
         });
     }
 
@@ -235,6 +234,20 @@ impl<'a> Survey<'a> {
     /// ones are that from then on.
     pub fn probe(&mut self, step: f64, before: Option<&Probe>) -> Probe {
         self.probe_as(self.options, step, before, Settling::Settle)
+    }
+
+    /// Takes back that parts are bit-exact because that was no longer; whether there were any.
+    pub fn reconsider(&mut self) -> bool {
+        let mut was_any = false;
+        for part in self.parts.iter_mut().flatten() {
+            if let Some(instead) = &mut part.instead
+                && matches!(instead, State::Quantized { .. })
+            {
+                std::mem::swap(&mut part.state, instead);
+                was_any = true;
+            }
+        }
+        was_any
     }
 
     /// What bit-exact parts take, where the others are to be of vectors; nothing is said of those.
@@ -286,7 +299,8 @@ impl<'a> Survey<'a> {
             match (&part.state, tried) {
                 (State::Quantized { .. }, Some(tried)) => classes.merge(&tried.counts.classes),
                 (State::Quantized { .. }, None) if settling == Settling::Settle => {
-                    part.state = part.exact.take().unwrap_or_else(|| State::exact(part.tensor, part.bytes));
+                    let exact = part.instead.take().unwrap_or_else(|| State::exact(part.tensor, part.bytes));
+                    part.instead = Some(std::mem::replace(&mut part.state, exact));
                 }
                 _ => (),
             }
@@ -337,13 +351,14 @@ impl State {
         Self::Split { split, raw_bits: mean_raw_bits(&*symbols) * symbols.layout().elements as f64, counted }
     }
 
-    fn based(choice: BasedChoice, pair: Pair<'_>) -> Self {
+    fn based(choice: BasedChoice, (tensor, bytes): (&TensorInfo, &[u8]), start: &Start) -> Self {
+        let side_bits = start.low_rank.as_ref().map_or(0.0, StoredLowRank::bits);
         let Some(difference) = choice.difference else {
-            return Self::Based { choice, counted: ClassHistograms::default(), raw_bits: 0.0, strips: 0 };
+            return Self::Based { choice, counted: ClassHistograms::default(), raw_bits: 0.0, side_bits, strips: 0 };
         };
-        let part = DifferencePart::new(pair, difference);
+        let part = DifferencePart::new(Pair { tensor, bytes, predicted: &start.predicted }, difference);
         let (counted, raw_bits) = part.count_all(COUNTED_ELEMENTS);
-        Self::Based { choice, counted, raw_bits, strips: part.strips() }
+        Self::Based { choice, counted, raw_bits, side_bits, strips: part.strips() }
     }
 
     /// Bit-exact, as short as it gets.
@@ -357,9 +372,8 @@ impl State {
     /// Bits of a bit-exact part with tables of its own.
     fn body_bits(&self, bytes: &[u8]) -> f64 {
         match self {
-            Self::Split { counted, raw_bits, .. } | Self::Based { counted, raw_bits, .. } => {
-                counted.bits(&counted.fit()) + raw_bits
-            }
+            Self::Split { counted, raw_bits, .. } => counted.bits(&counted.fit()) + raw_bits,
+            Self::Based { counted, raw_bits, side_bits, .. } => counted.bits(&counted.fit()) + raw_bits + side_bits,
             _ => 8.0 * bytes.len() as f64,
         }
     }
@@ -398,10 +412,10 @@ impl SurveyedPart<'_> {
         let counts =
             sample.with_symbols(&quantizer, |symbols| count_placed(symbols, first, &|run| sample.weights[run]))?;
         let bits = (counts.classes.bits(first) + counts.other_bits) / counts.symbols.max(1) as f64;
-        if (bits > DOUBTFUL_BITS || self.exact.is_some()) && settling == Settling::Settle {
+        if (bits > DOUBTFUL_BITS || self.instead.is_some()) && settling == Settling::Settle {
             let elements = self.layout.elements as f64;
             let (tensor, bytes) = (self.tensor, self.bytes);
-            let based = self.exact.as_ref();
+            let based = self.instead.as_ref();
             let exact = exact_bits.get_or_insert_with(|| match based {
                 Some(exact) => exact.body_bits(bytes),
                 None => State::exact(tensor, bytes).body_bits(bytes),
@@ -436,8 +450,8 @@ impl SurveyedPart<'_> {
                 let bits = counted.bits(pool) + *of_symbols + overhead;
                 exact(Decision::Split(*split), bits.min(raw_bits + PART_BITS))
             }
-            (State::Based { choice, counted, raw_bits, strips }, _) => {
-                let bits = counted.bits(pool) + *raw_bits + PART_BITS + STRIP_BITS * *strips as f64;
+            (State::Based { choice, counted, raw_bits, side_bits, strips }, _) => {
+                let bits = counted.bits(pool) + *raw_bits + *side_bits + PART_BITS + STRIP_BITS * *strips as f64;
                 exact(Decision::Based(*choice), bits)
             }
             _ => exact(Decision::Raw, raw_bits + PART_BITS),

@@ -4,12 +4,12 @@
 //! these are near one another. Of those that belong together the one that is nearest to all others is the base; a base
 //! stands alone, so every variant is decoded from one other archive at most.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::difference::mean_distance;
+use super::difference::{mean_distance, spread_elements};
 use super::source::{Checkpoint, SourceError};
 use crate::tensor::TensorInfo;
 
@@ -34,24 +34,39 @@ pub struct Member {
     pub base: Option<(usize, f64)>,
 }
 
-/// Finds the checkpoints of a tree: directories that hold safetensors files. What lies below one belongs to it.
+/// Finds the checkpoints of a tree: directories that hold safetensors files. What lies below one belongs to it. Links to
+/// directories are followed wherever they lead, but to none that was seen before.
 ///
 /// # Errors
 /// When a directory cannot be listed.
 pub fn checkpoints(root: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let (mut waiting, mut found) = (vec![PathBuf::new()], Vec::new());
-    while let Some(path) = waiting.pop() {
-        let mut below = Vec::new();
+    let (mut waiting, mut links, mut found) = (vec![PathBuf::new()], VecDeque::new(), Vec::new());
+    let mut seen = BTreeSet::new();
+    // Links come last, so that a directory goes by its own name where it has one in the tree.
+    while let Some(path) = waiting.pop().or_else(|| links.pop_front()) {
+        if !seen.insert(root.join(&path).canonicalize()?) {
+            log::warn!("left out, the link leads to what was seen already: {}", path.display());
+            continue;
+        }
+        let (mut below, mut linked) = (Vec::new(), Vec::new());
         let mut is_checkpoint = false;
         for entry in std::fs::read_dir(root.join(&path))? {
             let entry = entry?;
             let name = entry.file_name();
             if entry.file_type()?.is_dir() {
                 below.push(path.join(&name));
+            } else if entry.path().is_dir() {
+                linked.push(path.join(&name));
             }
             is_checkpoint |= Path::new(&name).extension().is_some_and(|extension| extension == "safetensors");
         }
-        if is_checkpoint { found.push(path) } else { waiting.extend(below) }
+        if is_checkpoint {
+            found.push(path);
+        } else {
+            waiting.extend(below);
+            linked.sort();
+            links.extend(linked);
+        }
     }
     found.sort();
     Ok(found)
@@ -142,7 +157,8 @@ fn distance(one: &Checkpoint, other: &Checkpoint) -> Option<f64> {
         let (ours, theirs) =
             (one.files[place.0].tensor_bytes(place.1), other.files[counterpart.0].tensor_bytes(counterpart.1));
         let length = ours.len().min(theirs.len());
-        sum += mean_distance(&info(one, place), &ours[..length], &theirs[..length], COMPARED_ELEMENTS) * length as f64;
+        let elements = |bytes: &[u8]| spread_elements(&info(one, place), &bytes[..length], COMPARED_ELEMENTS);
+        sum += mean_distance(&elements(ours), &elements(theirs)) * length as f64;
         weight += length as f64;
     }
     Some(sum / f64::max(weight, 1.0))
@@ -178,5 +194,20 @@ mod tests {
             std::fs::write(path, "").expect("a file");
         }
         assert_eq!(checkpoints(root.path()).expect("a tree"), [PathBuf::from("a"), PathBuf::from("b/c")]);
+    }
+
+    #[test]
+    fn a_linked_member_is_found_once_and_links_in_a_circle_end() {
+        let (root, outside) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+        for directory in [root.path().join("b"), outside.path().to_owned()] {
+            std::fs::create_dir_all(&directory).expect("a directory");
+            std::fs::write(directory.join("model.safetensors"), "").expect("a file");
+        }
+        let link =
+            |target: &Path, name: &str| std::os::unix::fs::symlink(target, root.path().join(name)).expect("a link");
+        link(outside.path(), "elsewhere");
+        link(&root.path().join("b"), "a-second-name-of-b");
+        link(root.path(), "circle");
+        assert_eq!(checkpoints(root.path()).expect("a tree"), [PathBuf::from("b"), PathBuf::from("elsewhere")]);
     }
 }

@@ -7,10 +7,9 @@
 //! outside, a link to nothing, and what is neither file nor directory is left out with one log line.
 
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -18,7 +17,7 @@ use super::VfsError;
 use super::checkpoint::BoxError;
 use super::log_once::LogOnce;
 use super::source::{Source, SourceFile};
-use crate::archive::UNFINISHED_PREFIX;
+use crate::archive::{is_archive_name, is_unfinished_name};
 
 /// Everything found, by directory, each path from the root of the source. Two scans of an unchanged source are equal.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -85,16 +84,6 @@ impl Listing {
             archives: BTreeMap::new(),
         }
     }
-}
-
-/// Whether a file of this name is one that `mcwc-pack` is still writing, or that it left behind when it was killed.
-fn is_unfinished_name(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(UNFINISHED_PREFIX.as_bytes())
-}
-
-/// Whether a file of this name is an archive.
-fn is_archive_name(name: &OsStr) -> bool {
-    Path::new(name).extension().is_some_and(|extension| extension == "mcwc")
 }
 
 fn list(source: &Source, path: &Path, log: &LogOnce) -> io::Result<Listing> {

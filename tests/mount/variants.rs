@@ -50,18 +50,56 @@ fn shows(place: &Place, variant: usize, bytes: &[u8]) -> bool {
     fs::read(place.mounted(&format!("variant-{variant}/{MODEL}"))).is_ok_and(|found| found == bytes)
 }
 
+fn metric(place: &Place, name: &str) -> u64 {
+    place.status().metrics[name].as_u64().expect("a number")
+}
+
+/// Reads all variants, each by a thread of its own.
+fn read_all(place: &Place, variants: &[Vec<u8>]) {
+    thread::scope(|scope| {
+        for (number, bytes) in variants.iter().enumerate() {
+            scope.spawn(move || assert!(shows(place, number, bytes), "variant {number}"));
+        }
+    });
+}
+
+#[test]
+fn twenty_variants_share_one_decoded_base_and_without_it_nothing_else_is_missing() {
+    require_fuse!();
+    let place = Place::new();
+    let variants = pack_variants(&place, &bert(), 20);
+    let stranger = place.pack("stranger", &Bert { seed: 99, ..bert() });
+    assert!(place.mount(&["--rescan", "1"]).status.success());
+    read_all(&place, &variants);
+    let each = variants[0].len() as u64;
+    // A third of each is its own. Were the base decoded for each, it would be 20 times as much as one and more.
+    let decoded = metric(&place, "mcwcfs_decoded_bytes_total");
+    assert!(decoded < 12 * each, "{decoded} bytes decoded for variants of {each}");
+    let kept = metric(&place, "mcwcfs_cache_bytes");
+    assert!(kept < 2 * each, "{kept} bytes kept of a base of {each}");
+
+    let shows_stranger = || fs::read(place.mounted(&format!("stranger/{MODEL}"))).is_ok_and(|found| found == stranger);
+    let (base, aside) = (place.source().join("base/model.mcwc"), place.path().join("aside.mcwc"));
+    fs::rename(&base, &aside).unwrap();
+    let is_empty = |number| names(&place.mounted(&format!("variant-{number}"))).is_empty();
+    until("the variants vanish", || (0..variants.len()).all(is_empty));
+    assert!(shows_stranger(), "what needs no base is still there");
+    assert!(place.until_logged("needs the base").contains("content id"));
+    fs::rename(&aside, &base).unwrap();
+    until("the variants are back", || (0..variants.len()).all(|number| shows(&place, number, &variants[number])));
+}
+
 #[test]
 fn many_readers_of_many_variants_within_little_memory_get_the_right_bytes() {
     require_fuse!();
     let place = Place::new();
-    let variants = pack_variants(&place, &bert(), 6);
+    let limit_bytes = 32 << 20;
+    let variants = pack_variants(&place, &Bert { layers: 2, hidden: 256, ffn_units: 1024, ..bert() }, 20);
+    assert!(variants.iter().map(|bytes| bytes.len() as u64).sum::<u64>() > limit_bytes, "more than fits");
     assert!(place.mount(&["--memory-limit", "32M"]).status.success());
-    thread::scope(|scope| {
-        for (number, bytes) in variants.iter().enumerate() {
-            let place = &place;
-            scope.spawn(move || assert!(shows(place, number, bytes), "variant {number}"));
-        }
-    });
+    read_all(&place, &variants);
+    assert!(metric(&place, "mcwcfs_cache_bytes") <= metric(&place, "mcwcfs_cache_budget_bytes"));
+    assert!(metric(&place, "mcwcfs_cache_budget_bytes") <= limit_bytes);
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub(in crate::cli) fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> PackC
 }
 
 /// Copies sidecars under temporary names; they get their own once all are there.
-fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
+pub(in crate::cli) fn copy_sidecars(sidecars: &[Sidecar], directory: &Path) -> Result<(), PackCommandError> {
     let mut copies = Vec::with_capacity(sidecars.len());
     for sidecar in sidecars {
         let target = directory.join(&sidecar.name);

@@ -28,7 +28,8 @@ const ALIGNMENT: usize = 16;
 pub fn supports(part: &PreparedPart) -> bool {
     match part.kind() {
         PartKind::Raw => false,
-        PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Quantized { .. } | PartKind::Based(_) => true,
+        PartKind::Quantized { prediction, .. } => prediction.as_ref().is_none_or(|found| found.composite().is_none()),
+        PartKind::Split { .. } | PartKind::Units { .. } | PartKind::Based(_) => true,
     }
 }
 
@@ -69,6 +70,11 @@ pub struct Launches<K> {
 /// Bytes of a strip's status.
 pub const STATUS_BYTES: usize = size_of::<Status>();
 
+/// Factors as the kernel reads them.
+fn widened(factors: &[i16]) -> Vec<i32> {
+    factors.iter().map(|&factor| factor.into()).collect()
+}
+
 fn aligned(bytes: usize) -> usize {
     bytes.next_multiple_of(ALIGNMENT)
 }
@@ -95,7 +101,7 @@ pub fn part_bytes(part: &PreparedPart, strips: Range<usize>) -> usize {
             if let Some(low_rank) = &based.low_rank {
                 let rows = elements.start / low_rank.columns..elements.end.div_ceil(low_rank.columns);
                 lengths.push(rows.len() * low_rank.rank * size_of::<i32>());
-                lengths.push(size_of_val(&low_rank.right[..]));
+                lengths.push(low_rank.right.len() * size_of::<i32>());
             }
             if let Some(difference) = &based.difference {
                 let row = difference.classes.row_elements;
@@ -301,8 +307,9 @@ impl<'s, K> Batch<'s, K> {
             let (rank, columns) = (low_rank.rank, low_rank.columns);
             let first = elements.start / columns * rank;
             description.flags |= LOW_RANK;
-            description.left = self.place_from(&low_rank.left[first..elements.end.div_ceil(columns) * rank], first);
-            description.right = self.place(bytes_of(&low_rank.right));
+            let left = widened(&low_rank.left[first..elements.end.div_ceil(columns) * rank]);
+            description.left = self.place_from(&left, first);
+            description.right = self.place(bytes_of(&widened(&low_rank.right)));
             description.columns = columns as u64;
             description.rank = rank as u32;
             description.low_rank_scale = low_rank.scale;

@@ -13,7 +13,7 @@ use self::emulated_gpu::{EmulatedDevice, Fault, kernel_source, shared, source_di
 use super::device::{DeviceError, Kernel};
 use super::{CudaDevice, CudaEngine, PTX};
 use crate::decode::cpu::CpuEngine;
-use crate::decode::random_parts::{ConcatAll, Kind, Recipe, decode_each, decode_together, recipes};
+use crate::decode::random_parts::{ConcatAll, Kind, Predicted, Recipe, decode_each, decode_together, recipes};
 use crate::decode::reference::ReferenceEngine;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::format::part::{Carrier, StoredTrellis, TrellisTables};
@@ -52,7 +52,7 @@ fn predicted() -> Recipe {
         coding: Kind::Quantized {
             raw_bits: 0,
             trellis,
-            prediction: Some(true),
+            prediction: Some(Predicted::Affine),
             motion_axis: Some(1),
             sides: true,
             has_column_scales: true,

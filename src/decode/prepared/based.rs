@@ -77,7 +77,7 @@ fn prepare_low_rank(stored: &StoredLowRank, tensor: &TensorInfo) -> Result<LowRa
         if matches!(integers, Integers::Constant(_)) && count > limits::STRIP_SYMBOLS {
             return Err(inconsistent(field, format!("{count} times the same"), "different numbers"));
         }
-        Ok((0..count as usize).map(|index| integers.get(index)).collect::<Vec<i32>>())
+        Ok((0..count as usize).map(|index| integers.get(index) as i16).collect::<Vec<i16>>())
     };
     if rank > rows.min(columns) {
         return Err(inconsistent("rank", rank, format!("at most {}", rows.min(columns))));
@@ -174,14 +174,19 @@ impl PreparedPart {
 
 impl PreparedPart {
     /// What the elements of a strip start from: `reference`, the bytes of the base's elements from the strip's first one on,
-    /// with the low-rank product added.
-    pub fn predicted_strip<'r>(&self, strip: usize, reference: &'r [u8]) -> Cow<'r, [u8]> {
+    /// with the low-rank product added by `add`, which is [`LowRank::add`] or another compilation of it.
+    pub fn predicted_strip<'r>(
+        &self,
+        strip: usize,
+        reference: &'r [u8],
+        add: impl FnOnce(&LowRank, &Dtype, usize, &mut [u8]),
+    ) -> Cow<'r, [u8]> {
         let length = self.strip_output_bytes(strip);
         let reference = &reference[..length];
         let PartKind::Based(Based { low_rank: Some(low_rank), .. }) = &self.kind else { return reference.into() };
         let first = self.output_range(strip..strip + 1).start as usize / (self.symbol_bits / 8);
         let mut predicted = reference.to_vec();
-        low_rank.add(&self.dtype, first, &mut predicted);
+        add(low_rank, &self.dtype, first, &mut predicted);
         predicted.into()
     }
 

@@ -54,7 +54,8 @@ impl Encoder<'_> {
             let mut decoded_hash = Sha256::new_with_prefix(&source.header.bytes);
             let mut decoded_tree = blake3::Hasher::new();
             decoded_tree.update(&source.header.bytes);
-            let mut source_hash = Sha256::new_with_prefix(&source.header.bytes);
+            // One of its own only from the first byte on that differs.
+            let mut source_hash: Option<Sha256> = None;
             let mut errors = Vec::new();
             for (number, tensor) in source.header.tensors.iter().enumerate() {
                 let bytes = source.tensor_bytes(number);
@@ -66,10 +67,15 @@ impl Encoder<'_> {
                     let first = header_bytes + tensor.offset_bytes + (chunk_number * COMPARE_WINDOW) as u64;
                     self.check_interrupted(out)?;
                     materializer.read_in_parallel(&archive, file, first, &mut window)?;
+                    if window != chunk {
+                        is_equal = false;
+                        source_hash.get_or_insert_with(|| decoded_hash.clone());
+                    }
                     decoded_hash.update(&window);
                     decoded_tree.update(&window);
-                    source_hash.update(chunk);
-                    is_equal &= window == chunk;
+                    if let Some(hash) = &mut source_hash {
+                        hash.update(chunk);
+                    }
                     if is_quantized {
                         let (decoded, values) = (values_of(&tensor.dtype, &window), values_of(&tensor.dtype, chunk));
                         let errors: Vec<f32> =
@@ -84,14 +90,15 @@ impl Encoder<'_> {
                     return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                 }
                 errors.push((squared_error, energy));
-                if is_quantized && let Some(start) = self.start(file, number).map_err(BaseError::from)? {
+                if is_quantized && let Some(start) = self.start(file, number, true).map_err(BaseError::from)? {
                     let change = sum_of_squares(&changes(tensor, bytes, &start.predicted));
                     compared.changes.insert((file, number), (squared_error, change));
                 }
                 self.finish_part(file, number);
             }
-            compared.decoded.push(decoded_hash.finalize().into());
-            compared.sources.push(source_hash.finalize().into());
+            let decoded: [u8; 32] = decoded_hash.finalize().into();
+            compared.decoded.push(decoded);
+            compared.sources.push(source_hash.map_or(decoded, |hash| hash.finalize().into()));
             compared.decoded_blake3.push(decoded_tree.finalize().into());
             compared.errors.push(errors);
             log::debug!("compared: {} in {}", source.name, out.display());
