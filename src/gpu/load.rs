@@ -157,14 +157,15 @@ impl<'a> Loader<'a> {
             let below = self.archive.record(record as u32).reference;
             for (ordinal, part) in parts.iter().enumerate() {
                 let address = PartAddress { record: record as u32, part: ordinal as u32 };
+                if is_decoded_here(part) {
+                    level_of.insert(address, 0); // there before all others
+                    continue;
+                }
                 let level = part.prediction().zip(below).map_or(0, |(prediction, record)| {
                     // References come before what refers to them.
                     1 + level_of[&PartAddress { record, part: prediction.reference_part }]
                 });
                 level_of.insert(address, level);
-                if is_decoded_here(part) {
-                    continue;
-                }
                 if levels.len() <= level {
                     levels.resize_with(level + 1, Vec::new);
                 }
