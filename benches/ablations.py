@@ -29,6 +29,7 @@ STAGES = {
     "entropy coding (codes of fixed length)": ("--entropy-model", "fixed-length"),
     "one step per tensor (a step per row)": ("--steps", "per-run"),
     "one step per tensor (a step per 128 columns of a row)": ("--steps", "per-group"),
+    "one step for all columns (a step per column, by its scale)": ("--column-scales", "energy"),
     "alignment": ("--alignment", "none"),
     "alignment (at random instead)": ("--alignment", "random"),
     "prediction, and with it alignment": ("--predictor", "none"),

@@ -12,7 +12,8 @@ too; a model of images is calibrated on every fourth image, and all its lines ar
 a line for each model and rate; a cell has the bits per parameter of the whole file, the metric and the distance. The
 lossless archive's metric is the original's.
 
---encoder prints another table instead: of all-MiniLM-L6-v2 with only the matrices of its encoder quantized.
+--encoder prints another table instead, of all-MiniLM-L6-v2 with only the matrices of its encoder quantized, and --training
+one of calibrated archives at low rates, with training through the decoded model and without.
 
 Results are kept in benches/results/task_metric.json: those of mcwcfs are measured again for another binary, those of the
 peers for another version of theirs, and all for another model or evaluation.
@@ -31,6 +32,7 @@ from measure.results import Results
 
 RATES = (8.3, 8.0, 5.5, 5.0, 4.2, 3.3, 2.8, 2.1)
 ENCODER_RATES = (4.2, 2.8, 2.1)
+TRAINED_RATES = (2.8, 2.1)
 CODECS = ("mcwcfs", "mcwcfs calibrated", "NNCodec", "GGUF")
 
 
@@ -79,6 +81,19 @@ def encoder_table(folder, model, mcwcfs, results):
     return page.table([f"{model.name}: bits per encoder weight", "mcwcfs", "mcwcfs calibrated"], rows)
 
 
+def training_table(folder, models, mcwcfs, results):
+    """What training through the decoded model is worth at the lowest rates."""
+    rows = []
+    for model in models:
+        with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+            ours = OnTask(mcwcfs, results, Evaluation(folder, model, Path(work)), folder, model)
+            for rate in TRAINED_RATES:
+                cells = [point.cell() if point else None for point in (ours.calibrated(rate), ours.trained(rate))]
+                rows.append([model.name, f"{rate:g}", *cells])
+                say(f"{model.name}, {rate:g}, calibrated, and trained too: {cells}")
+    return page.table(["model", "asked", "mcwcfs calibrated", "trained too"], rows)
+
+
 def table(lines):
     """All lines in Markdown."""
     rows = []
@@ -108,9 +123,8 @@ def main():
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--no-peers", action="store_true", help="mcwcfs alone")
     alone.add_argument("--only-peers", action="store_true", help="without mcwcfs")
-    parser.add_argument(
-        "--encoder", action="store_true", help=f"{checkpoint.MINILM} with all but its encoder bit-exact"
-    )
+    alone.add_argument("--encoder", action="store_true", help=f"{checkpoint.MINILM}, all but its encoder bit-exact")
+    alone.add_argument("--training", action="store_true", help="calibrated archives, and trained ones")
     parser.add_argument("--results", type=Path, default=RESULTS / "task_metric.json", help="kept results")
     parser.add_argument("--plot", type=Path, help="write the curves there")
     parser.add_argument("--binary", default=DEFAULT_BINARY, help="mcwcfs (target/release/mcwcfs)")
@@ -124,7 +138,11 @@ def main():
         [model] = checkpoint.open_models(folder, [checkpoint.MINILM])
         print(encoder_table(folder, model, mcwcfs, results))
         return
-    for model in checkpoint.open_models(folder, arguments.models):
+    models = checkpoint.open_models(folder, arguments.models)
+    if arguments.training:
+        print(training_table(folder, models, mcwcfs, results))
+        return
+    for model in models:
         lines += measure(folder, model, arguments.rates, mcwcfs, results, not arguments.no_peers)
     print(table(lines))
     if arguments.plot:

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use crate::codec::entropy::CodingTable;
+use crate::codec::predictor::network::Network;
 use crate::codec::vector_quantizer::Codebook;
 use crate::format::FormatError;
 use crate::format::difference::BaseTensor;
@@ -140,6 +141,7 @@ pub struct Archive {
     files: Vec<ArchivedFile>,
     tables: Vec<Arc<CodingTable>>,
     codebooks: Vec<Arc<Codebook>>,
+    networks: Vec<Arc<Network>>,
     /// First byte of each record.
     record_offsets: Vec<u64>,
     /// Whether a later record is predicted from it.
@@ -288,6 +290,7 @@ impl Archive {
             stored_bytes: offset.saturating_add(index_stored_bytes),
             index_stored_bytes,
             codebooks: index.codebooks.iter().map(|stored| Arc::new(Codebook::of_stored(stored))).collect(),
+            networks: index.networks.iter().map(|stored| Arc::new(Network::new(stored.clone()))).collect(),
             tables: index.tables.iter().map(|table| Arc::new(CodingTable::new(table.clone()))).collect(),
             index,
             files,
@@ -360,6 +363,11 @@ impl Archive {
     /// Length of the stored, deflated index in bytes.
     pub fn index_stored_bytes(&self) -> u64 {
         self.index_stored_bytes
+    }
+
+    /// The networks of learned predictors.
+    pub fn networks(&self) -> &[Arc<Network>] {
+        &self.networks
     }
 
     /// The codebooks of vectors, ready for look-ups.

@@ -35,7 +35,7 @@ use crate::fuse::{self, Device, FuseError, MountOptions, Mounted};
 use crate::materialize::MaterializeOptions;
 use crate::vfs::{DecodeAhead, Inode, VfsError};
 use handover::Facts;
-use service::{Prepared, Service};
+use service::{Before, Prepared, Service};
 use supervisor::{News, Recipe};
 
 pub use memory::{LEAST_LIMIT_BYTES, MemoryPlan, default_limit_bytes};
@@ -266,8 +266,9 @@ fn serve_alone(
     ready: impl FnOnce() -> io::Result<()>,
 ) -> Result<(), DaemonError> {
     process::raise_descriptor_limit();
-    let facts = Facts { daemon: std::process::id(), ..Facts::default() };
-    let Service { mounted, rescans, status } = Prepared::new(options)?.serve(options, device, listener, facts, None)?;
+    let before = Before { facts: Facts { daemon: std::process::id(), ..Facts::default() }, ..Before::default() };
+    let Service { mounted, rescans, status } =
+        Prepared::new(options)?.serve(options, device, listener, before, None)?;
     let mountpoint = options.mountpoint.clone();
     if let Err(problem) = answers(&mountpoint) {
         return Err(DaemonError::NotAnswering { mountpoint, problem });

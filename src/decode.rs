@@ -5,9 +5,13 @@
 //! its bytes is a [`DecodeError`], never a panic.
 
 pub mod cpu;
+pub mod cuda;
 pub mod prepared;
 pub mod reference;
 pub mod select;
+
+#[cfg(test)]
+mod random_parts;
 
 pub use prepared::{Pools, PreparedPart};
 pub use select::EngineChoice;
@@ -107,7 +111,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Decodes strips of `part`, in any order, each from its stored bytes into the tensor's bytes for the elements it holds; the
     /// first error found ends it. May change the order of `jobs`.
     ///
-    /// `reference` is the whole decoded reference tensor where the part is predicted; where it starts from a base, the
+    /// `reference` is the whole decoded reference tensor where the part is predicted, followed by that tensor's own reference
+    /// where the predictor looks at two layers; where the part starts from a base, the
     /// reference bytes from the first of these strips on. Checksums are checked first. After an error the content of the
     /// outputs means nothing.
     fn decode_strips(

@@ -10,6 +10,7 @@ pub mod difference;
 pub mod error;
 pub mod index;
 pub mod limits;
+pub mod network;
 pub mod part;
 pub mod preamble;
 pub mod record;

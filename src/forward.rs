@@ -1,12 +1,14 @@
-//! Forward passes of the architecture families, in binary32 on the CPU: what calibration learns a model's inputs from.
+//! Forward passes of the architecture families, in binary32 on the CPU: what calibration learns a model's inputs from, and
+//! what training takes gradients through.
 //!
 //! One configurable transformer serves all families ([`model`]): separate, fused and per-head fused projections, rotary and
 //! learned positions, grouped queries, norms before or after, parallel residuals, gated feed-forward networks, and images
 //! cut into patches. A family is data; what its `config.json` says of a checkpoint is read beside it.
 //!
 //! A [`pass::Pass`] holds the hidden states of all [`inputs`] and one layer's weights, and goes up layer by layer. Whoever
-//! wants to know what a linear map is multiplied with watches it. Products are summed in blocks of a fixed size, so that
-//! nothing depends on the number of threads.
+//! wants to know what a linear map is multiplied with watches it. Whoever wants gradients has the pass [`recorded`]: its
+//! operations are kept on a tape that goes back through them. Products are summed in blocks of a fixed size, so that nothing
+//! depends on the number of threads.
 //!
 //! Nothing here is needed to decode, and no decoded byte depends on it.
 
@@ -16,6 +18,9 @@ pub mod inputs;
 pub mod model;
 mod operations;
 pub mod pass;
+pub mod recorded;
+mod rotary;
+mod tape;
 
 /// Weights of a model by name, asked for one layer at a time.
 pub trait Weights: Sync {

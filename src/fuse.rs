@@ -13,6 +13,7 @@ mod device;
 mod errno;
 mod kernel_mount;
 mod mount_table;
+mod open_files;
 mod opening;
 mod passthrough;
 mod readahead;
@@ -38,7 +39,8 @@ use workers::Workers;
 pub use device::Device;
 pub use kernel_mount::unmount;
 pub use mount_table::{MountEntry, is_dead, mount_at};
-pub use passthrough::{Handles, Inherited, MAX_PASSED, Registry};
+pub use open_files::{HandleChange, NotAChange, OpenFile, OpenFiles};
+pub use passthrough::Registry;
 pub use readahead::set_readahead;
 
 /// The file system type as `/proc/mounts` shows it, and the name that `mount -t` takes after `fuse.`.
@@ -147,7 +149,7 @@ pub struct Succession {
     /// Attributes of the root.
     pub root_attributes: Arc<RootAttributes>,
     /// What those before have left open, where files may be passed through.
-    pub inherited: Inherited,
+    pub inherited: OpenFiles,
     /// Who keeps account of that for those after, if there can be any.
     pub registry: Option<Arc<dyn Registry>>,
 }
@@ -155,7 +157,7 @@ pub struct Succession {
 impl Default for Succession {
     /// Nobody before, nobody after, and nothing to say.
     fn default() -> Self {
-        Self { root_attributes: Arc::new(|_| None), inherited: Inherited::default(), registry: None }
+        Self { root_attributes: Arc::new(|_| None), inherited: OpenFiles::default(), registry: None }
     }
 }
 
@@ -315,7 +317,9 @@ pub fn serve(
 ) -> Result<Mounted, FuseError> {
     let (device, mountpoint, greeting) = device.into_parts();
     let Succession { root_attributes, inherited, registry } = succession;
-    let passthrough = Arc::new(Passthrough::new(options.passthrough, inherited, registry));
+    let device = Arc::new(device);
+    let backings = Box::new(Arc::clone(&device));
+    let passthrough = Arc::new(Passthrough::new(options.passthrough, inherited, registry, backings));
     let adapters = Arc::clone(&passthrough);
     let start = || {
         let workers = Arc::new(Workers::new()?);
@@ -326,6 +330,6 @@ pub fn serve(
         Ok((workers, session))
     };
     let (workers, session) = start().map_err(|source| FuseError::Session { path: mountpoint.clone(), source })?;
-    let (session, kernel) = (Mutex::new(Some(session)), Kernel { device: Arc::new(device) });
+    let (session, kernel) = (Mutex::new(Some(session)), Kernel { device });
     Ok(Mounted { mountpoint, session, kernel, workers, passthrough })
 }

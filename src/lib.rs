@@ -8,7 +8,8 @@
 //! Engines run the decoding stages, all to the same bits ([`decode`]). [`forward`] runs a model, so that the encoder knows
 //! what its weights are multiplied with. [`materialize`] gives any byte range of any mounted file from an opened [`archive`]
 //! and the base it may start from, through a [`cache`] and within a [`budget`] of memory; whole files may be kept on disk
-//! ([`decoded_files`]). Two products stand on it: [`vfs`] serves the bytes as files, [`pack`] makes archives. [`fuse`] and
+//! ([`decoded_files`]). Three products stand on it: [`vfs`] serves the bytes as files, [`pack`] makes archives, [`gpu`]
+//! decodes them in a GPU's memory. [`fuse`] and
 //! [`telemetry`] face Linux; [`daemon`] and [`cli`] are the process and its front door. What any of them counts is declared
 //! in [`metrics`].
 //!
@@ -43,6 +44,10 @@
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |
 
+// What tests of both kinds share names the crate.
+#[cfg(test)]
+extern crate self as mcwcfs;
+
 pub mod hexadecimal;
 pub mod metrics;
 
@@ -63,6 +68,7 @@ pub mod decode;
 
 pub mod materialize;
 
+pub mod gpu;
 pub mod pack;
 pub mod vfs;
 

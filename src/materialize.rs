@@ -14,11 +14,14 @@
 //! it will decode, and then waits for nothing but values that holders of such shares are making; a processor is taken for
 //! the decoding itself and nothing else. A predicted tensor waits for its reference and never the other way round. So
 //! nobody waits in a circle, whatever the number of readers and however little memory there is. A variant waits for its
-//! base and never the other way round.
+//! base and never the other way round. A large decode is spread over threads of its own; none that waits here takes up
+//! other work meanwhile, so readers may be threads of any pool.
 
+mod ahead;
 mod based;
 mod pieces;
 mod prepared_records;
+mod ranges;
 mod record;
 mod strips;
 mod whole;
@@ -32,12 +35,13 @@ use crate::archive::{Archive, ArchiveError, PartAddress};
 use crate::budget::{Budget, Share};
 use crate::cache::{Cache, CacheStats, Loan};
 use crate::decode::cpu::WORDS_PADDING;
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::decode::prepared::PartKind;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
+use crate::format::limits;
 use crate::metrics::METRICS;
-use based::identical_to;
-use pieces::{PIECE_BYTES, Pieces};
-use prepared_records::{PreparedRecord, PreparedRecords};
+use pieces::Pieces;
+use prepared_records::PreparedRecords;
 
 pub use crate::decode::EngineChoice;
 pub use pieces::Decoded;
@@ -55,13 +59,16 @@ pub struct MaterializeOptions {
     pub threads: usize,
     /// Which engine decodes.
     pub engine: EngineChoice,
+    /// What decoding may take of a CUDA device's memory, where the engine is that.
+    pub gpu_memory_bytes: u64,
 }
 
 impl Default for MaterializeOptions {
     /// The best engine on all processors, no limit to working memory, and no cache.
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        Self { cache_bytes: 0, working_bytes: u64::MAX, threads, engine: EngineChoice::Auto }
+        let (engine, gpu_memory_bytes) = (EngineChoice::Auto, DEFAULT_GPU_MEMORY_BYTES);
+        Self { cache_bytes: 0, working_bytes: u64::MAX, threads, engine, gpu_memory_bytes }
     }
 }
 
@@ -128,6 +135,24 @@ pub enum Keeper {
     Reader,
 }
 
+/// What bytes of a tensor are wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// A reader, who waits for the memory that decoding them takes.
+    Reading(Keeper),
+    /// To decode others from. Whoever does has taken the memory for both, and the cache keeps them.
+    Decoding,
+}
+
+impl Purpose {
+    fn keeper(self) -> Keeper {
+        match self {
+            Self::Reading(keeper) => keeper,
+            Self::Decoding => Keeper::Cache,
+        }
+    }
+}
+
 /// Decodes on demand, remembering what it decoded. Shared by all archives of a mount; every method takes `&self`.
 #[derive(Debug)]
 pub struct Materializer {
@@ -147,9 +172,14 @@ pub struct Materializer {
 impl Materializer {
     /// Starts with an empty cache.
     pub fn new(options: MaterializeOptions) -> Self {
+        Self::with_engine(options, options.engine.engine_within(options.gpu_memory_bytes))
+    }
+
+    /// [`Self::new`] with an engine that is there already, whatever the options say.
+    pub fn with_engine(options: MaterializeOptions, engine: Arc<dyn Engine>) -> Self {
         let piece_bytes = options.cache_bytes / 4;
         Self {
-            engine: options.engine.engine(),
+            engine,
             cache: Cache::new(options.cache_bytes - piece_bytes),
             taken_bytes: Mutex::default(),
             pieces: Arc::new(Pieces::new(piece_bytes)),
@@ -170,263 +200,6 @@ impl Materializer {
             entries: cache.entries + entries,
             budget_bytes: cache.budget_bytes + self.pieces.most_bytes(),
             ..cache
-        }
-    }
-
-    /// [`Self::read_for`] a reader that has no memory of its own.
-    pub fn read(
-        &self,
-        archive: &Archive,
-        file: usize,
-        offset_bytes: u64,
-        out: &mut [u8],
-    ) -> Result<usize, MaterializeError> {
-        self.read_for(Keeper::Cache, archive, file, offset_bytes, out)
-    }
-
-    /// [`Self::read_for`] a reader that needs each byte once.
-    pub fn read_once(
-        &self,
-        archive: &Archive,
-        file: usize,
-        offset_bytes: u64,
-        out: &mut [u8],
-    ) -> Result<usize, MaterializeError> {
-        self.read_for(Keeper::Reader, archive, file, offset_bytes, out)
-    }
-
-    /// Decodes the bytes `offset_bytes..offset_bytes + length_bytes` of a file when processors have nothing else to do, for a
-    /// reader that keeps them or not, and returns when that is done. What does not decode is passed over: whoever needs it
-    /// will be told.
-    pub fn decode_ahead(&self, keeper: Keeper, archive: &Archive, file: usize, offset_bytes: u64, length_bytes: u64) {
-        let end = offset_bytes.saturating_add(length_bytes).min(archive.files()[file].length_bytes);
-        let mut offset = offset_bytes;
-        while offset < end {
-            let length = PIECE_BYTES.min((end - offset) as usize);
-            let decoded = match keeper {
-                Keeper::Reader => self.decode_piece_ahead(archive, file, offset, length),
-                Keeper::Cache => self.decode_tensors_ahead(archive, file, offset, length),
-            };
-            if let Err(error) = decoded {
-                log::debug!("decoding ahead: {error}");
-            }
-            offset += length as u64;
-        }
-    }
-
-    /// Decodes what has no piece yet into one. Tensors that are decoded whole lie side by side anyway.
-    fn decode_piece_ahead(
-        &self,
-        archive: &Archive,
-        file: usize,
-        offset: u64,
-        length: usize,
-    ) -> Result<(), MaterializeError> {
-        if let Some((address, part, _)) = self.whole_tensor_around(archive, file, offset, length)? {
-            return self.decode_whole_ahead(archive, address, &part[address.part as usize]);
-        }
-        self.processors.wait_until_idle();
-        let fill = |out: &mut [u8]| self.read_range(Keeper::Reader, archive, file, offset, out);
-        if self.pieces.make((archive.instance(), file, offset), length, fill)? {
-            METRICS.decoded_ahead_bytes.add(length as u64);
-        }
-        Ok(())
-    }
-
-    /// Decodes the tensors of a range into the cache.
-    fn decode_tensors_ahead(
-        &self,
-        archive: &Archive,
-        file: usize,
-        offset: u64,
-        length: usize,
-    ) -> Result<(), MaterializeError> {
-        let entry = &archive.files()[file];
-        let header_bytes = entry.header.len() as u64;
-        let end = (offset + length as u64).saturating_sub(header_bytes);
-        let mut offset = offset.saturating_sub(header_bytes);
-        for tensor in first_tensor_at(archive, file, offset)..entry.tensors.len() {
-            let info = &entry.tensors[tensor];
-            if info.offset_bytes >= end {
-                break;
-            }
-            let within = offset - info.offset_bytes;
-            let wanted = info.length_bytes.min(end - info.offset_bytes) - within;
-            self.decode_tensor_ahead(archive, archive.address(file, tensor), within, wanted)?;
-            offset += wanted;
-        }
-        Ok(())
-    }
-
-    /// The bytes `offset_bytes..offset_bytes + length` of a file, which must lie inside it, where they have been decoded and
-    /// lie side by side; waits where they are being decoded so. `None` means that they must be read.
-    pub fn decoded(&self, archive: &Archive, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
-        if let Some(found) = self.pieces.find((archive.instance(), file, offset_bytes), length, length) {
-            return Some(found);
-        }
-        let (address, _, within) = self.whole_tensor_around(archive, file, offset_bytes, length).ok()??;
-        let from = usize::try_from(within).ok()?;
-        Some(Decoded::part_of(self.whole_if_known(archive, address)?, from..from + length))
-    }
-
-    /// [`Self::decoded`] where that takes no time at all.
-    pub fn decoded_already(&self, archive: &Archive, file: usize, offset_bytes: u64, length: usize) -> Option<Decoded> {
-        self.pieces.find_made((archive.instance(), file, offset_bytes), length)
-    }
-
-    /// The tensor that all of a range belongs to, its record, and where in it the range begins; `None` if there is none, or it
-    /// is not decoded whole.
-    #[allow(clippy::type_complexity)] // named where it is taken apart
-    fn whole_tensor_around(
-        &self,
-        archive: &Archive,
-        file: usize,
-        offset: u64,
-        length: usize,
-    ) -> Result<Option<(PartAddress, Arc<PreparedRecord>, u64)>, MaterializeError> {
-        let entry = &archive.files()[file];
-        let Some(offset) = offset.checked_sub(entry.header.len() as u64) else { return Ok(None) };
-        let tensor = first_tensor_at(archive, file, offset);
-        let Some(info) = entry.tensors.get(tensor) else { return Ok(None) };
-        let within = offset - info.offset_bytes;
-        if within + length as u64 > info.length_bytes {
-            return Ok(None);
-        }
-        let address = archive.address(file, tensor);
-        let record = self.prepared.get(archive, address.record)?;
-        let is_whole = is_decoded_whole(archive, address, &record[address.part as usize]);
-        Ok(is_whole.then_some((address, record, within)))
-    }
-
-    /// Fills `out` with the bytes of file `file` of `archive` from `offset_bytes` on; returns how many bytes that was,
-    /// less than `out.len()` only where the file ends. Blocks while decoding.
-    pub fn read_for(
-        &self,
-        keeper: Keeper,
-        archive: &Archive,
-        file: usize,
-        offset_bytes: u64,
-        out: &mut [u8],
-    ) -> Result<usize, MaterializeError> {
-        let available = archive.files()[file].length_bytes.saturating_sub(offset_bytes);
-        let length = available.min(out.len() as u64) as usize;
-        let mut out = &mut out[..length];
-        let mut offset = offset_bytes;
-        while !out.is_empty() {
-            let place = (archive.instance(), file, offset);
-            let taken = if let Some(found) = self.pieces.find(place, 1, out.len()) {
-                out[..found.len()].copy_from_slice(&found);
-                found.len()
-            } else {
-                let to_next = self.pieces.next_start(place).map_or(u64::MAX, |start| start.max(offset + 1) - offset);
-                let taken = to_next.min(out.len() as u64) as usize;
-                self.read_range(keeper, archive, file, offset, &mut out[..taken])?;
-                taken
-            };
-            out = &mut out[taken..];
-            offset += taken as u64;
-        }
-        Ok(length)
-    }
-
-    /// Fills `out` with the bytes of a file from `offset_bytes` on, which must lie inside it, from no piece.
-    fn read_range(
-        &self,
-        keeper: Keeper,
-        archive: &Archive,
-        file: usize,
-        offset_bytes: u64,
-        mut out: &mut [u8],
-    ) -> Result<(), MaterializeError> {
-        let entry = &archive.files()[file];
-        let header_bytes = entry.header.len() as u64;
-        if offset_bytes < header_bytes && !out.is_empty() {
-            let header = &entry.header[offset_bytes as usize..];
-            let (head, rest) = out.split_at_mut(header.len().min(out.len()));
-            head.copy_from_slice(&header[..head.len()]);
-            out = rest;
-        }
-        let mut data_offset = offset_bytes.max(header_bytes) - header_bytes;
-        let mut tensor = first_tensor_at(archive, file, data_offset);
-        while !out.is_empty() {
-            let info = &entry.tensors[tensor];
-            let within = data_offset - info.offset_bytes;
-            let wanted = (info.length_bytes - within).min(out.len() as u64) as usize;
-            let (piece, rest) = out.split_at_mut(wanted);
-            self.read_tensor(keeper, archive, archive.address(file, tensor), within, piece)?;
-            out = rest;
-            data_offset += wanted as u64;
-            tensor += 1;
-        }
-        Ok(())
-    }
-
-    /// Fills `out`, which must lie inside file `file`, from `offset_bytes` on, on several threads.
-    pub fn read_in_parallel(
-        &self,
-        archive: &Archive,
-        file: usize,
-        offset_bytes: u64,
-        out: &mut [u8],
-    ) -> Result<(), MaterializeError> {
-        let threads = self.processors.total() as usize;
-        let piece_bytes = out.len().div_ceil(threads).max(strips::TOGETHER_BYTES);
-        thread::scope(|scope| {
-            let readers: Vec<_> = out
-                .chunks_mut(piece_bytes)
-                .enumerate()
-                .map(|(piece, out)| {
-                    let first = offset_bytes + (piece * piece_bytes) as u64;
-                    scope.spawn(move || self.read(archive, file, first, out).map(drop))
-                })
-                .collect();
-            readers.into_iter().try_for_each(|reader| reader.join().expect("reading does not panic"))
-        })
-    }
-
-    /// Fills `out` with the bytes of one tensor from `offset` on; they must lie inside it.
-    fn read_tensor(
-        &self,
-        keeper: Keeper,
-        archive: &Archive,
-        address: PartAddress,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<(), MaterializeError> {
-        if out.is_empty() {
-            return Ok(());
-        }
-        let record = self.prepared.get(archive, address.record)?;
-        let part = &record[address.part as usize];
-        if let Some((base, place)) = identical_to(archive, part) {
-            return self.read_tensor(keeper, base, place, offset, out); // nothing of it is kept twice
-        }
-        if is_decoded_whole(archive, address, part) {
-            self.read_whole(archive, address, part, offset, out)
-        } else {
-            self.read_strips(keeper, archive, address, part, offset, out)
-        }
-    }
-
-    fn decode_tensor_ahead(
-        &self,
-        archive: &Archive,
-        address: PartAddress,
-        offset: u64,
-        length: u64,
-    ) -> Result<(), MaterializeError> {
-        if length == 0 {
-            return Ok(());
-        }
-        let record = self.prepared.get(archive, address.record)?;
-        let part = &record[address.part as usize];
-        if let Some((base, place)) = identical_to(archive, part) {
-            return self.decode_tensor_ahead(base, place, offset, length);
-        }
-        if is_decoded_whole(archive, address, part) {
-            self.decode_whole_ahead(archive, address, part)
-        } else {
-            self.decode_strips_ahead(archive, address, part, offset, length)
         }
     }
 
@@ -483,17 +256,16 @@ impl Materializer {
         decoded.map_err(|error| decode_error(archive, address, error))
     }
 
+    /// What is decoded in one call at most, near enough.
+    fn together_bytes(&self) -> u64 {
+        (strips::TOGETHER_BYTES as u64).max(self.engine.strips_at_once() as u64 * limits::RAW_STRIP_BYTES)
+    }
+
     /// How many strips of a part are decoded in one call at most: what the engine does best together, or what a reader
     /// asks for at once.
     fn strips_together(&self, part: &PreparedPart) -> usize {
         self.engine.strips_at_once().max(strips::TOGETHER_BYTES / part.full_strip_output_bytes() as usize)
     }
-}
-
-/// Tensors tile the data section, so the first one that ends after the offset holds it.
-fn first_tensor_at(archive: &Archive, file: usize, data_offset: u64) -> usize {
-    let tensors = &archive.files()[file].tensors;
-    tensors.partition_point(|tensor| tensor.offset_bytes + tensor.length_bytes <= data_offset)
 }
 
 fn is_decoded_whole(archive: &Archive, address: PartAddress, part: &PreparedPart) -> bool {

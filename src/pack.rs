@@ -5,7 +5,7 @@
 //!
 //! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]); a sample of it in the
 //! [`survey`], on which step and tables are found ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`],
-//! [`mode_decision`], [`align`]), or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`], which
+//! [`mode_decision`], [`align`]), its weights moved by what [`train`] says to those before it, or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`], which
 //! also has what the decoded model says beside the original where there is data for an [`mod@evaluation`].
 
 pub mod align;
@@ -22,6 +22,8 @@ pub mod keep;
 pub mod lossless;
 pub mod low_rank;
 pub mod mode_decision;
+pub mod motion_vectors;
+pub mod network;
 pub mod options;
 pub mod part;
 pub mod quantize;
@@ -34,6 +36,7 @@ pub mod split_symbols;
 pub mod statistics;
 pub mod survey;
 pub mod symbols;
+pub mod train;
 pub mod treatment;
 pub mod trellis_search;
 pub mod unit_symbols;

@@ -337,14 +337,15 @@ impl Vfs {
         }
     }
 
-    /// What `open` must know before it answers: fails where `inode` is no file. Returns its path from the root of the
-    /// tree, for log lines.
-    pub fn open_file(&self, inode: Inode) -> Result<PathBuf, VfsError> {
+    /// What `open` must know before it answers: fails where `inode` is no file. `keeper` is who keeps what is read this way.
+    /// Returns its path from the root of the tree, for log lines.
+    pub fn open_file(&self, inode: Inode, keeper: Keeper) -> Result<PathBuf, VfsError> {
         let node = self.node(inode)?;
         match &node.content {
             Content::Sidecar(_) => {}
             Content::Archived(archived) => {
                 archived.archive.activity.count_open();
+                archived.keeper(keeper);
                 self.loads.opened(inode);
             }
             Content::Directory(_) => return Err(VfsError::IsADirectory),

@@ -56,13 +56,34 @@ impl Work {
 
     /// Packs at a rate, unpacks, and gives the unpacked checkpoint.
     fn packed(&self, name: &str, options: &[&str]) -> PathBuf {
+        self.packed_at("4", name, options)
+    }
+
+    fn packed_at(&self, rate: &str, name: &str, options: &[&str]) -> PathBuf {
         let (packed, unpacked) = (self.path(&format!("{name}.packed")), self.path(name));
         let mut arguments =
-            arguments!["pack", &self.checkpoint, &packed, "--bpp", "4", "--keep", "embeddings.*=lossless"].to_vec();
+            arguments!["pack", &self.checkpoint, &packed, "--bpp", rate, "--keep", "embeddings.*=lossless"].to_vec();
         arguments.extend(options.iter().map(Into::into));
         mcwcfs_ok(arguments);
-        mcwcfs_ok(arguments!["unpack", &packed, &unpacked]);
+        mcwcfs_ok(arguments!["unpack", &packed, &unpacked, "--base-path", self.directory.path()]);
         unpacked
+    }
+
+    /// Changes every weight of the layers' matrices a little, as a fine-tune does.
+    fn fine_tune(&self) {
+        let path = self.checkpoint.join("model.safetensors");
+        let mut file = fs::read(&path).expect("a checkpoint");
+        let checkpoint = Checkpoint::open(&self.checkpoint).expect("a checkpoint");
+        let header = &checkpoint.files[0].header;
+        let mut random = Random::new(23);
+        for tensor in header.tensors.iter().filter(|tensor| tensor.name.contains(".dense.weight")) {
+            let start = (header.file_bytes() - header.tensors.iter().map(|tensor| tensor.length_bytes).sum::<u64>()
+                + tensor.offset_bytes) as usize;
+            for value in file[start..start + tensor.length_bytes as usize].as_chunks_mut::<4>().0 {
+                *value = (f32::from_le_bytes(*value) + 0.2 * random.normal()).to_le_bytes();
+            }
+        }
+        fs::write(path, file).expect("a checkpoint");
     }
 
     /// What a checkpoint says to the inputs for evaluation.
@@ -126,10 +147,99 @@ fn an_archive_says_what_it_was_calibrated_with_and_is_the_same_on_any_number_of_
 }
 
 #[test]
+fn a_tensor_with_a_rate_of_its_own_meets_it_within_a_hundredth() {
+    let work = Work::new();
+    let calibration = work.path("calibration.safetensors");
+    let tensor = "encoder.layer.1.intermediate.dense.weight";
+    let said = mcwcfs_ok(arguments![
+        "pack",
+        &work.checkpoint,
+        &work.path("own"),
+        "--calibration",
+        &calibration,
+        "--keep",
+        format!("{tensor}=3"),
+        "--json"
+    ]);
+    let report: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    let tensors = report["tensors"].as_array().expect("tensors");
+    let found = tensors.iter().find(|found| found["name"] == tensor).expect("the tensor");
+    let bits = found["bits_per_element"].as_f64().expect("bits");
+    assert!((bits / 3.0 - 1.0).abs() < 0.01, "{bits}");
+}
+
+#[test]
+fn a_variant_of_a_base_is_nearer_with_calibration_at_the_same_rate() {
+    let work = Work::new();
+    let base = work.path("base.mcwc");
+    mcwcfs_ok(arguments!["pack", &work.checkpoint.join("model.safetensors"), &base, "--lossless"]);
+    work.fine_tune();
+    let original = work.outputs(&work.checkpoint);
+    let calibration = work.path("calibration.safetensors");
+    let (base, calibration) = (base.to_str().expect("UTF-8"), calibration.to_str().expect("UTF-8"));
+    let error = |name: &str, options: &[&str]| {
+        let difference = work.outputs(&work.packed_at("1.5", name, options)) - &original;
+        difference.iter().map(|value| value * value).sum::<f32>()
+    };
+    let plain = error("plain variant", &["--base", base]);
+    let calibrated = error("calibrated variant", &["--base", base, "--calibration", calibration]);
+    assert!(calibrated < 0.8 * plain, "{calibrated} and {plain}");
+    let inspected = mcwcfs_ok(arguments!["inspect", &work.path("calibrated variant.packed/model.mcwc")]);
+    assert!(inspected.contains("from the base"), "{inspected}");
+}
+
+#[test]
+fn training_gives_the_same_bytes_on_any_number_of_threads_and_from_a_state_that_was_kept() {
+    let work = Work::new();
+    let calibration = work.path("calibration.safetensors");
+    let state = work.path("state");
+    let archive = |name: &str, options: &[&str]| {
+        let path = work.path(name);
+        let mut arguments =
+            arguments!["pack", &work.checkpoint.join("model.safetensors"), &path, "--bpp", "2.5"].to_vec();
+        arguments.extend(arguments!["--calibration", &calibration, "--train", "on", "--train-steps", "6"]);
+        arguments.extend(options.iter().map(Into::into));
+        mcwcfs_ok(arguments);
+        (fs::read(&path).expect("an archive"), path)
+    };
+    let state_directory = state.to_str().expect("UTF-8");
+    let (one, path) = archive("one.mcwc", &["--threads", "1"]);
+    assert!(mcwcfs_ok(arguments!["inspect", &path]).contains("training: distillation, 6 steps"), "provenance");
+    assert!(one == archive("three.mcwc", &["--threads", "3", "--train-state", state_directory]).0);
+    assert!(state.join("training-1.safetensors").exists());
+    assert!(one == archive("again.mcwc", &["--train-state", state_directory]).0, "from the state");
+    assert!(one != archive("other.mcwc", &["--seed", "1", "--train-state", state_directory]).0, "another seed");
+}
+
+#[test]
+fn training_is_kept_only_where_held_out_inputs_say_so() {
+    let work = Work::new();
+    let calibration = work.path("calibration.safetensors");
+    let arguments = |name: &str| {
+        let path = work.path(name);
+        let mut arguments =
+            arguments!["pack", &work.checkpoint.join("model.safetensors"), &path, "--bpp", "2.5"].to_vec();
+        arguments.extend(arguments!["--calibration", &calibration, "--train-steps", "4", "--json"]);
+        (arguments, path)
+    };
+    let (mut auto, path) = arguments("auto.mcwc");
+    auto.extend(arguments!["--train", "auto"]);
+    let report: serde_json::Value = serde_json::from_str(&mcwcfs_ok(auto)).expect("JSON");
+    let number = |key: &str| report["training"][key].as_f64().unwrap_or_else(|| panic!("{report}"));
+    let is_kept = report["training"]["is_kept"].as_bool().expect("a verdict");
+    assert_eq!(is_kept, number("held_out_distance") < number("held_out_distance_without"));
+    let (mut other, expected) = arguments("expected.mcwc");
+    other.extend(arguments!["--train", if is_kept { "on" } else { "off" }]);
+    mcwcfs_ok(other);
+    assert!(fs::read(path).expect("an archive") == fs::read(expected).expect("an archive"));
+}
+
+#[test]
 fn models_and_inputs_that_cannot_be_run_are_refused_before_anything_is_written() {
     let work = Work::new();
     assert!(work.refusal(&["--calibrate"]).contains("tokenizer.json"), "text needs a tokenizer");
     assert!(work.refusal(&["--calibrate", "--quantization", "scalar"]).contains("changes nothing"));
+    assert!(work.refusal(&["--train", "on"]).contains("--train on: expected --bpp, --calibration"));
     let ids = Tensor::raw("input_ids", "U16", &[2], vec![3, 0, 16, 0]);
     fs::write(work.path("beyond.safetensors"), safetensors(&[ids])).expect("ids");
     let beyond = work.path("beyond.safetensors");
@@ -143,6 +253,11 @@ fn models_and_inputs_that_cannot_be_run_are_refused_before_anything_is_written()
     let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
     assert!(said.contains("not finite"), "{said}");
     fs::write(&weights, sound).expect("a checkpoint");
+    let config = fs::read_to_string(work.checkpoint.join("config.json")).expect("config.json");
+    let headless = config.replace("\"num_attention_heads\":4", "\"num_attention_heads\":0");
+    fs::write(work.checkpoint.join("config.json"), headless).expect("config.json");
+    let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
+    assert!(said.contains("num_attention_heads: 0, expected a positive number"), "{said}");
     fs::write(work.checkpoint.join("config.json"), r#"{"model_type":"mamba"}"#).expect("config.json");
     let said = work.refusal(&["--calibration", calibration.to_str().expect("UTF-8")]);
     assert!(said.contains("no forward pass for model_type \"mamba\""), "{said}");

@@ -148,6 +148,8 @@ for_each_recipe! {
     lossy_trellis_shared: "lossy-trellis-shared",
     lossy_fine_steps: "lossy-fine-steps",
     lossy_vectors: "lossy-vectors",
+    lossy_column_scales: "lossy-column-scales",
+    lossy_motion_vectors: "lossy-motion-vectors",
     lossless_units: "lossless-units",
 }
 

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 const OWNERS: &[(&str, &str)] = &[
     ("fuser", "fuse"),
     ("constriction", "codec"),
+    ("cudarc", "decode"),
     ("env_logger", "telemetry"),
     ("tiny_http", "telemetry"),
     ("sd_notify", "daemon"),

@@ -55,6 +55,9 @@ impl Work {
     /// Packs with these options; the exit code, standard output and what was said.
     fn pack(&self, out: &str, options: &[&str]) -> (Option<i32>, String, String) {
         let mut arguments = arguments!["pack", &self.checkpoint, self.path(out)].to_vec();
+        if !options.contains(&"--effort") {
+            arguments.extend(["--effort", "fast"].map(Into::into));
+        }
         arguments.extend(options.iter().map(Into::into));
         let output = mcwcfs(arguments);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -321,7 +324,7 @@ fn a_card_and_inspect_say_what_was_packed_how_and_what_it_lost() {
     for fact in [&file["source_sha256"], &inspected["content_id"], &inspected["provenance"]["measured"]] {
         assert!(card.contains(fact.as_str().expect("text")), "{fact}: {card}");
     }
-    assert!(card.contains("`mcwc-pack CHECKPOINT OUT --calibration FILE --bpp 6 --effort default "), "{card}");
+    assert!(card.contains("`mcwc-pack CHECKPOINT OUT --calibration FILE --bpp 6 --effort fast "), "{card}");
     let blake3 = blake3::hash(&unpacked(&work, &archive)).to_hex();
     assert_eq!(file["decoded_blake3"].as_str(), Some(blake3.as_str()));
     let text = mcwcfs_ok(arguments!["inspect", &archive]);

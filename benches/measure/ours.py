@@ -130,6 +130,10 @@ class OnTask:
         uncalibrated = self.at("mcwcfs, encoder alone", f"{rate:g}", *keep)
         return uncalibrated, self.at_calibrated("mcwcfs calibrated, encoder alone", f"{rate:g}", *keep)
 
+    def trained(self, rate):
+        """Calibrated and trained through the decoded model."""
+        return self.at_calibrated("mcwcfs trained", f"{rate:g}", "--bpp", f"{rate:g}", "--train", "on")
+
     def at_calibrated(self, codec, setting, *options):
         """Packed with `options` on the evaluation folder's calibration inputs; None where it has none for this model."""
         with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:

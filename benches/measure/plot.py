@@ -41,25 +41,29 @@ def draw(results, path):
 
 def draw_on_task(models, path):
     """Writes the figure of the distance to the original's outputs against the bits per parameter, for `models`: by name, the
-    task points of each codec by its name. A codec with one point has no line.
+    task points of each codec by its name. A codec has the same mark in every panel, and a line from three points on.
     """
     figure, panels = panels_for(len(models))
-    for panel, (name, codecs) in zip(panels, models.items(), strict=True):
-        kind = ""
-        for index, (codec, points) in enumerate(codecs.items()):
-            points = sorted(points, key=lambda point: point.bits)
-            kind = points[0].outcome.distance_kind
+    figure.set_layout_engine("constrained")
+    codecs = list(dict.fromkeys(codec for of_model in models.values() for codec in of_model))
+    drawn = {}
+    for panel, (name, of_model) in zip(panels, models.items(), strict=True):
+        for codec, points in of_model.items():
+            index = codecs.index(codec)
             # Where an archive loses nothing that the evaluation sees there is nothing to draw on this scale.
             seen = [point for point in points if point.outcome.distance > LEAST_DISTANCE]
-            bits, distances = [p.bits for p in seen], [p.outcome.distance for p in seen]
+            seen.sort(key=lambda point: point.bits)
             line = "-" if len(points) > 2 else ""
-            panel.plot(bits, distances, MARKERS[index % len(MARKERS)], ls=line, color=f"C{index}", ms=4, label=codec)
+            bits, distances = [p.bits for p in seen], [p.outcome.distance for p in seen]
+            [drawn[codec]] = panel.plot(
+                bits, distances, MARKERS[index % len(MARKERS)], ls=line, lw=1, color=f"C{index % 10}", ms=4, label=codec
+            )
+            panel.set_ylabel(f"{points[0].outcome.distance_kind} to the original's outputs", fontsize=8)
         panel.set(title=name, yscale="log", xlim=(1.5, 9))
         panel.title.set_fontsize(9)
         panel.set_xlabel("bits per parameter of the whole checkpoint", fontsize=8)
-        panel.set_ylabel(f"{kind} to the original's outputs", fontsize=8)
         panel.tick_params(labelsize=7)
-        panel.legend(fontsize=6)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, fontsize=7)
     save(figure, path)
 
 

@@ -67,10 +67,12 @@ impl Archive {
             files: entries,
             tables: Vec::new(),
             codebooks: Vec::new(),
+            networks: Vec::new(),
             block_types: vec!["plain".into()],
             records,
             bases: Vec::new(),
             has_units: false,
+            has_predictors: false,
             has_column_scales: false,
             provenance: Vec::new(),
         };

@@ -3,10 +3,12 @@
 //!
 //! Everything is decoded on one thread from memory; only the stage `read` touches the file.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hint::black_box;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -18,6 +20,7 @@ use super::packed_tree::{PackedTree, PackedTreeError};
 use super::size::parse_size;
 use crate::archive::{Archive, ArchiveError, Bases, PartAddress};
 use crate::decode::cpu::{CpuEngine, Stage, StageClock, WORDS_PADDING};
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::decode::{DecodeError, Engine, PreparedPart, StripJob};
 use crate::materialize::{
     EngineChoice, MaterializeError, MaterializeOptions, Materializer, decode_error, prepare_record,
@@ -31,9 +34,12 @@ const COPIED_BYTES: usize = 256 << 20;
 pub struct BenchArgs {
     /// The archive (.mcwc)
     pub archive: PathBuf,
-    /// Which engine decodes; the reference decoder has no stages
+    /// Which engine decodes; those of the CPU say how long each stage takes
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineChoice,
+    /// What decoding may take of a CUDA device, where that is the engine [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub gpu_memory: Option<u64>,
     /// Bytes per second that files arrive with, for the load times [default: a gigabyte]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GB")]
     pub bandwidth: u64,
@@ -63,9 +69,6 @@ pub enum BenchError {
     /// The archive does not decode.
     #[error(transparent)]
     Decode(#[from] MaterializeError),
-    /// The reference decoder was asked for.
-    #[error("--engine reference: has no stages to time, expected auto, avx512, avx2 or portable")]
-    NoStages,
     /// Standard output does not take the report.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -105,11 +108,14 @@ pub(super) struct Measurement {
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs) -> Result<(), BenchError> {
-    let engine = args.engine.cpu_engine().ok_or(BenchError::NoStages)?;
+    let (engine, staged) = match args.engine.cpu_engine() {
+        Some(engine) => (Arc::new(engine) as Arc<dyn Engine>, Some(engine)),
+        None => (args.engine.engine_within(args.gpu_memory.unwrap_or(DEFAULT_GPU_MEMORY_BYTES)), None),
+    };
     let tree = PackedTree::read(&args.archive)?;
     let archive = Bases::new(base_places(&tree, false, &args.base_path)).open(&args.archive)?;
     let BenchArgs { repeat, bandwidth, encode_seconds, .. } = *args;
-    let report = Report::measure(&archive, &engine, &Measurement { repeat, bandwidth, encode_seconds })?;
+    let report = Report::measure(&archive, &*engine, staged, &Measurement { repeat, bandwidth, encode_seconds })?;
     let mut output = io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut output, &report).map_err(io::Error::from)?;
@@ -145,22 +151,30 @@ impl Around {
 }
 
 impl Report {
-    pub(super) fn measure(archive: &Archive, engine: &CpuEngine, wanted: &Measurement) -> Result<Self, BenchError> {
+    pub(super) fn measure(
+        archive: &Archive,
+        engine: &dyn Engine,
+        staged: Option<CpuEngine>,
+        wanted: &Measurement,
+    ) -> Result<Self, BenchError> {
         let decoded_bytes = archive.files().iter().flat_map(|file| &file.tensors).map(|t| t.length_bytes).sum();
         let mut around = decode_all(archive, engine, None)?;
         for _ in 1..wanted.repeat {
             around = around.fastest(decode_all(archive, engine, None)?);
         }
-        let clock = StageClock::default();
-        decode_all(archive, engine, Some(&clock))?;
         let mut stages = vec![
             StageReport { stage: "read", seconds: around.read },
             StageReport { stage: "side information", seconds: around.prepare },
             StageReport { stage: "room for tensors", seconds: around.allocate },
         ];
-        stages.extend(
-            Stage::ALL.map(|stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() }),
-        );
+        if let Some(staged) = staged {
+            let clock = StageClock::default();
+            decode_all(archive, engine, Some((&staged, &clock)))?;
+            let spent = |stage: Stage| StageReport { stage: stage.name(), seconds: clock.spent(stage).as_secs_f64() };
+            stages.extend(Stage::ALL.map(spent));
+        } else {
+            stages.push(StageReport { stage: "decoding", seconds: around.decode.iter().sum() });
+        }
         let decode_seconds = around.decode_seconds();
         Ok(Self {
             engine: engine.name(),
@@ -212,20 +226,28 @@ fn copy_seconds() -> f64 {
 ///
 /// # Errors
 /// When it does not decode.
-pub(super) fn decode_seconds(archive: &Archive, engine: &CpuEngine) -> Result<f64, BenchError> {
+pub(super) fn decode_seconds(archive: &Archive, engine: &dyn Engine) -> Result<f64, BenchError> {
     Ok(decode_all(archive, engine, None)?.decode_seconds())
 }
 
 /// Decodes every part once, in the order of the records, keeping what later ones are predicted from.
-fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>) -> Result<Around, BenchError> {
+fn decode_all(
+    archive: &Archive,
+    engine: &dyn Engine,
+    clock: Option<(&CpuEngine, &StageClock)>,
+) -> Result<Around, BenchError> {
     let mut around = Around::default();
     let base = Materializer::new(MaterializeOptions { cache_bytes: 64 << 20, ..MaterializeOptions::default() });
     let mut references: HashMap<PartAddress, Vec<u8>> = HashMap::new();
     let records = archive.index().records.len();
     let mut last_use = vec![0; records];
+    let looks_at_two_layers = archive.networks().iter().any(|network| network.contexts() == 2);
     for number in 0..records as u32 {
         if let Some(reference) = archive.record(number).reference {
             last_use[reference as usize] = number; // references come first
+            if looks_at_two_layers && let Some(second) = archive.record(reference).reference {
+                last_use[second as usize] = number;
+            }
         }
     }
     for number in 0..records as u32 {
@@ -241,15 +263,18 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
             archive.read_body(address, 0, &mut stored[..unpadded])?;
             around.read += start.elapsed().as_secs_f64();
 
+            let decoded = |record, part| references.get(&PartAddress { record, part }).map(Vec::as_slice);
             let reference = part.prediction().and_then(|prediction| {
-                references.get(&PartAddress { record: below?, part: prediction.reference_part }).map(Vec::as_slice)
+                let nearest = decoded(below?, prediction.reference_part)?;
+                let Some(part) = prediction.second_part else { return Some(Cow::Borrowed(nearest)) };
+                Some(Cow::Owned([nearest, decoded(archive.record(below?).reference?, part)?].concat()))
             });
             // The base's decoding is the base's.
             let of_base = match part.base() {
                 Some(reference) => Some(base.base_bytes(archive, reference, 0..part.length_bytes())?),
                 None => None,
             };
-            let reference = of_base.as_deref().or(reference);
+            let reference = of_base.as_deref().or(reference.as_deref());
             // Touched before decoding is timed: what the system does for fresh memory is a stage of its own.
             let start = Instant::now();
             let mut out = vec![1; part.length_bytes() as usize];
@@ -268,12 +293,12 @@ fn decode_all(archive: &Archive, engine: &CpuEngine, clock: Option<&StageClock>)
 }
 
 fn decode_part(
-    engine: &CpuEngine,
+    engine: &dyn Engine,
     part: &PreparedPart,
     stored: &[u8],
     reference: Option<&[u8]>,
     out: &mut [u8],
-    clock: Option<&StageClock>,
+    clock: Option<(&CpuEngine, &StageClock)>,
 ) -> Result<(), DecodeError> {
     let mut jobs: Vec<StripJob<'_>> = out
         .chunks_mut(part.full_strip_output_bytes() as usize)
@@ -283,6 +308,9 @@ fn decode_part(
     let at_once = engine.strips_at_once();
     jobs.chunks_mut(at_once).try_for_each(|jobs| {
         let reference = part.reference_of(jobs[0].strip, 0, reference);
-        engine.decode_timed(part, reference, jobs, clock)
+        match clock {
+            Some((staged, clock)) => staged.decode_timed(part, reference, jobs, Some(clock)),
+            None => engine.decode_strips(part, reference, jobs),
+        }
     })
 }

@@ -9,7 +9,8 @@ use std::thread;
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 
 use crate::archive::Archive;
-use crate::materialize::{EngineChoice, MaterializeError, MaterializeOptions, Materializer};
+use crate::decode::Engine;
+use crate::materialize::{MaterializeError, MaterializeOptions, Materializer};
 use crate::tensor::TensorInfo;
 
 /// Bytes that one thread decodes at a time: many strips, few of them shared with the neighbours. A power of two, so that
@@ -18,13 +19,24 @@ pub const WINDOW_BYTES: u64 = 4 << 20;
 /// Least budget for decoded tensors that others are predicted from.
 const CACHE_BYTES: u64 = 512 << 20;
 
-/// A materializer for reading `archive` once, from start to end, on `threads` threads.
-pub fn sequential_materializer(archive: &Archive, engine: EngineChoice, threads: usize) -> Materializer {
-    // A tensor that the cache cannot keep would be decoded again for each of its windows. Two layers of a chain are
-    // needed at a time; twice that leaves room for the windows in between.
-    let largest = archive.files().iter().flat_map(|file| &file.tensors).map(|tensor| tensor.length_bytes).max();
-    let cache_bytes = CACHE_BYTES.max(largest.unwrap_or(0).saturating_mul(4));
-    Materializer::new(MaterializeOptions { cache_bytes, engine, threads, ..MaterializeOptions::default() })
+/// What reads archives once, from start to end: one engine for all of them.
+pub struct SequentialDecoder {
+    /// Which.
+    pub engine: Arc<dyn Engine>,
+    /// On so many threads.
+    pub threads: usize,
+}
+
+impl SequentialDecoder {
+    /// A materializer for `archive`.
+    pub fn materializer(&self, archive: &Archive) -> Materializer {
+        // A tensor that the cache cannot keep would be decoded again for each of its windows. Two layers of a chain are
+        // needed at a time; twice that leaves room for the windows in between.
+        let largest = archive.files().iter().flat_map(|file| &file.tensors).map(|tensor| tensor.length_bytes).max();
+        let cache_bytes = CACHE_BYTES.max(largest.unwrap_or(0).saturating_mul(4));
+        let options = MaterializeOptions { cache_bytes, threads: self.threads, ..MaterializeOptions::default() };
+        Materializer::with_engine(options, Arc::clone(&self.engine))
+    }
 }
 
 /// Decodes file number `file` of `archive` on `threads` threads. `place` is given every window with its offset, by the thread

@@ -13,6 +13,8 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 
 use crate::daemon;
+use crate::decode::cuda::CudaDevice;
+use crate::decode::cuda::device::{Device, DeviceError};
 use crate::decode::select::cpu_engines;
 
 /// Say whether this machine can mount archives, and what it could do better.
@@ -78,7 +80,7 @@ fn examine() -> Vec<Finding> {
         descriptors(),
         memory(),
         engines(),
-        finding("cuda", Verdict::Limited, "not built in: this version decodes on the CPU".to_owned()),
+        cuda(CudaDevice::new(0).and_then(|device| Ok((device.name().to_owned(), device.free_bytes()?)))),
     ]
 }
 
@@ -184,6 +186,17 @@ fn engines() -> Finding {
     finding("decoder", verdict, format!("{} on {cores} cores{advice}", names[0]))
 }
 
+/// `device` is the first one's name and free memory.
+fn cuda(device: Result<(String, u64), DeviceError>) -> Finding {
+    match device {
+        Ok((name, free)) => {
+            let text = format!("{name} with {} free: --engine cuda decodes there", HumanBytes(free));
+            finding("cuda", Verdict::Good, text)
+        }
+        Err(error) => finding("cuda", Verdict::Limited, format!("{error}: the CPU decodes")),
+    }
+}
+
 fn readahead_files() -> Vec<PathBuf> {
     let entries = fs::read_dir("/sys/class/bdi").into_iter().flatten();
     entries.filter_map(|entry| Some(entry.ok()?.path().join("read_ahead_kb"))).collect()
@@ -223,6 +236,8 @@ mod tests {
         assert_eq!(helper(true, &None).verdict, Verdict::Limited);
         assert_eq!(helper(false, &None).verdict, Verdict::Missing);
         assert_eq!(helper(false, &Some("/etc/passwd".into())).verdict, Verdict::Missing);
+        assert_eq!(cuda(Ok(("a device".into(), 1 << 30))).verdict, Verdict::Good);
+        assert_eq!(cuda(Err(DeviceError::Absent("no driver".into()))).verdict, Verdict::Limited);
     }
 
     #[test]

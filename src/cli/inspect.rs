@@ -97,8 +97,8 @@ impl fmt::Display for Cost {
             &self.parallelism;
         writeln!(
             out,
-            "the chain with most decodes to {critical_path_bytes} of {decoded_bytes} bytes: whole records decode {greatest_speedup:.1} \
-             times as fast in parallel at most"
+            "the chain with most decodes to {critical_path_bytes} of {decoded_bytes} bytes: whole records decode \
+             {greatest_speedup:.1} times as fast in parallel at most"
         )?;
         writeln!(out, "within records {strips} strips can be decoded in any order")?;
         writeln!(

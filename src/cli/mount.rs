@@ -16,6 +16,7 @@ use super::parse_threads;
 use super::size::parse_size;
 use crate::daemon::launch::{self, Outcome};
 use crate::daemon::{self, DaemonError, DecodedCache, LEAST_LIMIT_BYTES, MemoryPlan, ServeOptions};
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::fuse::{FuseError, MountOptions};
 use crate::materialize::{EngineChoice, MaterializeOptions};
 use crate::telemetry;
@@ -65,6 +66,10 @@ struct MountFlags {
     /// What decodes [default: auto]
     #[arg(long, value_enum)]
     engine: Option<EngineChoice>,
+    /// What decoding may take of a CUDA device, where that is the engine, and of this machine beside the memory limit for the
+    /// copies [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    gpu_memory: Option<u64>,
     /// Keep whole decoded files in DIR, at most SIZE of them [default: three quarters of what is free]: later opens, also
     /// after a restart, read them at the speed of that disk, as root without coming here at all
     #[arg(long, value_name = "DIR[:SIZE]", value_parser = parse_decoded_cache)]
@@ -178,6 +183,7 @@ fn serve_options(source: PathBuf, mountpoint: PathBuf, flags: MountFlags) -> Ser
             working_bytes: memory.working_bytes,
             threads: flags.threads.unwrap_or_else(|| MaterializeOptions::default().threads),
             engine: flags.engine.unwrap_or_default(),
+            gpu_memory_bytes: flags.gpu_memory.unwrap_or(DEFAULT_GPU_MEMORY_BYTES),
         },
         base_paths: flags.base_path,
         decode_ahead: flags.decode_ahead.unwrap_or_default(),
@@ -264,6 +270,7 @@ impl MountFlags {
             memory_limit: self.memory_limit.or(other.memory_limit),
             cache_size: self.cache_size.or(other.cache_size),
             engine: self.engine.or(other.engine),
+            gpu_memory: self.gpu_memory.or(other.gpu_memory),
             decoded_cache: self.decoded_cache.or(other.decoded_cache),
             base_path: if self.base_path.is_empty() { other.base_path } else { self.base_path },
             decode_ahead: self.decode_ahead.or(other.decode_ahead),

@@ -1,7 +1,7 @@
 //! The report of a packing run: what was made, what it lost and what it saves, for people who decide and for programs.
 //!
-//! [`ModelReport`] is all that is known, gathered from the archive as it lies there; [`mod@page`] draws it, and the page
-//! carries the same as JSON.
+//! `ModelReport` is all that is known, gathered from the archive as it lies there; `page` draws it, and the page carries the
+//! same as JSON.
 
 mod charts;
 mod html;
@@ -105,7 +105,7 @@ impl<'a> ModelReport<'a> {
         let engine = EngineChoice::Auto.cpu_engine().expect("the reference decoder was not asked for");
         let encode_seconds = Some(point.encode_seconds);
         let measurement = Measurement { repeat: REPEAT, bandwidth: BANDWIDTHS[1], encode_seconds };
-        let decode = bench::Report::measure(archive, &engine, &measurement)?;
+        let decode = bench::Report::measure(archive, &engine, Some(engine), &measurement)?;
         let loading = BANDWIDTHS.map(|bandwidth| {
             let (original, stored) = (decode.decoded_bytes, decode.stored_bytes);
             Loading::new(bandwidth, original, stored, decode.decode_seconds, encode_seconds)

@@ -20,10 +20,12 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempPath};
 
-use super::decoded::{WindowDigests, decode_in_any_order, decode_in_order, sequential_materializer};
+use super::decoded::{SequentialDecoder, WindowDigests, decode_in_any_order, decode_in_order};
 use super::packed_tree::{PackedTree, PackedTreeError};
+use super::size::parse_size;
 use super::{base_places, lies_inside, parse_threads};
 use crate::archive::{Archive, ArchiveError, Bases};
+use crate::decode::cuda::DEFAULT_GPU_MEMORY_BYTES;
 use crate::hexadecimal::hex;
 use crate::materialize::{EngineChoice, MaterializeError};
 
@@ -45,6 +47,9 @@ pub struct UnpackArgs {
     /// Which engine decodes
     #[arg(long, value_enum, default_value_t)]
     pub engine: EngineChoice,
+    /// What decoding may take of a CUDA device, where that is the engine, and of this machine for the copies [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub gpu_memory: Option<u64>,
     /// Do not compare digests of decoded files with the index's; the stored bytes have checksums all the same
     #[arg(long)]
     pub skip_digests: bool,
@@ -168,9 +173,11 @@ pub fn run(args: &UnpackArgs) -> Result<(), UnpackError> {
     if let Some(Output { path, .. }) = exists.filter(|_| !args.force) {
         return Err(UnpackError::Exists { path: path.clone() });
     }
+    let engine = args.engine.engine_within(args.gpu_memory.unwrap_or(DEFAULT_GPU_MEMORY_BYTES));
+    let decoder = SequentialDecoder { engine, threads };
     let progress = progress_bar(outputs.iter().map(Output::bytes).sum());
     let mut made = MadeDirectories::default();
-    let unnamed = outputs.iter().map(|output| output.write(threads, args, &mut made, &progress));
+    let unnamed = outputs.iter().map(|output| output.write(&decoder, args, &mut made, &progress));
     let unnamed = unnamed.collect::<Result<Vec<_>, _>>()?;
     let written = name_all(unnamed, args.force)?;
     made.keep();
@@ -293,7 +300,7 @@ impl Output {
     /// Writes the file under a temporary name beside its own (`.name.XXXXXX.part`) and checks it.
     fn write(
         &self,
-        threads: usize,
+        decoder: &SequentialDecoder,
         args: &UnpackArgs,
         made: &mut MadeDirectories,
         progress: &ProgressBar,
@@ -314,7 +321,7 @@ impl Output {
             .map_err(io_at)?;
         let digest = match &self.origin {
             Origin::Decoded { archive, file } => {
-                self.decode(archive, *file, threads, args, partial.as_file(), progress)?
+                self.decode(archive, *file, decoder, args, partial.as_file(), progress)?
             }
             Origin::Sidecar(path) => Some(FileDigest::Sha256(hex(&self.copy(path, &mut partial, progress)?))),
         };
@@ -328,12 +335,12 @@ impl Output {
         &self,
         archive: &Arc<Archive>,
         file: usize,
-        threads: usize,
+        decoder: &SequentialDecoder,
         args: &UnpackArgs,
         partial: &File,
         progress: &ProgressBar,
     ) -> Result<Option<FileDigest>, UnpackError> {
-        let materializer = sequential_materializer(archive, args.engine, threads);
+        let (materializer, threads) = (decoder.materializer(archive), decoder.threads);
         let place = |offset, bytes: &[u8]| {
             let written = partial.write_all_at(bytes, offset);
             written.map_err(|source| UnpackError::Io { path: self.path.clone(), source })

@@ -16,7 +16,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::decoded::{decode_in_order, sequential_materializer};
+use super::decoded::{SequentialDecoder, decode_in_order};
 use super::packed_tree::{PackedTree, PackedTreeError};
 use super::unpack::progress_bar;
 use super::{base_places, parse_threads};
@@ -117,8 +117,9 @@ pub fn run(args: &VerifyArgs) -> Result<Verification, VerifyError> {
 
     let bases = Bases::new(base_places(&tree, args.packed.is_dir(), &args.base_path));
     let mut verification = Verification { sound: true, archives: Vec::new(), problems: Vec::new() };
+    let decoder = SequentialDecoder { engine: args.engine.engine(), threads };
     for relative in &tree.archives {
-        verification.archives.push(verify_archive(&bases, &tree.root, relative, args, threads)?);
+        verification.archives.push(verify_archive(&bases, &tree.root, relative, args, &decoder)?);
     }
     if let Some(original) = &args.against
         && args.packed.is_dir()
@@ -138,7 +139,7 @@ fn verify_archive(
     root: &Path,
     relative: &Path,
     args: &VerifyArgs,
-    threads: usize,
+    decoder: &SequentialDecoder,
 ) -> Result<VerifiedArchive, VerifyError> {
     let path = root.join(relative);
     let mut verified = VerifiedArchive {
@@ -163,7 +164,7 @@ fn verify_archive(
             if is_the_file { against.clone() } else { directory().join(&archive.files()[file].name) }
         });
         progress.set_message(archive.files()[file].name.clone());
-        verified.files.push(verify_file(&archive, file, original, args, threads, &progress)?);
+        verified.files.push(verify_file(&archive, file, original, decoder, &progress)?);
     }
     progress.finish_and_clear();
     if verified.files.iter().all(|file| file.differences.is_some()) && args.against.is_some() {
@@ -198,8 +199,7 @@ fn verify_file(
     archive: &Arc<Archive>,
     file: usize,
     original_path: Option<PathBuf>,
-    args: &VerifyArgs,
-    threads: usize,
+    decoder: &SequentialDecoder,
     progress: &ProgressBar,
 ) -> Result<VerifiedFile, VerifyError> {
     let entry = &archive.files()[file];
@@ -216,7 +216,7 @@ fn verify_file(
         None => None,
     };
 
-    let materializer = sequential_materializer(archive, args.engine, threads);
+    let (materializer, threads) = (decoder.materializer(archive), decoder.threads);
     let mut decoded_hash = Sha256::new();
     let mut decoded_tree = blake3::Hasher::new();
     let mut original_hash = Sha256::new();

@@ -132,6 +132,21 @@ pub struct PartPlan {
 }
 
 impl RecordPlan {
+    /// Makes one block of each two neighbours, where blocks move freely and there is an even number of them: the paper's
+    /// coarse blocks.
+    pub fn merge_pairs(&mut self) {
+        let Some(symmetry) = self.symmetry.filter(|symmetry| symmetry.members == 1 && symmetry.groups % 2 == 0) else {
+            return;
+        };
+        if self.parts.iter().any(|part| part.conjugated.is_some()) {
+            return;
+        }
+        self.symmetry = Some(Symmetry { groups: symmetry.groups / 2, ..symmetry });
+        for placement in self.parts.iter_mut().filter_map(|part| part.placement.as_mut()) {
+            placement.unit *= 2;
+        }
+    }
+
     /// Whether this record can be predicted from `previous`: the same block type one layer below, tensor for tensor of
     /// the same shape and dtype, under the same symmetry. Stages of different width do not follow one another (Eq. 133).
     pub fn follows(&self, previous: &Self, files: &[PlanFile<'_>]) -> bool {

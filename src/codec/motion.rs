@@ -87,6 +87,41 @@ impl Motion {
         (self.stride == 1).then_some(&self.source_of_index)
     }
 
+    /// This motion and then another of the same shape and axis: where an element's reference finds its own reference.
+    ///
+    /// ```
+    /// # use mcwcfs::codec::motion::Motion;
+    /// let [once, twice] = [[1, 2, 0], [2, 0, 1]].map(|map| Motion::new(&[3], 0, map.to_vec()).unwrap());
+    /// assert_eq!(once.then(&once), twice);
+    /// ```
+    #[must_use]
+    pub fn then(&self, below: &Self) -> Self {
+        assert_eq!(
+            (self.stride, self.source_of_index.len()),
+            (below.stride, below.source_of_index.len()),
+            "motion along one axis of one shape"
+        );
+        let map = |&source: &u32| below.source_of_index[source as usize];
+        Self { stride: self.stride, source_of_index: self.source_of_index.iter().map(map).collect() }
+    }
+
+    /// Elements from one index of the moved axis to the next, and for every index that of the reference.
+    pub fn map(&self) -> (usize, &[u32]) {
+        (self.stride, &self.source_of_index)
+    }
+
+    /// A range that holds the reference elements of consecutive `elements`: whole lines along the moved axis.
+    ///
+    /// ```
+    /// # use mcwcfs::codec::motion::Motion;
+    /// let columns = Motion::new(&[3, 4], 1, vec![1, 2, 0, 3]).unwrap();
+    /// assert_eq!(columns.lines_around(5..7), 4..8);
+    /// ```
+    pub fn lines_around(&self, elements: Range<usize>) -> Range<usize> {
+        let line = self.stride * self.source_of_index.len();
+        elements.start / line * line..elements.end.div_ceil(line) * line
+    }
+
     /// Whether every block is predicted from its own place.
     pub fn is_identity(&self) -> bool {
         self.source_of_index.iter().enumerate().all(|(index, &source)| index == source as usize)

@@ -1,7 +1,18 @@
-//! Elementwise predictors (section 5.1; Eq. 70): what is done with one decoded reference value.
+//! Predictors (section 5.1; Eq. 70): what is made of decoded reference values.
 //!
-//! Single binary32 operations in a fixed order, so that every engine gives the same bits. Fitting the coefficients is the
-//! encoder's business: see `pack::mode_decision`.
+//! Elementwise ones make a prediction of one value, the others of several: [`MotionVectors`] of the same element of a few
+//! units, a [`NetworkPredictor`] of a whole unit. Single binary32 operations in a fixed order or integers, so that every
+//! engine gives the same bits. Fitting is the encoder's business: see `pack::mode_decision` and `pack::predictor`.
+
+pub mod network;
+pub mod references;
+pub mod vectors;
+
+use std::ops::Range;
+
+use self::network::NetworkPredictor;
+use self::references::References;
+use self::vectors::MotionVectors;
 
 /// A predictor's coefficients for one run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,6 +32,9 @@ pub enum RunPredictor {
 }
 
 impl RunPredictor {
+    /// What leaves values that are predictions already as they are.
+    pub const COPY: Self = Self::ScaledCopy { gain: 1.0 };
+
     /// The predicted value.
     ///
     /// ```
@@ -32,6 +46,26 @@ impl RunPredictor {
         match self {
             Self::ScaledCopy { gain } => gain * reference,
             Self::RowAffine { gain, offset } => gain * reference + offset,
+        }
+    }
+}
+
+/// A predictor that makes an element's prediction of several reference values.
+#[derive(Clone, Debug)]
+pub enum CompositePredictor {
+    /// Some units of the reference, each times a gain.
+    Vectors(MotionVectors),
+    /// A network, unit by unit.
+    Network(NetworkPredictor),
+}
+
+impl CompositePredictor {
+    /// The predictions of consecutive `elements`, counted in the tensor's order.
+    pub fn predict(&self, references: &References<'_>, elements: Range<usize>, predicted: &mut [f32]) {
+        assert_eq!(elements.len(), predicted.len(), "one prediction per element");
+        match self {
+            Self::Vectors(vectors) => vectors.predict(references, elements, predicted),
+            Self::Network(network) => network.predict(references, elements, predicted),
         }
     }
 }

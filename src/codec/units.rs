@@ -50,6 +50,11 @@ impl UnitCoding {
         !self.values.is_empty()
     }
 
+    /// The values that symbols stand for, where they are listed.
+    pub fn values(&self) -> &[u64] {
+        &self.values
+    }
+
     /// The number of a symbol and its raw bits, modulo two to the power of the unit's bits; 0 where values are listed and the
     /// code is none of them, which tables that parts share may have.
     #[inline]

@@ -3,9 +3,9 @@
 //!
 //! The form is kept from version to version: an upgrade starts a worker from another binary than the supervisor's.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Seek, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -15,13 +15,11 @@ use std::process::Command;
 
 use super::DaemonError;
 use super::launch::{ROLE, WORKER};
-use crate::fuse::{Device, Handles};
+use crate::fuse::{Device, OpenFiles};
 use crate::hexadecimal::hex;
 
 /// What the worker reads first, so that it can refuse what it would not understand.
-const VERSION: &str = "2";
-/// Stands behind the last handles where there are more.
-const AND_MORE: &str = "more,";
+const VERSION: &str = "3";
 const FACTS: &str = "MCWCFS_HANDOVER";
 const SOURCE: &str = "MCWCFS_SOURCE";
 const MOUNTPOINT: &str = "MCWCFS_MOUNTPOINT";
@@ -35,10 +33,6 @@ pub(super) struct Facts {
     pub(super) restarts: u64,
     /// Workers that were replaced on request since the mount.
     pub(super) upgrades: u64,
-    /// Who has which files open, by inode, where files may be passed through.
-    pub(super) handles: BTreeMap<u64, Handles>,
-    /// Whether `handles` lacks some that are read through the page cache.
-    pub(super) lacks_handles: bool,
     /// Whether so many workers died that a request must be suspected of killing them.
     pub(super) is_suspicious: bool,
 }
@@ -50,20 +44,32 @@ impl Facts {
     }
 }
 
-/// `inode:cached:passed:backing`, the last of which may be empty.
-pub(super) fn line_of_handles(inode: u64, handles: &Handles) -> String {
-    let Handles { cached, passed, backing } = handles;
-    let backing = backing.map_or(String::new(), |name| name.to_string());
-    format!("{inode}:{cached}:{passed}:{backing}")
+/// An account of open files, where a process that inherits the descriptor can [read](read_account) it: however many there
+/// are, they take no room in its environment.
+pub(super) fn write_down(open_files: &OpenFiles) -> io::Result<File> {
+    // SAFETY: the name is a C string.
+    let descriptor = unsafe { libc::memfd_create(c"open-files".as_ptr(), libc::MFD_CLOEXEC) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is new and nobody else's.
+    let mut file = BufWriter::new(unsafe { File::from_raw_fd(descriptor) });
+    for change in open_files.changes() {
+        writeln!(file, "{change}")?;
+    }
+    let mut file = file.into_inner()?;
+    file.rewind()?;
+    Ok(file)
 }
 
-/// What [`line_of_handles`] wrote.
-pub(super) fn parse_handles(line: &str) -> Option<(u64, Handles)> {
-    let fields: Vec<&str> = line.split(':').collect();
-    let [inode, cached, passed, backing] = fields[..] else { return None };
-    let backing = if backing.is_empty() { None } else { Some(backing.parse().ok()?) };
-    let handles = Handles { cached: cached.parse().ok()?, passed: passed.parse().ok()?, backing };
-    Some((inode.parse().ok()?, handles))
+/// What [`write_down`] wrote.
+fn read_account(file: File) -> Result<OpenFiles, DaemonError> {
+    let mut open_files = OpenFiles::default();
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(|error| problem(format!("open files: {error}")))?;
+        open_files.apply(line.parse().map_err(|_| problem(format!("open files: {line:?}: expected a handle")))?);
+    }
+    Ok(open_files)
 }
 
 /// Everything a worker gets.
@@ -75,6 +81,8 @@ pub(super) struct Handover {
     pub(super) control: UnixStream,
     /// Where metrics are served.
     pub(super) listener: Option<TcpListener>,
+    /// Who has which files open, where files may be passed through.
+    pub(super) open_files: OpenFiles,
     pub(super) facts: Facts,
 }
 
@@ -86,24 +94,19 @@ pub(super) fn prepare(
     device: &Device,
     control: BorrowedFd<'_>,
     listener: Option<&TcpListener>,
+    open_files: BorrowedFd<'_>,
     facts: &Facts,
 ) {
-    let Facts { daemon, restarts, upgrades, handles, lacks_handles, is_suspicious } = facts;
-    let mut descriptors = vec![device.as_fd().as_raw_fd(), control.as_raw_fd()];
+    let Facts { daemon, restarts, upgrades, is_suspicious } = facts;
+    let mut descriptors = vec![device.as_fd().as_raw_fd(), control.as_raw_fd(), open_files.as_raw_fd()];
     descriptors.extend(listener.map(AsRawFd::as_raw_fd));
     let listener = listener.map_or("none".to_owned(), |listener| listener.as_raw_fd().to_string());
-    let (device_number, control_number, suspicious) = (descriptors[0], descriptors[1], u8::from(*is_suspicious));
-    let mut text =
-        format!("{VERSION} {device_number} {control_number} {listener} {daemon} {restarts} {upgrades} {suspicious} ");
-    text.push_str(&hex(device.greeting()));
-    text.push(' ');
-    for (inode, handles) in handles {
-        text.push_str(&line_of_handles(*inode, handles));
-        text.push(',');
-    }
-    if *lacks_handles {
-        text.push_str(AND_MORE);
-    }
+    let [device_number, control_number, account, ..] = descriptors[..] else { unreachable!("three are always there") };
+    let suspicious = u8::from(*is_suspicious);
+    let greeting = hex(device.greeting());
+    let text = format!(
+        "{VERSION} {device_number} {control_number} {listener} {account} {daemon} {restarts} {upgrades} {suspicious} {greeting}"
+    );
     command.env(ROLE, WORKER).env(FACTS, text).env(SOURCE, source).env(MOUNTPOINT, device.mountpoint());
     // SAFETY: between fork and exec only `fcntl` and `signal` are called, which are async-signal-safe.
     unsafe { command.pre_exec(move || become_worker(&descriptors)) };
@@ -140,11 +143,13 @@ pub(super) fn receive() -> Result<Handover, DaemonError> {
     };
     let (device, control) = (adopt(fields.device)?, adopt(fields.control)?);
     let listener = fields.listener.map(adopt).transpose()?;
+    let open_files = read_account(adopt(fields.open_files)?.into())?;
     Ok(Handover {
         source: variable(SOURCE)?.into(),
         device: Device::from_parts(device, variable(MOUNTPOINT)?.into(), fields.greeting),
         control: control.into(),
         listener: listener.map(TcpListener::from),
+        open_files,
         facts: fields.facts,
     })
 }
@@ -158,6 +163,7 @@ struct Fields {
     device: RawFd,
     control: RawFd,
     listener: Option<RawFd>,
+    open_files: RawFd,
     facts: Facts,
     greeting: Vec<u8>,
 }
@@ -168,7 +174,8 @@ fn parse(text: &OsString) -> Result<Fields, String> {
     if fields[0] != VERSION {
         return Err(format!("version {:?}, expected {VERSION}: the supervisor is of another version", fields[0]));
     }
-    let [_, device, control, listener, daemon, restarts, upgrades, suspicious, greeting, handles] = fields[..] else {
+    let [_, device, control, listener, open_files, daemon, restarts, upgrades, suspicious, greeting] = fields[..]
+    else {
         return Err(format!("{} fields, expected 10", fields.len()));
     };
     let bad = |field: &str| format!("{field:?}: expected a number");
@@ -176,18 +183,15 @@ fn parse(text: &OsString) -> Result<Fields, String> {
     let descriptor = |field: &str| field.parse().map_err(|_| bad(field));
     let digits = greeting.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap_or_default());
     let greeting: Result<_, _> = digits.map(|pair| u8::from_str_radix(pair, 16).map_err(|_| bad(pair))).collect();
-    let (handles, lacks_handles) = handles.strip_suffix(AND_MORE).map_or((handles, false), |handles| (handles, true));
-    let handles = handles.split_terminator(',').map(|line| parse_handles(line).ok_or_else(|| bad(line)));
     Ok(Fields {
         device: descriptor(device)?,
         control: descriptor(control)?,
         listener: if listener == "none" { None } else { Some(descriptor(listener)?) },
+        open_files: descriptor(open_files)?,
         facts: Facts {
             daemon: daemon.parse().map_err(|_| bad(daemon))?,
             restarts: number(restarts)?,
             upgrades: number(upgrades)?,
-            handles: handles.collect::<Result<_, _>>()?,
-            lacks_handles,
             is_suspicious: number(suspicious)? != 0,
         },
         greeting: greeting?,
@@ -197,32 +201,40 @@ fn parse(text: &OsString) -> Result<Fields, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuse::HandleChange;
+    use crate::vfs::Inode;
 
     #[test]
     fn facts_are_read_as_they_were_written_and_other_versions_are_refused() {
-        let handles = [
-            (7, Handles { cached: 0, passed: 1, backing: Some(4) }),
-            (u64::MAX, Handles { cached: 2, ..Handles::default() }),
-        ];
-        let facts = Facts {
-            daemon: 12,
-            restarts: 3,
-            upgrades: 4,
-            handles: handles.into(),
-            lacks_handles: false,
-            is_suspicious: true,
-        };
-        let mut expected = Fields { device: 5, control: 6, listener: Some(7), facts, greeting: vec![0, 0xab, 0xff] };
-        let text = "2 5 6 7 12 3 4 1 00abff 7:0:1:4,18446744073709551615:2:0:,";
-        assert_eq!(parse(&text.into()).as_ref(), Ok(&expected));
-        expected.facts.lacks_handles = true;
-        assert_eq!(parse(&format!("{text}more,").into()), Ok(expected));
-        assert_eq!(parse(&"2 5 6 none 12 3 4 0  ".into()).unwrap().listener, None);
+        let facts = Facts { daemon: 12, restarts: 3, upgrades: 4, is_suspicious: true };
+        let greeting = vec![0, 0xab, 0xff];
+        let expected = Fields { device: 5, control: 6, listener: Some(7), open_files: 8, facts, greeting };
+        assert_eq!(parse(&"3 5 6 7 8 12 3 4 1 00abff".into()), Ok(expected));
+        assert_eq!(parse(&"3 5 6 none 8 12 3 4 0 ".into()).unwrap().listener, None);
         assert!(parse(&"1 5 6".into()).unwrap_err().contains("another version"));
-        for text in
-            ["", "2", "2 5 6 x 12 3 4 0 00 ", "2 5 6 7 12 3 4 0 0g ", "2 5 6 7 12 3 4 0 é ", "2 5 6 7 12 3 4 0 00 1"]
-        {
+        for text in [
+            "",
+            "3",
+            "3 5 6 x 8 12 3 4 0 00",
+            "3 5 6 7 8 12 3 4 0 0g",
+            "3 5 6 7 8 12 3 4 0 é",
+            "3 5 6 7 8 12 3 4 0 00 1",
+        ] {
             assert!(parse(&text.into()).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn an_account_of_any_length_is_read_as_it_was_written() {
+        let mut open_files = OpenFiles::default();
+        for number in 0..10_000 {
+            let backing = (number % 3 == 0).then_some(number as u32);
+            open_files.apply(HandleChange::Opened { inode: Inode(number), handle: u64::MAX - number, backing });
+        }
+        assert_eq!(read_account(write_down(&open_files).unwrap()).unwrap(), open_files);
+        let mut damaged = write_down(&open_files).unwrap();
+        damaged.write_all(b"opened x").unwrap();
+        damaged.rewind().unwrap();
+        assert!(read_account(damaged).unwrap_err().to_string().contains("expected a handle"));
     }
 }

@@ -15,11 +15,19 @@ use super::status::Status;
 use super::{DaemonError, DecodedCache, ServeOptions, memory, process};
 use crate::archive::{ArchiveError, Bases, Place};
 use crate::decoded_files::DecodedFiles;
-use crate::fuse::{self, Device, Inherited, Kernel, MountOptions, Mounted, Registry, Succession};
+use crate::fuse::{self, Device, Kernel, MountOptions, Mounted, OpenFiles, Registry, Succession};
 use crate::materialize::Materializer;
 use crate::metrics::METRICS;
 use crate::telemetry;
-use crate::vfs::{DecodedArchive, Inode, Vfs};
+use crate::vfs::{DecodedArchive, Vfs};
+
+/// What a process that serves a mount is told of those before it.
+#[derive(Default)]
+pub(super) struct Before {
+    /// What they have left open, where files may be passed through.
+    pub(super) open_files: OpenFiles,
+    pub(super) facts: Facts,
+}
 
 /// A source that is ready to be served.
 pub(super) struct Prepared {
@@ -60,21 +68,18 @@ impl Prepared {
         options: &ServeOptions,
         device: Device,
         listener: Option<TcpListener>,
-        mut facts: Facts,
+        before: Before,
         registry: Option<Arc<dyn Registry>>,
     ) -> Result<Service, DaemonError> {
         let Self { vfs, materializer } = self;
-        let inherited = Inherited {
-            handles: std::mem::take(&mut facts.handles).into_iter().map(|(inode, of)| (Inode(inode), of)).collect(),
-            is_incomplete: facts.lacks_handles,
-        };
+        let Before { open_files, facts } = before;
         let (is_successor, is_suspicious) = (facts.is_successor(), facts.is_suspicious);
         let status = Arc::new(Status::new(Arc::clone(&vfs), materializer, device.mountpoint(), facts));
         let attributes = Arc::clone(&status);
         let mount = MountOptions { refuse_resent: is_suspicious, ..options.mount.clone() };
         let succession = Succession {
             root_attributes: Arc::new(move |name: &OsStr| attributes.root_attribute(name)),
-            inherited,
+            inherited: open_files,
             registry,
         };
         let mounted = fuse::serve(Arc::clone(&vfs), device, &mount, succession)?;

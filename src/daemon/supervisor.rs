@@ -7,7 +7,6 @@
 //! An upgrade is the same with the order changed: the successor serves before the old worker is told to end. Both answer
 //! meanwhile, each what it took.
 
-use std::collections::BTreeMap;
 use std::ffi::{OsString, c_int};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpListener;
@@ -26,7 +25,7 @@ use super::handover::{self, Facts};
 use super::restarts::Restarts;
 use super::worker::{Command, Message};
 use super::{DaemonError, Event, end, service_manager};
-use crate::fuse::{Device, Handles, MAX_PASSED};
+use crate::fuse::{Device, OpenFiles};
 
 /// What a worker is started with.
 #[derive(Debug)]
@@ -59,8 +58,8 @@ struct Supervisor {
     restart_at: Option<Instant>,
     restarts: Restarts,
     upgrades: u64,
-    /// Who has which files open, by inode, where files may be passed through.
-    handles: BTreeMap<u64, Handles>,
+    /// Who has which files open, where files may be passed through.
+    open_files: OpenFiles,
     is_ending: bool,
 }
 
@@ -105,7 +104,7 @@ pub(super) fn supervise(
         restart_at: Some(Instant::now()),
         restarts: Restarts::default(),
         upgrades: 0,
-        handles: BTreeMap::new(),
+        open_files: OpenFiles::default(),
         is_ending: false,
     };
     let result = supervisor.run(arrived, ready);
@@ -144,12 +143,8 @@ impl Supervisor {
                         return Ok(());
                     }
                 }
-                Ok(Event::Worker(_, News::Said(Message::Handles(inode, handles)))) => {
-                    if handles == Handles::default() {
-                        self.handles.remove(&inode);
-                    } else {
-                        self.handles.insert(inode, handles);
-                    }
+                Ok(Event::Worker(_, News::Said(Message::Handle(change)))) => {
+                    self.open_files.apply(change); // what the kernel names files by is the worker's business
                 }
                 Ok(Event::Worker(_, News::Said(Message::Held))) => self.start_successor(),
                 Ok(Event::Worker(number, News::Said(Message::Failed(code, message)))) => {
@@ -289,23 +284,20 @@ impl Supervisor {
     /// Starts a worker, and threads that bring its news; returns its process.
     fn start_worker(&mut self, role: Role) -> io::Result<u32> {
         let (control, theirs) = UnixStream::pair()?;
-        // A worker's environment holds so many. Those that the kernel reads by itself are never more.
-        let lacks_handles = self.handles.len() > MAX_PASSED;
-        let told = self.handles.iter().filter(|(_, handles)| !lacks_handles || handles.backing.is_some());
+        let open_files = handover::write_down(&self.open_files)?;
         let facts = Facts {
             daemon: process::id(),
             restarts: self.restarts.total(),
             upgrades: self.upgrades + u64::from(role == Role::Successor),
-            handles: told.map(|(inode, handles)| (*inode, *handles)).collect(),
-            lacks_handles,
             is_suspicious: self.restarts.are_suspicious(),
         };
         let Recipe { program, arguments, source, listener } = &self.recipe;
         let mut command = process::Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
-        handover::prepare(&mut command, source, &self.device, theirs.as_fd(), listener.as_ref(), &facts);
+        let listener = listener.as_ref();
+        handover::prepare(&mut command, source, &self.device, theirs.as_fd(), listener, open_files.as_fd(), &facts);
         let mut child = command.spawn()?;
-        drop(theirs);
+        drop((theirs, open_files));
         let (number, pid) = (self.started, child.id());
         self.started += 1;
         let (events, lines) = (self.events.clone(), BufReader::new(control.try_clone()?));

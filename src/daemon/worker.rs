@@ -13,10 +13,9 @@ use std::time::Duration;
 use log::{debug, error, info};
 
 use super::handover::{self, Handover};
-use super::service::{Prepared, Service};
+use super::service::{Before, Prepared, Service};
 use super::{DaemonError, ServeOptions, answers, process};
-use crate::fuse::{Handles, Registry};
-use crate::vfs::Inode;
+use crate::fuse::{HandleChange, Registry};
 
 /// How long a worker that is replaced may take to answer what it has taken. What is left then goes to its successor.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
@@ -41,8 +40,8 @@ pub(super) enum Message {
     Ready(String),
     /// It ends, and why: an exit code and a message.
     Failed(u8, String),
-    /// Who has the file of this inode open now.
-    Handles(u64, Handles),
+    /// A file is opened or was closed.
+    Handle(HandleChange),
     /// It holds still, as it was told.
     Held,
 }
@@ -69,7 +68,7 @@ impl Message {
         let line = match self {
             Self::Ready(status) => format!("ready {status}"),
             Self::Failed(code, message) => format!("failed {code} {message}"),
-            Self::Handles(inode, handles) => format!("handles {}", handover::line_of_handles(*inode, handles)),
+            Self::Handle(change) => change.to_string(),
             Self::Held => "held yes".to_owned(),
         };
         line.replace('\n', " ") + "\n"
@@ -78,10 +77,7 @@ impl Message {
     pub(super) fn parse(line: &str) -> Option<Self> {
         match line.split_once(' ')? {
             ("ready", status) => Some(Self::Ready(status.to_owned())),
-            ("handles", rest) => {
-                let (inode, handles) = handover::parse_handles(rest)?;
-                Some(Self::Handles(inode, handles))
-            }
+            ("opened" | "closed", _) => Some(Self::Handle(line.parse().ok()?)),
             ("held", _) => Some(Self::Held),
             ("failed", rest) => {
                 let (code, message) = rest.split_once(' ')?;
@@ -98,14 +94,15 @@ impl Message {
 /// When what the supervisor prepared is not there, the source cannot be listed, or the conversation with the kernel
 /// breaks. The supervisor has been told.
 pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Result<(), DaemonError> {
-    let Handover { source, device, control, listener, facts } = handover::receive()?;
+    let Handover { source, device, control, listener, open_files, facts } = handover::receive()?;
     let options = ServeOptions { source, mountpoint: device.mountpoint().to_owned(), ..options };
     let wrap = |source| DaemonError::System { what: "sharing a connection", source };
     let said = control.try_clone().map_err(wrap)?;
     let serve = || {
         process::raise_descriptor_limit();
         let registry = Arc::new(ToSupervisor(said.try_clone().map_err(wrap)?));
-        let service = Prepared::new(&options)?.serve(&options, device, listener, facts, Some(registry))?;
+        let before = Before { open_files, facts };
+        let service = Prepared::new(&options)?.serve(&options, device, listener, before, Some(registry))?;
         let mountpoint = service.mounted.mountpoint();
         answers(mountpoint)
             .map_err(|problem| DaemonError::NotAnswering { mountpoint: mountpoint.to_owned(), problem })?;
@@ -157,8 +154,8 @@ pub fn run(options: ServeOptions, exit_code: impl Fn(&DaemonError) -> u8) -> Res
 struct ToSupervisor(UnixStream);
 
 impl Registry for ToSupervisor {
-    fn note(&self, inode: Inode, handles: Handles) {
-        tell(&self.0, &Message::Handles(inode.0, handles));
+    fn note(&self, change: HandleChange) {
+        tell(&self.0, &Message::Handle(change));
     }
 }
 
@@ -170,6 +167,7 @@ fn tell(mut control: &UnixStream, message: &Message) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vfs::Inode;
 
     #[test]
     fn what_is_said_is_understood() {
@@ -179,11 +177,12 @@ mod tests {
         assert_eq!(Command::parse("self-destruct"), None);
         let ready = Message::Ready("7 archives".into());
         let failed = Message::Failed(32, "source /x: gone".into());
-        let handles = Message::Handles(u64::MAX, Handles { cached: 1, passed: 2, backing: Some(3) });
-        for message in [ready, failed, handles, Message::Handles(5, Handles::default()), Message::Held] {
+        let opened = Message::Handle(HandleChange::Opened { inode: Inode(u64::MAX), handle: 4, backing: Some(3) });
+        let closed = Message::Handle(HandleChange::Closed { inode: Inode(5), handle: 4 });
+        for message in [ready, failed, opened, closed, Message::Held] {
             assert_eq!(Message::parse(message.line().trim_end()), Some(message));
         }
-        for line in ["", "ready", "failed", "failed x y", "failed 999 y", "handles 1:2", "hello world"] {
+        for line in ["", "ready", "failed", "failed x y", "failed 999 y", "opened 1", "closed x 2", "hello world"] {
             assert_eq!(Message::parse(line), None, "{line:?}");
         }
     }

@@ -1,6 +1,7 @@
 //! A part checked and ready for any engine: everything its header says, against the tensor it must fill.
 
 mod based;
+mod prediction;
 mod quantized;
 mod strips;
 mod symbols;
@@ -17,7 +18,7 @@ use super::DecodeError;
 use crate::codec::entropy::CodingTable;
 use crate::codec::integers::{self, Integers};
 use crate::codec::lossless::carrier_bits;
-use crate::codec::motion::Motion;
+use crate::codec::predictor::network::Network;
 use crate::codec::units::UnitCoding;
 use crate::codec::vector_quantizer::Codebook;
 use crate::format::difference::BaseTensor;
@@ -25,7 +26,8 @@ use crate::format::part::{Carrier, Coding, PartHeader, StoredIntegers, TrellisTa
 use crate::tensor::{Dtype, TensorInfo};
 
 pub use self::based::{Based, Difference};
-pub use self::quantized::{Prediction, Quantizer};
+pub use self::prediction::{Motions, Prediction};
+pub use self::quantized::Quantizer;
 pub use self::symbols::Symbols;
 
 /// What parts of an archive refer to by number.
@@ -35,6 +37,8 @@ pub struct Pools<'a> {
     pub tables: &'a [Arc<CodingTable>],
     /// Codebooks of vectors.
     pub codebooks: &'a [Arc<Codebook>],
+    /// Networks of learned predictors.
+    pub networks: &'a [Arc<Network>],
 }
 
 /// A part ready for decoding.
@@ -85,13 +89,13 @@ pub enum PartKind {
 }
 
 impl PreparedPart {
-    /// Checks `header` against the tensor it fills. `pools` are the archive's. `motion` is what the record's permutation
-    /// does to this tensor; it is used only if the header asks for it.
+    /// Checks `header` against the tensor it fills. `pools` are the archive's. `motions` is what the permutations of
+    /// this record and the next below do to this tensor; they are used only if the header asks for them.
     pub fn new(
         tensor: &TensorInfo,
         header: &PartHeader,
         pools: Pools<'_>,
-        motion: Option<Motion>,
+        motions: impl Into<Motions>,
     ) -> Result<Self, DecodeError> {
         let element_bits = tensor.dtype.bits().unwrap_or(8);
         let mut part = Self {
@@ -171,7 +175,7 @@ impl PreparedPart {
                     let per_number = if pairs { 2 } else { 1 };
                     prepare_symbols(streams, info.raw_bits.into(), pools.tables, runs, per_number)?
                 };
-                part.kind = prepare_quantized(info, symbols, pools.codebooks, motion, runs)?;
+                part.kind = prepare_quantized(info, tensor, symbols, pools, motions.into(), runs)?;
                 if let (Coding::QuantizedFromBase(reference, _), PartKind::Quantized { prediction, .. }) =
                     (&header.coding, &mut part.kind)
                 {

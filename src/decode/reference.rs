@@ -7,6 +7,7 @@ use crate::codec::difference::{Bits, coded_order, join_difference};
 use crate::codec::entropy::{LaneReader, decode_run};
 use crate::codec::lossless::{join_element, widen};
 use crate::codec::low_rank::LowRank;
+use crate::codec::predictor::references::References;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::codec::units::{UnitCoding, write_units};
@@ -77,7 +78,8 @@ fn decode_strip(
                     if part.base().is_some() { strip.first_run(symbols) * strip.layout.run_elements } else { 0 };
                 (prediction, reference, first)
             });
-            strip.decode_quantized(symbols, quantizer, prediction, part.dtype(), out)
+            let of_tensor = part.length_bytes() as usize;
+            strip.decode_quantized(symbols, quantizer, prediction, (part.dtype(), of_tensor), out)
         }
     }
 }
@@ -293,7 +295,7 @@ impl StripView<'_> {
         symbols: &Symbols,
         quantizer: &Quantizer,
         prediction: Option<(&Prediction, &[u8], usize)>,
-        dtype: &Dtype,
+        (dtype, of_tensor): (&Dtype, usize),
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
         let mut points = match (&quantizer.vectors, quantizer.trellis) {
@@ -307,6 +309,14 @@ impl StripView<'_> {
 
         let first_element = self.first_run(symbols) * self.layout.run_elements;
         let element_bytes = out.len() / self.layout.symbols;
+        // Eq. 70 where a prediction is made of several reference values.
+        let composite = prediction.and_then(|(prediction, reference, _)| {
+            let (predictor, of_tensor) = (prediction.composite()?, of_tensor / element_bytes);
+            let mut predicted = vec![0.0; self.layout.symbols];
+            let elements = first_element..first_element + self.layout.symbols;
+            predictor.predict(&References::new(dtype, reference, of_tensor), elements, &mut predicted);
+            Some(predicted)
+        });
         for (index, (out, &point)) in out.chunks_mut(element_bytes).zip(&points).enumerate() {
             let run = self.first_run(symbols) + index / self.layout.run_elements;
             // Eqs. 68-69: the keyframe value or the residual.
@@ -314,7 +324,9 @@ impl StripView<'_> {
             if let Some(column_scales) = quantizer.column_scales() {
                 value *= column_scales[index % self.layout.run_elements];
             }
-            if let Some((prediction, reference, first_of_reference)) = prediction {
+            if let Some(predicted) = &composite {
+                value += predicted[index]; // Eq. 71
+            } else if let Some((prediction, reference, first_of_reference)) = prediction {
                 let element = first_element + index;
                 let source = prediction
                     .motion

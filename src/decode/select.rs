@@ -1,9 +1,11 @@
-//! Which engine a process decodes with: the fastest that the CPU has, or a lower one that was asked for.
+//! Which engine a process decodes with: the fastest that the CPU has, a lower one that was asked for, or a CUDA device.
 
 use std::sync::Arc;
 
 use super::Engine;
 use super::cpu::CpuEngine;
+use super::cuda::device::Device;
+use super::cuda::{CudaDevice, CudaEngine, DEFAULT_GPU_MEMORY_BYTES};
 use super::reference::ReferenceEngine;
 
 /// What was asked for. A choice may lower what the CPU could do, never raise it.
@@ -22,11 +24,21 @@ pub enum EngineChoice {
     Portable,
     /// The reference decoder.
     Reference,
+    /// The first CUDA device; what it cannot decode, and all where there is none, the fastest CPU engine does.
+    Cuda,
 }
 
 impl EngineChoice {
     /// The engine chosen. Logs which and why.
     pub fn engine(self) -> Arc<dyn Engine> {
+        self.engine_within(DEFAULT_GPU_MEMORY_BYTES)
+    }
+
+    /// [`Self::engine`], which takes no more than `gpu_memory_bytes` of a CUDA device.
+    pub fn engine_within(self, gpu_memory_bytes: u64) -> Arc<dyn Engine> {
+        if self == Self::Cuda {
+            return cuda_engine(gpu_memory_bytes);
+        }
         match self.cpu_engine() {
             Some(engine) => Arc::new(engine),
             None => {
@@ -36,7 +48,7 @@ impl EngineChoice {
         }
     }
 
-    /// The CPU engine chosen, with a log line that says why; `None` where the reference decoder is.
+    /// The CPU engine chosen, with a log line that says why; `None` where the reference decoder or a device is.
     pub fn cpu_engine(self) -> Option<CpuEngine> {
         let engines = cpu_engines();
         let best = engines[0];
@@ -46,7 +58,7 @@ impl EngineChoice {
             Self::Neon => Some("neon"),
             Self::Portable => Some("portable"),
             Self::Auto => None,
-            Self::Reference => return None,
+            Self::Reference | Self::Cuda => return None,
         };
         let chosen = match asked {
             None => {
@@ -65,6 +77,23 @@ impl EngineChoice {
             },
         };
         Some(chosen)
+    }
+}
+
+/// The first CUDA device's engine, or the fastest of the CPU.
+fn cuda_engine(memory_bytes: u64) -> Arc<dyn Engine> {
+    let cpu: Arc<dyn Engine> = Arc::new(cpu_engines()[0]);
+    let device = CudaDevice::new(0).map(Arc::new);
+    let name = device.as_ref().map_or_else(|_| String::new(), |device| device.name().to_owned());
+    match device.and_then(|device| CudaEngine::new(device, memory_bytes, Arc::clone(&cpu))) {
+        Ok(engine) => {
+            log::info!("engine: cuda, as asked: {name}, {} beside it", cpu.name());
+            Arc::new(engine)
+        }
+        Err(error) => {
+            log::warn!("engine: {} instead of cuda: {error}", cpu.name());
+            cpu
+        }
     }
 }
 
@@ -116,6 +145,7 @@ mod tests {
         assert_eq!(EngineChoice::Auto.engine().name(), names[0]);
         assert_eq!(EngineChoice::Portable.engine().name(), "portable");
         assert_eq!(EngineChoice::Reference.engine().name(), "reference");
+        assert!(["cuda", names[0]].contains(&EngineChoice::Cuda.engine().name()), "there may be no device");
         let lowered = EngineChoice::Avx2.engine().name();
         assert!(lowered == "avx2" || (!names.contains(&"avx2") && lowered == names[0]));
     }

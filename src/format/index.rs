@@ -12,8 +12,10 @@ use super::bytes::{Reader, Writer, crc32c};
 use super::codebook::StoredCodebook;
 use super::error::FormatError;
 use super::limits;
+use super::network::StoredNetwork;
 use super::preamble::{
-    FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_COLUMN_SCALES, FEATURE_TREE_DIGESTS, FEATURE_UNITS, Preamble,
+    FEATURE_BASES, FEATURE_CODEBOOKS, FEATURE_COLUMN_SCALES, FEATURE_PREDICTORS, FEATURE_TREE_DIGESTS, FEATURE_UNITS,
+    Preamble,
 };
 use super::record::RecordEntry;
 use super::table::Table;
@@ -62,6 +64,8 @@ pub struct Index {
     pub tables: Vec<Table>,
     /// Codebooks that parts of vectors refer to by number.
     pub codebooks: Vec<StoredCodebook>,
+    /// Networks of learned predictors, which parts refer to by number.
+    pub networks: Vec<StoredNetwork>,
     /// Names that records refer to by number.
     pub block_types: Vec<String>,
     /// Records in the order of their bytes, which is the canonical traversal order (Eq. 49).
@@ -70,6 +74,8 @@ pub struct Index {
     pub bases: Vec<BaseReference>,
     /// Whether parts may be of units: only said in the preamble.
     pub has_units: bool,
+    /// Whether parts may have motion vectors or learned predictors: only said in the preamble.
+    pub has_predictors: bool,
     /// Whether columns of parts may have scales: only said in the preamble.
     pub has_column_scales: bool,
     /// How the archive came to be: tool, version, options.
@@ -122,6 +128,8 @@ impl Index {
         let tables = (0..count).map(|_| Table::parse(reader)).collect::<Result<Vec<_>, _>>()?;
         let count = if features & FEATURE_CODEBOOKS == 0 { 0 } else { reader.count("codebooks", limits::CODEBOOKS)? };
         let codebooks = (0..count).map(|_| StoredCodebook::parse(reader)).collect::<Result<Vec<_>, _>>()?;
+        let count = if features & FEATURE_PREDICTORS == 0 { 0 } else { reader.count("networks", limits::NETWORKS)? };
+        let networks = (0..count).map(|_| StoredNetwork::parse(reader)).collect::<Result<Vec<_>, _>>()?;
         let count = reader.count("block types", limits::BLOCK_TYPES)?;
         let block_types =
             (0..count).map(|_| reader.text("block type", limits::TEXT_BYTES)).collect::<Result<Vec<_>, _>>()?;
@@ -177,10 +185,12 @@ impl Index {
             files,
             tables,
             codebooks,
+            networks,
             block_types,
             records,
             bases,
             has_units: features & FEATURE_UNITS != 0,
+            has_predictors: features & FEATURE_PREDICTORS != 0,
             has_column_scales: features & FEATURE_COLUMN_SCALES != 0,
             provenance,
         })
@@ -197,6 +207,7 @@ impl Index {
             | feature(FEATURE_CODEBOOKS, !self.codebooks.is_empty())
             | feature(FEATURE_BASES, !self.bases.is_empty())
             | feature(FEATURE_UNITS, self.has_units)
+            | feature(FEATURE_PREDICTORS, self.has_predictors || !self.networks.is_empty())
             | feature(FEATURE_COLUMN_SCALES, self.has_column_scales)
     }
 
@@ -223,6 +234,12 @@ impl Index {
             writer.varint(self.codebooks.len() as u64);
             for codebook in &self.codebooks {
                 codebook.write(&mut writer);
+            }
+        }
+        if self.required_features() & FEATURE_PREDICTORS != 0 {
+            writer.varint(self.networks.len() as u64);
+            for network in &self.networks {
+                network.write(&mut writer);
             }
         }
         writer.varint(self.block_types.len() as u64);
@@ -324,10 +341,12 @@ mod tests {
             }],
             tables: vec![Table { codes: vec![0, 1], frequencies: vec![4000, 96], point_offsets: vec![] }],
             codebooks: vec![],
+            networks: vec![],
             block_types: vec!["global".into(), "ffn".into()],
             records: vec![record(Some(0), None), record(Some(1), Some(0))],
             bases: vec![],
             has_units: false,
+            has_predictors: false,
             has_column_scales: false,
             provenance: vec![("tool".into(), "mcwcfs".into())],
         }

@@ -22,6 +22,24 @@ pub const CODEBOOKS: u64 = 1 << 8;
 pub const VECTOR_ELEMENTS: std::ops::RangeInclusive<u8> = 2..=16;
 /// Base-2 logarithm of the codewords of a codebook.
 pub const VECTOR_INDEX_BITS: std::ops::RangeInclusive<u8> = 1..=12;
+/// Networks of learned predictors in one archive.
+pub const NETWORKS: u64 = 16;
+/// Elements that a network predicts at once.
+pub const NETWORK_UNIT: u64 = 1 << 10;
+/// Latent elements of a network: with a unit of two contexts, sums of products stay below 2^26.
+pub const NETWORK_WIDTH: u64 = 1 << 8;
+/// Hidden elements of a network.
+pub const NETWORK_HIDDEN: u64 = 1 << 10;
+/// Kinds of tensors that a network is for.
+pub const NETWORK_KINDS: u64 = 64;
+/// Layer embeddings of a network.
+pub const NETWORK_LAYERS: u64 = 1 << 12;
+/// Magnitude of a number that a network adds to a sum of products.
+pub const NETWORK_BIAS: i32 = 1 << 24;
+/// Right shift with which a sum becomes eight bits.
+pub const NETWORK_SHIFT: std::ops::RangeInclusive<u8> = 1..=40;
+/// Motion vectors of one unit.
+pub const MOTION_VECTORS: i32 = 4;
 /// Block types.
 pub const BLOCK_TYPES: u64 = 256;
 /// Layers.

@@ -20,9 +20,15 @@ pub const FEATURE_BASES: u64 = 1 << 2;
 pub const FEATURE_UNITS: u64 = 1 << 3;
 /// Feature: there are quantized parts whose columns have scales.
 pub const FEATURE_COLUMN_SCALES: u64 = 1 << 4;
+/// Feature: there are motion vectors and learned predictors; the index has the networks of the latter.
+pub const FEATURE_PREDICTORS: u64 = 1 << 5;
 /// Feature bits this crate knows (SPEC.md section 10).
-pub const KNOWN_FEATURES: u64 =
-    FEATURE_TREE_DIGESTS | FEATURE_CODEBOOKS | FEATURE_BASES | FEATURE_UNITS | FEATURE_COLUMN_SCALES;
+pub const KNOWN_FEATURES: u64 = FEATURE_TREE_DIGESTS
+    | FEATURE_CODEBOOKS
+    | FEATURE_BASES
+    | FEATURE_UNITS
+    | FEATURE_COLUMN_SCALES
+    | FEATURE_PREDICTORS;
 
 const SECTION: &str = "preamble";
 

@@ -4,7 +4,7 @@
 use super::bytes::{Reader, Writer, crc32c};
 use super::error::FormatError;
 use super::limits;
-use super::part::PartHeader;
+use super::part::{Coding, PartHeader, StoredPredictor};
 
 const SECTION: &str = "side information";
 
@@ -140,6 +140,15 @@ impl SideInformation {
         let parts = entry.parts.iter().map(|_| PartHeader::parse(&mut reader)).collect::<Result<Vec<_>, _>>()?;
         reader.end()?;
         Ok(Self { permutation, parts, permutation_bytes })
+    }
+
+    /// Whether a part is predicted from the reference record's own reference record too.
+    pub fn looks_at_two_layers(&self) -> bool {
+        self.parts.iter().any(|part| {
+            let Coding::Quantized(info) = &part.coding else { return false };
+            let predictor = info.prediction.as_ref().map(|prediction| &prediction.predictor);
+            matches!(predictor, Some(StoredPredictor::Network { second_part: Some(_), .. }))
+        })
     }
 
     /// The bytes of the side information.

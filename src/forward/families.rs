@@ -1,5 +1,8 @@
 //! The families as data: which tensors play which part, and how a layer is put together.
 
+use super::attention::ProjectionLayout;
+use super::operations::WeightLayout;
+
 /// How a layer's two halves and their norms follow one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arrangement {
@@ -27,6 +30,19 @@ pub(super) enum Projections {
     Split([&'static str; 3]),
     /// One map: of each head its query, key and value.
     PerHead(&'static str),
+    /// One map: all queries, all keys, all values.
+    Joined(&'static str),
+}
+
+impl Projections {
+    /// Where they lie in what the maps give.
+    pub(super) fn layout(self) -> ProjectionLayout {
+        match self {
+            Self::Split(_) => ProjectionLayout::Split,
+            Self::PerHead(_) => ProjectionLayout::PerHead,
+            Self::Joined(_) => ProjectionLayout::Joined,
+        }
+    }
 }
 
 /// What comes before the first layer. Names follow the model's prefix.
@@ -50,6 +66,8 @@ pub(super) enum Embedding {
 pub(super) struct Family {
     /// The `model_type`s of `config.json`.
     pub model_types: &'static [&'static str],
+    /// How its `architecture` begins, where `config.json` is timm's; and the width of its heads, which no file says.
+    pub architectures: &'static [(&'static str, usize)],
     /// Before a layer's number, after the model's prefix.
     pub layers: &'static str,
     pub arrangement: Arrangement,
@@ -60,6 +78,8 @@ pub(super) struct Family {
     pub epsilon: (&'static str, f64),
     pub attention_norm: &'static str,
     pub ffn_norm: &'static str,
+    /// How the weights of a layer's linear maps lie.
+    pub weights: WeightLayout,
     pub projections: Projections,
     pub attention_output: &'static str,
     pub gate: Option<&'static str>,
@@ -76,10 +96,11 @@ pub(super) struct Family {
 }
 
 /// Every family.
-pub(super) const FAMILIES: [Family; 5] = [BERT, GPT_NEOX, LLAMA, OPT, VIT];
+pub(super) const FAMILIES: [Family; 7] = [BERT, GPT2, GPT_NEOX, LLAMA, OPT, VIT, VIT_TIMM];
 
 const BERT: Family = Family {
     model_types: &["bert"],
+    architectures: &[],
     layers: "encoder.layer.",
     arrangement: Arrangement::NormAfter,
     is_causal: false,
@@ -87,6 +108,7 @@ const BERT: Family = Family {
     epsilon: ("layer_norm_eps", 1e-12),
     attention_norm: "attention.output.LayerNorm",
     ffn_norm: "output.LayerNorm",
+    weights: WeightLayout::OutputsFirst,
     projections: Projections::Split(["attention.self.query", "attention.self.key", "attention.self.value"]),
     attention_output: "attention.output.dense",
     gate: None,
@@ -104,8 +126,32 @@ const BERT: Family = Family {
     heads: &[],
 };
 
+const GPT2: Family = Family {
+    model_types: &["gpt2"],
+    architectures: &[],
+    layers: "h.",
+    arrangement: Arrangement::NormBefore,
+    is_causal: true,
+    norm: NormKind::Layer,
+    epsilon: ("layer_norm_epsilon", 1e-5),
+    attention_norm: "ln_1",
+    ffn_norm: "ln_2",
+    weights: WeightLayout::InputsFirst,
+    projections: Projections::Joined("attn.c_attn"),
+    attention_output: "attn.c_proj",
+    gate: None,
+    up: "mlp.c_fc",
+    down: "mlp.c_proj",
+    activation: (&["activation_function"], "gelu_new"),
+    rotary_share: None,
+    embedding: Embedding::Tokens { tokens: "wte", positions: Some(("wpe", 0)), types: None, norm: None },
+    final_norm: Some("ln_f"),
+    heads: &["lm_head"],
+};
+
 const GPT_NEOX: Family = Family {
     model_types: &["gpt_neox"],
+    architectures: &[],
     layers: "layers.",
     arrangement: Arrangement::Parallel,
     is_causal: true,
@@ -113,6 +159,7 @@ const GPT_NEOX: Family = Family {
     epsilon: ("layer_norm_eps", 1e-5),
     attention_norm: "input_layernorm",
     ffn_norm: "post_attention_layernorm",
+    weights: WeightLayout::OutputsFirst,
     projections: Projections::PerHead("attention.query_key_value"),
     attention_output: "attention.dense",
     gate: None,
@@ -127,6 +174,7 @@ const GPT_NEOX: Family = Family {
 
 const LLAMA: Family = Family {
     model_types: &["llama", "mistral", "qwen2"],
+    architectures: &[],
     layers: "layers.",
     arrangement: Arrangement::NormBefore,
     is_causal: true,
@@ -134,6 +182,7 @@ const LLAMA: Family = Family {
     epsilon: ("rms_norm_eps", 1e-6),
     attention_norm: "input_layernorm",
     ffn_norm: "post_attention_layernorm",
+    weights: WeightLayout::OutputsFirst,
     projections: Projections::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     attention_output: "self_attn.o_proj",
     gate: Some("mlp.gate_proj"),
@@ -148,6 +197,7 @@ const LLAMA: Family = Family {
 
 const OPT: Family = Family {
     model_types: &["opt"],
+    architectures: &[],
     layers: "layers.",
     arrangement: Arrangement::NormBefore,
     is_causal: true,
@@ -155,6 +205,7 @@ const OPT: Family = Family {
     epsilon: ("layer_norm_eps", 1e-5),
     attention_norm: "self_attn_layer_norm",
     ffn_norm: "final_layer_norm",
+    weights: WeightLayout::OutputsFirst,
     projections: Projections::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     attention_output: "self_attn.out_proj",
     gate: None,
@@ -175,6 +226,7 @@ const OPT: Family = Family {
 
 const VIT: Family = Family {
     model_types: &["vit", "deit"],
+    architectures: &[],
     layers: "encoder.layer.",
     arrangement: Arrangement::NormBefore,
     is_causal: false,
@@ -182,6 +234,7 @@ const VIT: Family = Family {
     epsilon: ("layer_norm_eps", 1e-12),
     attention_norm: "layernorm_before",
     ffn_norm: "layernorm_after",
+    weights: WeightLayout::OutputsFirst,
     projections: Projections::Split([
         "attention.attention.query",
         "attention.attention.key",
@@ -200,4 +253,35 @@ const VIT: Family = Family {
     },
     final_norm: Some("layernorm"),
     heads: &["classifier"],
+};
+
+const VIT_TIMM: Family = Family {
+    model_types: &[],
+    architectures: &[
+        ("vit_tiny_", 64),
+        ("vit_small_", 64),
+        ("vit_base_", 64),
+        ("vit_large_", 64),
+        ("deit_tiny_", 64),
+        ("deit_small_", 64),
+        ("deit_base_", 64),
+    ],
+    layers: "blocks.",
+    arrangement: Arrangement::NormBefore,
+    is_causal: false,
+    norm: NormKind::Layer,
+    epsilon: ("layer_norm_eps", 1e-6),
+    attention_norm: "norm1",
+    ffn_norm: "norm2",
+    weights: WeightLayout::OutputsFirst,
+    projections: Projections::Joined("attn.qkv"),
+    attention_output: "attn.proj",
+    gate: None,
+    up: "mlp.fc1",
+    down: "mlp.fc2",
+    activation: (&["hidden_act"], "gelu"),
+    rotary_share: None,
+    embedding: Embedding::Patches { projection: "patch_embed.proj", class_token: "cls_token", positions: "pos_embed" },
+    final_norm: Some("norm"),
+    heads: &["head"],
 };

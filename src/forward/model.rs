@@ -4,8 +4,39 @@ use serde_json::{Map, Value};
 
 use super::attention::Attention;
 use super::families::{Arrangement, Embedding, FAMILIES, Family, NormKind, Projections};
-use super::operations::{Activation, Rotary};
+use super::operations::Activation;
+use super::rotary::{Rotary, RotaryScaling};
 use super::{ForwardError, Weights};
+
+/// Endings of tensors that change what a model computes in ways that no family here knows.
+const UNKNOWN_TENSORS: [&str; 11] = [
+    "q_norm.weight",
+    "project_in.weight",
+    "g_idx",
+    "qweight",
+    "norm_pre.weight",
+    "fc_norm.weight",
+    "reg_token",
+    "dist_token",
+    "distillation_token",
+    "ls1.gamma",
+    "attn_pool.latent",
+];
+
+/// Fields of `config.json` that change what a model computes, and the value that is known.
+const KNOWN_FLAGS: [(&str, bool); 4] = [
+    ("do_layer_norm_before", true),
+    ("scale_attn_weights", true),
+    ("scale_attn_by_inverse_layer_idx", false),
+    ("add_cross_attention", false),
+];
+
+/// Layers that tensors have the numbers of.
+fn count_layers(names: &[String], prefix: &str) -> usize {
+    let number = |name: &String| name.strip_prefix(prefix)?.split_once('.')?.0.parse::<usize>().ok();
+    let numbers: std::collections::BTreeSet<usize> = names.iter().filter_map(number).collect();
+    (0..).take_while(|layer| numbers.contains(layer)).count()
+}
 
 /// A transformer that can be run.
 #[derive(Debug)]
@@ -17,6 +48,7 @@ pub struct Transformer {
     pub(super) attention: Attention,
     pub(super) activation: Activation,
     pub(super) epsilon: f32,
+    /// Side of a patch in pixels, as its projection has it; 0 where there is none.
     pub(super) patch: usize,
     /// Layers.
     pub layers: usize,
@@ -29,34 +61,42 @@ impl Transformer {
     ///
     /// # Errors
     /// When no family has this `model_type`, or the model has what its family does not know: another kind of rotary
-    /// scaling, norms on queries, projected embeddings.
+    /// scaling, norms on queries, projected embeddings, class tokens for distillation.
     pub fn new(config_json: &[u8], weights: &dyn Weights) -> Result<Self, ForwardError> {
         let config = Config::parse(config_json)?;
-        let model_type = config.text("model_type").unwrap_or("");
-        let family = FAMILIES.iter().find(|family| family.model_types.contains(&model_type)).ok_or_else(|| {
-            let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
-            ForwardError::Unsupported { what: format!("model_type {model_type:?}"), expected: known.join(", ") }
-        })?;
+        let (family, head_width) = config.family()?;
         let names = weights.names();
         let first_output = format!("{}0.{}.weight", family.layers, family.attention_output);
         let missing = || ForwardError::Tensor {
             tensor: first_output.clone(),
             found: "no tensor of this name".into(),
-            expected: format!("one, as in every {model_type} model"),
+            expected: "one, as in every model of this family".into(),
         };
         let prefix = names.iter().find_map(|name| name.strip_suffix(&first_output)).ok_or_else(missing)?.to_owned();
-        for unknown in ["q_norm.weight", "project_in.weight", "g_idx", "qweight"] {
-            if let Some(name) = names.iter().find(|name| name.ends_with(unknown)) {
-                let expected = "a model without such a tensor".into();
-                return Err(ForwardError::Unsupported { what: name.clone(), expected });
+        if let Some(name) = names.iter().find(|name| UNKNOWN_TENSORS.iter().any(|unknown| name.ends_with(unknown))) {
+            let expected = "a model without such a tensor".into();
+            return Err(ForwardError::Unsupported { what: name.clone(), expected });
+        }
+        for (field, known) in KNOWN_FLAGS {
+            if config.flag(field) == Some(!known) {
+                let what = format!("{field} {}", !known);
+                return Err(ForwardError::Unsupported { what, expected: known.to_string() });
             }
         }
-        if config.flag("do_layer_norm_before") == Some(false) {
-            let expected = "norms before".into();
-            return Err(ForwardError::Unsupported { what: "do_layer_norm_before false".into(), expected });
-        }
-        let heads = config.count(&["num_attention_heads"])?;
-        let hidden = config.count(&["hidden_size"])?;
+        let layer_prefix = format!("{prefix}{}", family.layers);
+        let output = weights.shape(&format!("{prefix}{first_output}")).unwrap_or_default();
+        let (hidden, heads, layers) = match head_width {
+            None => (
+                config.count(&["hidden_size", "n_embd"])?,
+                config.count(&["num_attention_heads", "n_head"])?,
+                config.count(&["num_hidden_layers", "n_layer"])?,
+            ),
+            // The shapes say the rest.
+            Some(width) => {
+                let hidden = output.first().copied().unwrap_or(0);
+                (hidden, (hidden / width).max(1), count_layers(&names, &layer_prefix))
+            }
+        };
         let width = config.optional_count("head_dim").unwrap_or(hidden / heads);
         let key_value_heads = config.optional_count("num_key_value_heads").unwrap_or(heads);
         if !heads.is_multiple_of(key_value_heads) || width == 0 {
@@ -92,11 +132,18 @@ impl Transformer {
                 rotary: config.rotary(family, width)?,
                 is_causal: family.is_causal,
                 window,
+                layout: family.projections.layout(),
             },
             activation,
             epsilon: config.number(family.epsilon.0).unwrap_or(family.epsilon.1) as f32,
-            patch: config.optional_count("patch_size").unwrap_or(0),
-            layers: config.count(&["num_hidden_layers"])?,
+            patch: match family.embedding {
+                Embedding::Patches { projection, .. } => {
+                    let shape = weights.shape(&format!("{prefix}{projection}.weight")).unwrap_or_default();
+                    shape.get(2).copied().unwrap_or(0)
+                }
+                Embedding::Tokens { .. } => 0,
+            },
+            layers,
             positions,
             prefix,
         })
@@ -122,11 +169,27 @@ impl Transformer {
         format!("{}{}{layer}.{name}", self.prefix, self.family.layers)
     }
 
+    /// The output head, without `.weight`: its own, or the embedding of a language model that has none; `None` where the model
+    /// says hidden states.
+    pub fn head(&self, weights: &dyn Weights) -> Option<String> {
+        let exists = |name: &&&str| weights.shape(&format!("{name}.weight")).is_some();
+        match (self.family.heads.iter().find(exists), self.family.embedding) {
+            (Some(head), _) => Some((*head).to_owned()),
+            (None, Embedding::Tokens { tokens, .. }) if self.is_causal() => Some(format!("{}{tokens}", self.prefix)),
+            _ => None,
+        }
+    }
+
+    /// Whether it has an output head that is not its embedding.
+    pub(super) fn has_own_head(&self, head: &str) -> bool {
+        self.family.heads.contains(&head)
+    }
+
     /// Names of the projections, without `.weight`.
     pub(super) fn projections(&self, layer: usize) -> Vec<String> {
         let names: &[&str] = match &self.family.projections {
             Projections::Split(names) => names,
-            Projections::PerHead(name) => std::slice::from_ref(name),
+            Projections::PerHead(name) | Projections::Joined(name) => std::slice::from_ref(name),
         };
         names.iter().map(|name| self.in_layer(layer, name)).collect()
     }
@@ -139,6 +202,27 @@ impl Config {
     fn parse(bytes: &[u8]) -> Result<Self, ForwardError> {
         let parsed = serde_json::from_slice(bytes);
         parsed.map(Self).map_err(|error| ForwardError::Config { field: "the file", problem: error.to_string() })
+    }
+
+    /// The family, and the width of its heads where this file does not tell their number.
+    fn family(&self) -> Result<(&'static Family, Option<usize>), ForwardError> {
+        if let Some(architecture) = self.text("architecture") {
+            let known =
+                FAMILIES.iter().flat_map(|family| family.architectures.iter().map(move |known| (family, known)));
+            let known: Vec<_> = known.collect();
+            let found = known.iter().find(|(_, (beginning, _))| architecture.starts_with(beginning));
+            return found.map(|&(family, &(_, width))| (family, Some(width))).ok_or_else(|| {
+                let known: Vec<&str> = known.iter().map(|&(_, &(beginning, _))| beginning).collect();
+                let what = format!("architecture {architecture:?}");
+                ForwardError::Unsupported { what, expected: format!("one that begins with {}", known.join(", ")) }
+            });
+        }
+        let model_type = self.text("model_type").unwrap_or("");
+        let found = FAMILIES.iter().find(|family| family.model_types.contains(&model_type));
+        found.map(|family| (family, None)).ok_or_else(|| {
+            let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
+            ForwardError::Unsupported { what: format!("model_type {model_type:?}"), expected: known.join(", ") }
+        })
     }
 
     fn text(&self, key: &str) -> Option<&str> {
@@ -172,12 +256,26 @@ impl Config {
         let empty = Map::new();
         let object = |key: &str| self.0.get(key).and_then(Value::as_object);
         let parameters = object("rope_parameters").or_else(|| object("rope_scaling")).unwrap_or(&empty);
-        let kind = parameters.get("rope_type").or_else(|| parameters.get("type")).and_then(Value::as_str);
-        if let Some(kind) = kind.filter(|&kind| kind != "default") {
-            let expected = "unscaled ones".into();
-            return Err(ForwardError::Unsupported { what: format!("rotary positions of type {kind:?}"), expected });
-        }
         let number = |key: &str| parameters.get(key).and_then(Value::as_f64).or_else(|| self.number(key));
+        let scaling = |key: &'static str| {
+            let found = parameters.get(key).and_then(Value::as_f64).filter(|value| *value > 0.0);
+            found.ok_or(ForwardError::Config { field: key, problem: "absent, expected a positive number".into() })
+        };
+        let kind = parameters.get("rope_type").or_else(|| parameters.get("type")).and_then(Value::as_str);
+        let scaling = match kind {
+            None | Some("default") => RotaryScaling::None,
+            Some("linear") => RotaryScaling::Linear(scaling("factor")?),
+            Some("llama3") => RotaryScaling::Llama3 {
+                factor: scaling("factor")?,
+                slow: scaling("low_freq_factor")?,
+                fast: scaling("high_freq_factor")?,
+                positions: scaling("original_max_position_embeddings")?,
+            },
+            Some(kind) => {
+                let expected = "default, linear or llama3".into();
+                return Err(ForwardError::Unsupported { what: format!("rotary positions of type {kind:?}"), expected });
+            }
+        };
         let share = number("partial_rotary_factor").or_else(|| number("rotary_pct")).unwrap_or(default_share);
         let base = number("rope_theta").or_else(|| number("rotary_emb_base")).unwrap_or(10_000.0);
         let rotated = (width as f64 * share) as usize;
@@ -185,6 +283,6 @@ impl Config {
             let problem = format!("{rotated} of {width} elements, expected an even number of them");
             return Err(ForwardError::Config { field: "partial_rotary_factor", problem });
         }
-        Ok(Some(Rotary { width: rotated, base }))
+        Ok(Some(Rotary { width: rotated, base, scaling }))
     }
 }

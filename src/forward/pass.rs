@@ -1,18 +1,19 @@
 //! Running a model layer by layer, watched.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use ndarray::{Array1, Array2, Axis, s};
+use ndarray::{Array1, Array2, s};
 
-use super::attention::Projected;
-use super::families::{Arrangement, Embedding, Projections};
+use super::families::{Arrangement, Embedding};
 use super::inputs::Inputs;
 use super::model::Transformer;
-use super::operations::{Linear, Norm};
+use super::operations::{Norm, WeightLayout, linear};
+use super::tape::{Rows, Tape};
 use super::{ForwardError, Weights};
 
 /// Told what linear maps are multiplied with: the names of the tensors that share these inputs, and the inputs,
-/// `[tokens, inputs]`.
+/// `[tokens, inputs]`. Of weights that lie `[inputs, outputs]` nothing is told: their rows are not what an output sums.
 pub type Watch<'a> = dyn FnMut(&[String], &Array2<f32>) + 'a;
 
 /// A model on its way through its layers.
@@ -20,9 +21,12 @@ pub type Watch<'a> = dyn FnMut(&[String], &Array2<f32>) + 'a;
 pub struct Pass<'a> {
     model: &'a Transformer,
     weights: &'a dyn Weights,
+    /// Which tensors gradients are wanted of.
+    is_trained: &'a (dyn Fn(&str) -> bool + Sync),
+    tape: Tape,
     /// `[tokens, hidden]` of all sequences, one after another.
-    hidden: Array2<f32>,
-    sequences: Vec<Range<usize>>,
+    hidden: Rows,
+    sequences: Arc<[Range<usize>]>,
     next_layer: usize,
 }
 
@@ -37,12 +41,31 @@ impl<'a> Pass<'a> {
         inputs: &Inputs,
         watch: &mut Watch<'_>,
     ) -> Result<Self, ForwardError> {
-        let mut pass = Self { model, weights, hidden: Array2::zeros((0, 0)), sequences: Vec::new(), next_layer: 0 };
+        Self::kept(model, weights, inputs, &|_| false, watch)
+    }
+
+    /// The same, with what the gradients of trained tensors need kept on a tape.
+    pub(super) fn kept(
+        model: &'a Transformer,
+        weights: &'a dyn Weights,
+        inputs: &Inputs,
+        is_trained: &'a (dyn Fn(&str) -> bool + Sync),
+        watch: &mut Watch<'_>,
+    ) -> Result<Self, ForwardError> {
+        let mut pass = Self {
+            model,
+            weights,
+            is_trained,
+            tape: Tape::default(),
+            hidden: Rows::constant(Array2::zeros((0, 0))),
+            sequences: Arc::new([]),
+            next_layer: 0,
+        };
         match (model.family.embedding, inputs) {
             (Embedding::Tokens { tokens, positions, types, norm }, Inputs::Tokens(sequences)) => {
                 pass.embed_tokens(sequences, tokens, positions, types)?;
                 if let Some(norm) = norm {
-                    pass.hidden = pass.norm(&pass.full(norm))?.apply(&pass.hidden);
+                    pass.hidden = pass.normed(&pass.hidden.clone(), &pass.full(norm))?;
                 }
             }
             (Embedding::Patches { projection, class_token, positions }, Inputs::Images(_)) => {
@@ -59,6 +82,11 @@ impl<'a> Pass<'a> {
         self.next_layer
     }
 
+    /// What the last layer gave, or the embedding.
+    pub(super) fn hidden_rows(&self) -> &Rows {
+        &self.hidden
+    }
+
     /// Runs the next layer.
     ///
     /// # Errors
@@ -69,28 +97,37 @@ impl<'a> Pass<'a> {
     pub fn layer(&mut self, watch: &mut Watch<'_>) -> Result<(), ForwardError> {
         assert!(self.next_layer < self.model.layers, "there is a layer left");
         let (model, layer) = (self.model, self.next_layer);
-        let attention_norm = self.norm(&model.in_layer(layer, model.family.attention_norm))?;
-        let ffn_norm = self.norm(&model.in_layer(layer, model.family.ffn_norm))?;
-        match model.arrangement {
+        let attention_norm = model.in_layer(layer, model.family.attention_norm);
+        let ffn_norm = model.in_layer(layer, model.family.ffn_norm);
+        let inputs = self.take_hidden();
+        self.hidden = match model.arrangement {
             Arrangement::NormBefore => {
-                let attended = self.attend(&attention_norm.apply(&self.hidden), watch)?;
-                self.hidden += &attended;
-                let fed = self.feed_forward(&ffn_norm.apply(&self.hidden), watch)?;
-                self.hidden += &fed;
+                let normed = self.normed(&inputs, &attention_norm)?;
+                let attended = self.attend(&normed, watch)?;
+                let between = self.tape.sum(attended, &inputs);
+                drop(inputs);
+                let normed = self.normed(&between, &ffn_norm)?;
+                let fed = self.feed_forward(&normed, watch)?;
+                self.tape.sum(fed, &between)
             }
             Arrangement::NormAfter => {
-                let attended = self.attend(&self.hidden, watch)?;
-                self.hidden = attention_norm.apply(&(attended + &self.hidden));
-                let fed = self.feed_forward(&self.hidden, watch)?;
-                self.hidden = ffn_norm.apply(&(fed + &self.hidden));
+                let attended = self.attend(&inputs, watch)?;
+                let sum = self.tape.sum(attended, &inputs);
+                drop(inputs);
+                let between = self.normed(&sum, &attention_norm)?;
+                let fed = self.feed_forward(&between, watch)?;
+                let sum = self.tape.sum(fed, &between);
+                self.normed(&sum, &ffn_norm)?
             }
             Arrangement::Parallel => {
-                let attended = self.attend(&attention_norm.apply(&self.hidden), watch)?;
-                let fed = self.feed_forward(&ffn_norm.apply(&self.hidden), watch)?;
-                self.hidden += &attended;
-                self.hidden += &fed;
+                let normed = self.normed(&inputs, &attention_norm)?;
+                let attended = self.attend(&normed, watch)?;
+                let normed = self.normed(&inputs, &ffn_norm)?;
+                let fed = self.feed_forward(&normed, watch)?;
+                let sum = self.tape.sum(attended, &inputs);
+                self.tape.sum(sum, &fed)
             }
-        }
+        };
         self.next_layer += 1;
         Ok(())
     }
@@ -118,71 +155,85 @@ impl<'a> Pass<'a> {
     ///
     /// # Errors
     /// When a tensor is missing or has a wrong shape.
-    pub fn outputs(self, watch: &mut Watch<'_>) -> Result<Outputs, ForwardError> {
-        let mut hidden = match self.model.family.final_norm {
-            Some(norm) => self.norm(&self.full(norm))?.apply(&self.hidden),
-            None => self.hidden.clone(),
-        };
-        if self.model.takes_images() {
-            let class_tokens: Vec<usize> = self.sequences.iter().map(|sequence| sequence.start).collect();
-            hidden = hidden.select(Axis(0), &class_tokens);
-        }
-        let exists = |name: &&&str| self.weights.shape(&format!("{name}.weight")).is_some();
-        if let Some(head) = self.model.family.heads.iter().find(exists) {
-            watch(&[format!("{head}.weight")], &hidden);
-            return Ok(Outputs { head: Some(self.map(head, &hidden, None)?), hidden });
-        }
-        let head = match self.model.family.embedding {
-            // A language model without a head of its own uses its embedding.
-            Embedding::Tokens { tokens, .. } if self.model.is_causal() => {
-                Some(self.map(&self.full(tokens), &hidden, None)?)
-            }
-            _ => None,
-        };
-        Ok(Outputs { head, hidden })
+    pub fn outputs(mut self, watch: &mut Watch<'_>) -> Result<Outputs, ForwardError> {
+        let (hidden, head) = self.last(watch)?;
+        Ok(Outputs { hidden, head })
     }
 
-    fn attend(&self, inputs: &Array2<f32>, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
+    /// The same on the tape, which stays.
+    pub(super) fn kept_outputs(&mut self, watch: &mut Watch<'_>) -> Result<Rows, ForwardError> {
+        Ok(match self.last(watch)? {
+            (hidden, Some(head)) => self.tape.linear(&hidden, &head.weight, head.layout, head.bias.as_ref()),
+            (hidden, None) => hidden,
+        })
+    }
+
+    /// The last hidden states, and the head that they go through.
+    fn last(&mut self, watch: &mut Watch<'_>) -> Result<(Rows, Option<Linear>), ForwardError> {
+        let mut hidden = self.take_hidden();
+        if let Some(norm) = self.model.family.final_norm {
+            hidden = self.normed(&hidden, &self.full(norm))?;
+        }
+        if self.model.takes_images() {
+            let class_tokens = self.sequences.iter().map(|sequence| Some(sequence.start)).collect();
+            hidden = self.tape.picked(&hidden, class_tokens);
+        }
+        let Some(head) = self.model.head(self.weights) else { return Ok((hidden, None)) };
+        if self.model.has_own_head(&head) {
+            watch(&[format!("{head}.weight")], &hidden);
+        }
+        let head = self.map(&head, WeightLayout::OutputsFirst, &hidden, None)?;
+        Ok((hidden, Some(head)))
+    }
+
+    /// The tape, once nothing more is to run.
+    pub(super) fn into_tape(self) -> Tape {
+        self.tape
+    }
+
+    fn take_hidden(&mut self) -> Rows {
+        std::mem::replace(&mut self.hidden, Rows::constant(Array2::zeros((0, 0))))
+    }
+
+    fn attend(&mut self, inputs: &Rows, watch: &mut Watch<'_>) -> Result<Rows, ForwardError> {
         let (model, layer) = (self.model, self.next_layer);
         let names = model.projections(layer);
-        watch(&weights_of(&names), inputs);
-        let attention = &model.attention;
-        let outputs = |which: usize| match model.family.projections {
-            Projections::PerHead(_) => 3 * attention.heads * attention.width,
-            Projections::Split(_) if which == 0 => attention.heads * attention.width,
-            Projections::Split(_) => attention.key_value_heads * attention.width,
-        };
-        let projected: Vec<Array2<f32>> = (names.iter().enumerate())
-            .map(|(which, name)| self.linear(name, inputs, Some(outputs(which))))
-            .collect::<Result<_, ForwardError>>()?;
-        let projected = match <[Array2<f32>; 3]>::try_from(projected) {
-            Ok(projected) => Projected::Split(projected),
-            Err(mut projected) => Projected::PerHead(projected.pop().expect("one map at least")),
-        };
-        let gathered = attention.apply(&projected, &self.sequences);
-        drop(projected);
+        self.tell(watch, &names, inputs);
+        let projected = (names.iter().zip(model.attention.projected_columns()))
+            .map(|(name, columns)| self.linear(name, model.family.weights, inputs, Some(columns)))
+            .collect::<Result<Vec<Rows>, ForwardError>>()?;
+        let gathered = self.tape.attention(model.attention, projected, &self.sequences);
         let output = model.in_layer(layer, model.family.attention_output);
-        watch(&weights_of(std::slice::from_ref(&output)), &gathered);
-        self.linear(&output, &gathered, Some(inputs.ncols()))
+        self.tell(watch, std::slice::from_ref(&output), &gathered);
+        self.linear(&output, model.family.weights, &gathered, Some(inputs.ncols()))
     }
 
-    fn feed_forward(&self, inputs: &Array2<f32>, watch: &mut Watch<'_>) -> Result<Array2<f32>, ForwardError> {
+    fn feed_forward(&mut self, inputs: &Rows, watch: &mut Watch<'_>) -> Result<Rows, ForwardError> {
         let (model, layer) = (self.model, self.next_layer);
+        let (layout, activation) = (model.family.weights, model.activation);
         let name = |name| model.in_layer(layer, name);
         let (up, gate, down) = (name(model.family.up), model.family.gate.map(name), name(model.family.down));
         let sharing: Vec<String> = gate.iter().chain([&up]).cloned().collect();
-        watch(&weights_of(&sharing), inputs);
-        let mut units = self.linear(&up, inputs, None)?;
-        match &gate {
+        self.tell(watch, &sharing, inputs);
+        let mut units = self.linear(&up, layout, inputs, None)?;
+        units = match &gate {
             Some(gate) => {
-                let mut gates = self.linear(gate, inputs, Some(units.ncols()))?;
-                model.activation.apply(&mut gates);
-                units *= &gates;
+                let gates = self.linear(gate, layout, inputs, Some(units.ncols()))?;
+                let gates = self.tape.activation(gates, activation);
+                self.tape.product(units, &gates)
             }
-            None => model.activation.apply(&mut units),
+            None => self.tape.activation(units, activation),
+        };
+        self.tell(watch, std::slice::from_ref(&down), &units);
+        self.linear(&down, layout, &units, Some(inputs.ncols()))
+    }
+
+    /// Tells of a layer's inputs.
+    fn tell(&self, watch: &mut Watch<'_>, names: &[String], inputs: &Array2<f32>) {
+        if self.model.family.weights == WeightLayout::OutputsFirst {
+            let names: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
+            watch(&names, inputs);
         }
-        watch(&weights_of(std::slice::from_ref(&down)), &units);
-        self.linear(&down, &units, Some(inputs.ncols()))
     }
 
     fn embed_tokens(
@@ -193,47 +244,42 @@ impl<'a> Pass<'a> {
         types: Option<&str>,
     ) -> Result<(), ForwardError> {
         let table = self.matrix(&format!("{}.weight", self.full(tokens)))?;
-        let beside = |name: &str| {
-            let name = format!("{}.weight", self.full(name));
-            let matrix = self.matrix(&name)?;
+        let mut ends = 0..0;
+        self.sequences = (sequences.iter())
+            .map(|sequence| {
+                ends = ends.end..ends.end + sequence.len();
+                ends.clone()
+            })
+            .collect();
+        let all = || sequences.iter().flat_map(|sequence| sequence.iter().copied().enumerate());
+        let refused = |position: usize, token: u32, expected: String| ForwardError::Inputs {
+            found: format!("token {token} at position {position}"),
+            expected,
+        };
+        if let Some((position, token)) = all().find(|&(_, token)| token as usize >= table.nrows()) {
+            return Err(refused(position, token, format!("one of {} tokens", table.nrows())));
+        }
+        self.hidden = self.tape.picked(&table, all().map(|(_, token)| Some(token as usize)).collect());
+        let beside = |pass: &mut Self, name: &str| {
+            let name = format!("{}.weight", pass.full(name));
+            let matrix = pass.matrix(&name)?;
             let fits = matrix.ncols() == table.ncols() && matrix.nrows() > 0;
-            if fits {
-                Ok(matrix)
-            } else {
-                Err(wrong_shape(&name, matrix.shape(), format!("{} columns", table.ncols())))
-            }
+            let expected = || format!("{} columns", table.ncols());
+            if fits { Ok(matrix) } else { Err(wrong_shape(&name, matrix.shape(), expected())) }
         };
-        let positions = match positions {
-            Some((name, first)) => Some((beside(name)?, first)),
-            None => None,
-        };
-        let types = types.map(beside).transpose()?;
-        let count: usize = sequences.iter().map(Vec::len).sum();
-        self.hidden = Array2::zeros((count, table.ncols()));
-        let mut rows = self.hidden.rows_mut().into_iter();
-        for sequence in sequences {
-            let start = self.sequences.last().map_or(0, |before| before.end);
-            self.sequences.push(start..start + sequence.len());
-            for (position, &token) in sequence.iter().enumerate() {
-                let mut row = rows.next().expect("a row per token");
-                let found = || format!("token {token} at position {position}");
-                let expected = || format!("one of {} tokens", table.nrows());
-                if token as usize >= table.nrows() {
-                    return Err(ForwardError::Inputs { found: found(), expected: expected() });
-                }
-                row += &table.row(token as usize);
-                if let Some((positions, first)) = &positions {
-                    if position + first >= positions.nrows() {
-                        let most = positions.nrows().saturating_sub(*first);
-                        let expected = format!("at most {most} tokens a sequence");
-                        return Err(ForwardError::Inputs { found: found(), expected });
-                    }
-                    row += &positions.row(position + first);
-                }
-                if let Some(types) = &types {
-                    row += &types.row(0);
-                }
+        if let Some((name, first)) = positions {
+            let positions = beside(self, name)?;
+            if let Some((position, token)) = all().find(|&(position, _)| position + first >= positions.nrows()) {
+                let most = positions.nrows().saturating_sub(first);
+                return Err(refused(position, token, format!("at most {most} tokens a sequence")));
             }
+            let picked = self.tape.picked(&positions, all().map(|(position, _)| Some(position + first)).collect());
+            self.hidden = self.tape.sum(picked, &self.hidden);
+        }
+        if let Some(name) = types {
+            let types = beside(self, name)?;
+            let picked = self.tape.picked(&types, all().map(|_| Some(0)).collect());
+            self.hidden = self.tape.sum(picked, &self.hidden);
         }
         Ok(())
     }
@@ -278,16 +324,16 @@ impl<'a> Pass<'a> {
             let expected = format!("as many patches as there are positions ({})", positions.nrows());
             return Err(ForwardError::Inputs { found, expected });
         }
-        let projected = Linear { weight, bias }.apply(&patches);
-        self.hidden = Array2::zeros((count * tokens, projected.ncols()));
-        for image in 0..count {
-            let mut rows = self.hidden.slice_mut(s![image * tokens..(image + 1) * tokens, ..]);
-            rows.assign(&positions);
-            rows.slice_mut(s![..1, ..]).scaled_add(1.0, &class_token);
-            let patches = projected.slice(s![image * (tokens - 1)..(image + 1) * (tokens - 1), ..]);
-            rows.slice_mut(s![1.., ..]).scaled_add(1.0, &patches);
-            self.sequences.push(image * tokens..(image + 1) * tokens);
-        }
+        let projected = self.tape.linear(&Rows::constant(patches), &weight, WeightLayout::OutputsFirst, bias.as_ref());
+        // Place 0 of an image is its class token's, the others are its patches'.
+        let places = || (0..count).flat_map(|image| (0..tokens).map(move |place| (image, place)));
+        let patch_of = |(image, place): (usize, usize)| place.checked_sub(1).map(|patch| image * (tokens - 1) + patch);
+        let patches = self.tape.picked(&projected, places().map(patch_of).collect());
+        let classes = self.tape.picked(&class_token, places().map(|(_, place)| (place == 0).then_some(0)).collect());
+        let positions = self.tape.picked(&positions, places().map(|(_, place)| Some(place)).collect());
+        let tokens_of_images = self.tape.sum(positions, &classes);
+        self.hidden = self.tape.sum(tokens_of_images, &patches);
+        self.sequences = (0..count).map(|image| image * tokens..(image + 1) * tokens).collect();
         Ok(())
     }
 
@@ -305,25 +351,41 @@ impl<'a> Pass<'a> {
     }
 
     /// Applies a linear map, which must take such inputs and give so many outputs.
-    fn linear(&self, name: &str, inputs: &Array2<f32>, outputs: Option<usize>) -> Result<Array2<f32>, ForwardError> {
-        Ok(self.map(name, inputs, outputs)?.apply(inputs))
+    fn linear(
+        &mut self,
+        name: &str,
+        layout: WeightLayout,
+        inputs: &Rows,
+        outputs: Option<usize>,
+    ) -> Result<Rows, ForwardError> {
+        let Linear { weight, layout, bias } = self.map(name, layout, inputs, outputs)?;
+        Ok(self.tape.linear(inputs, &weight, layout, bias.as_ref()))
     }
 
     /// A linear map, which must take such inputs and give so many outputs.
-    fn map(&self, name: &str, inputs: &Array2<f32>, outputs: Option<usize>) -> Result<Linear, ForwardError> {
+    fn map(
+        &mut self,
+        name: &str,
+        layout: WeightLayout,
+        inputs: &Rows,
+        outputs: Option<usize>,
+    ) -> Result<Linear, ForwardError> {
         let tensor = format!("{name}.weight");
-        let linear = Linear { weight: self.matrix(&tensor)?, bias: self.vector(&format!("{name}.bias")) };
-        let outputs = outputs.unwrap_or(linear.weight.nrows());
-        let expected = [outputs, inputs.ncols()];
-        let fits = linear.weight.shape() == expected && linear.bias.as_ref().is_none_or(|bias| bias.len() == outputs);
+        let weight = self.matrix(&tensor)?;
+        let bias = self.vector(&format!("{name}.bias"));
+        let found = layout.turned(&weight);
+        let outputs = outputs.unwrap_or(found.nrows());
+        let fits = found.shape() == [outputs, inputs.ncols()] && bias.as_ref().is_none_or(|bias| bias.len() == outputs);
         if !fits {
-            return Err(wrong_shape(&tensor, linear.weight.shape(), format!("{expected:?} and a bias to match")));
+            let expected = format!("{:?} and a bias to match", layout.shape(outputs, inputs.ncols()));
+            return Err(wrong_shape(&tensor, weight.shape(), expected));
         }
-        Ok(linear)
+        Ok(Linear { weight, layout, bias })
     }
 
-    fn norm(&self, name: &str) -> Result<Norm, ForwardError> {
-        let width = self.hidden.ncols();
+    /// Applies a norm.
+    fn normed(&mut self, inputs: &Rows, name: &str) -> Result<Rows, ForwardError> {
+        let width = inputs.ncols();
         let vector = |part: &str| {
             let tensor = format!("{name}.{part}");
             let vector = self.vector(&tensor).filter(|vector| vector.len() == width);
@@ -333,7 +395,8 @@ impl<'a> Pass<'a> {
             })
         };
         let bias = if self.model.has_norm_bias() { Some(vector("bias")?) } else { None };
-        Ok(Norm { weight: vector("weight")?, bias, epsilon: self.model.epsilon })
+        let norm = Norm { weight: vector("weight")?, bias, epsilon: self.model.epsilon };
+        Ok(self.tape.norm(inputs, norm))
     }
 
     fn vector(&self, name: &str) -> Option<Array1<f32>> {
@@ -341,38 +404,49 @@ impl<'a> Pass<'a> {
     }
 
     /// A matrix.
-    fn matrix(&self, name: &str) -> Result<Array2<f32>, ForwardError> {
-        let shape = self.weights.shape(name).unwrap_or_default();
-        let wrong = || wrong_shape(name, &shape, "a float matrix".into());
-        let &[rows, columns] = shape.as_slice() else { return Err(wrong()) };
-        let values = self.weights.values(name).ok_or_else(wrong)?;
-        Array2::from_shape_vec((rows, columns), values).map_err(|_| wrong())
+    fn matrix(&mut self, name: &str) -> Result<Rows, ForwardError> {
+        let rows = |shape: &[usize]| if let &[rows, _] = shape { Some(rows) } else { None };
+        self.parameter(name, "a float matrix", rows)
     }
 
     /// Weights of more than two dimensions, all but the first joined.
-    fn joined(&self, name: &str) -> Result<Array2<f32>, ForwardError> {
-        let name = format!("{name}.weight");
-        let shape = self.weights.shape(&name).unwrap_or_default();
-        let wrong = || wrong_shape(&name, &shape, "a float tensor".into());
-        let values = self.weights.values(&name).ok_or_else(wrong)?;
-        let rows = shape.first().copied().unwrap_or(0);
-        Array2::from_shape_vec((rows, values.len() / rows.max(1)), values).map_err(|_| wrong())
+    fn joined(&mut self, name: &str) -> Result<Rows, ForwardError> {
+        self.parameter(&format!("{name}.weight"), "a float tensor", |shape| shape.first().copied())
     }
 
     /// A tensor as rows of its last axis.
-    fn rows_of(&self, name: &str) -> Result<Array2<f32>, ForwardError> {
+    fn rows_of(&mut self, name: &str) -> Result<Rows, ForwardError> {
+        self.parameter(name, "a float tensor", |shape| Some(shape.split_last()?.1.iter().product()))
+    }
+
+    /// A tensor as so many rows.
+    fn parameter(
+        &mut self,
+        name: &str,
+        expected: &str,
+        rows: impl Fn(&[usize]) -> Option<usize>,
+    ) -> Result<Rows, ForwardError> {
         let shape = self.weights.shape(name).unwrap_or_default();
-        let wrong = || wrong_shape(name, &shape, "a float tensor".into());
+        let wrong = || wrong_shape(name, &shape, expected.into());
+        let rows = rows(&shape).ok_or_else(wrong)?;
         let values = self.weights.values(name).ok_or_else(wrong)?;
-        let columns = shape.last().copied().unwrap_or(0);
-        Array2::from_shape_vec((values.len() / columns.max(1), columns), values).map_err(|_| wrong())
+        let columns = values.len() / rows.max(1);
+        let values = Array2::from_shape_vec((rows, columns), values).map_err(|_| wrong())?;
+        Ok(if (self.is_trained)(name) { self.tape.trained(name, values) } else { Rows::constant(values) })
     }
 }
 
 /// What a model says, and what that is made of.
 pub struct Outputs {
-    hidden: Array2<f32>,
+    hidden: Rows,
     head: Option<Linear>,
+}
+
+/// A linear map whose weights lie `[outputs, inputs]` once they are turned.
+struct Linear {
+    weight: Rows,
+    layout: WeightLayout,
+    bias: Option<Array1<f32>>,
 }
 
 impl Outputs {
@@ -388,21 +462,17 @@ impl Outputs {
 
     /// Numbers in a row.
     pub fn width(&self) -> usize {
-        self.head.as_ref().map_or(self.hidden.ncols(), |head| head.weight.nrows())
+        self.head.as_ref().map_or(self.hidden.ncols(), |head| head.layout.turned(&head.weight).nrows())
     }
 
     /// Some of the rows, `[rows, width]`.
     pub fn rows(&self, rows: Range<usize>) -> Array2<f32> {
         let hidden = self.hidden.slice(s![rows, ..]);
         match &self.head {
-            Some(head) => head.apply(&hidden),
+            Some(head) => linear(&hidden, head.layout.turned(&head.weight), head.bias.as_ref()),
             None => hidden.to_owned(),
         }
     }
-}
-
-fn weights_of(names: &[String]) -> Vec<String> {
-    names.iter().map(|name| format!("{name}.weight")).collect()
 }
 
 fn wrong_shape(tensor: &str, shape: &[usize], expected: String) -> ForwardError {

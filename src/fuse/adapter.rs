@@ -162,6 +162,11 @@ pub(super) fn configure(config: &mut KernelConfig, options: &MountOptions) {
     let _ = config.set_congestion_threshold(MAX_BACKGROUND);
 }
 
+/// Who keeps what a handle with these flags reads: the kernel keeps what it is given, but for readers that pass it by.
+fn keeper(flags: OpenFlags) -> Keeper {
+    if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache }
+}
+
 /// Answers a query whose length the caller may not know: size 0 asks for it.
 fn reply_value(reply: ReplyXattr, size: u32, value: &[u8]) {
     match u32::try_from(value.len()) {
@@ -212,12 +217,13 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         if flags.acc_mode() != OpenAccMode::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
-        let inode = Inode(inode.0);
-        match self.vfs.open_file(inode) {
+        // A request that the kernel hands out again names the same handle: see `open_files`.
+        let (inode, handle) = (Inode(inode.0), FileHandle(request.unique().0 & !RESENT));
+        match self.vfs.open_file(inode, keeper(flags)) {
             Ok(path) => {
                 debug!("open: {}", path.display());
                 METRICS.opens.add(1);
@@ -225,11 +231,11 @@ impl Filesystem for Adapter {
             Err(error) => return reply.error(errno(&error)),
         }
         if !self.passthrough.is_wanted() {
-            return reply_cached(reply);
+            return reply_cached(reply, handle);
         }
         // Somebody has to look on disk.
         let (vfs, passthrough) = (Arc::clone(&self.vfs), Arc::clone(&self.passthrough));
-        self.workers.submit(move || open_passed(vfs, passthrough, inode, flags, reply));
+        self.workers.submit(move || open_passed(vfs, passthrough, inode, handle, flags, reply));
         self.workers.hold_while_draining();
     }
 
@@ -249,8 +255,7 @@ impl Filesystem for Adapter {
             warn!("read refused: inode {inode}, byte {offset}: a process died while it had this request");
             return reply.error(Errno::EIO);
         }
-        // The kernel keeps what it is given, but for readers that pass it by.
-        let keeper = if flags.0 & libc::O_DIRECT == 0 { Keeper::Reader } else { Keeper::Cache };
+        let keeper = keeper(flags);
         if let Some(bytes) = self.vfs.resident(inode, offset, size as usize, keeper) {
             pending.answered(Some(bytes.len()));
             return reply.data(&bytes);

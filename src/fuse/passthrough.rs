@@ -3,65 +3,43 @@
 //! The kernel allows one way at a time for a file: while somebody has it open through its page cache, nobody gets it by
 //! passthrough, and the other way round. So the first open decides for all that overlap with it.
 //!
-//! That outlives this process. So whoever may succeed it is told through a [`Registry`] who has what open: of an open before
-//! it is answered, of a close after. Killed in between, a process leaves a handle too many in that account, which does no
-//! harm, and never one too few.
+//! That outlives this process. So whoever may succeed it is told through a [`Registry`] who has what open: see
+//! [`OpenFiles`].
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use fuser::{BackingId, FileHandle};
 use log::info;
 
+use super::open_files::{HandleChange, OpenFiles};
 use crate::vfs::Inode;
-
-/// Handle of a file that is read through the kernel's page cache.
-pub(super) const CACHED: FileHandle = FileHandle(0);
-/// Handle of a file that the kernel reads by itself.
-pub(super) const PASSED: FileHandle = FileHandle(1);
-
-/// More files at once are not passed, so that a successor can be told of all of them.
-pub const MAX_PASSED: usize = 2048;
-
-/// Who has a file open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Handles {
-    /// Handles that are read through the kernel's page cache.
-    pub cached: u64,
-    /// Handles that the kernel reads by itself.
-    pub passed: u64,
-    /// The kernel's name of the file on disk that it reads for them.
-    pub backing: Option<u32>,
-}
 
 /// Keeps account of open files beyond the life of this process.
 pub trait Registry: Send + Sync {
-    /// From now on `handles` are those of `inode`.
-    fn note(&self, inode: Inode, handles: Handles);
+    /// Takes a change down.
+    fn note(&self, change: HandleChange);
 }
 
-/// What processes before this one have left open.
-#[derive(Clone, Debug, Default)]
-pub struct Inherited {
-    /// Handles by file.
-    pub handles: HashMap<Inode, Handles>,
-    /// Whether some are missing that are read through the page cache: then no other file may be passed.
-    pub is_incomplete: bool,
+/// How the kernel is told of files on disk.
+pub(super) trait Backings: Send + Sync {
+    /// Has the kernel name `file`.
+    fn name(&self, file: &File) -> io::Result<u32>;
+
+    /// Nobody needs the file of that name any more.
+    fn give_up(&self, name: u32);
 }
 
 /// Which files are open, and how.
 pub(super) struct Passthrough {
+    backings: Box<dyn Backings>,
     registry: Option<Arc<dyn Registry>>,
     is_wanted: bool,
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
-    files: HashMap<Inode, OpenFile>,
-    passed_files: usize,
+    open: OpenFiles,
     /// Whether files may be named that have no name: until the kernel has refused once.
     may_name: bool,
     /// A successor is about to be told who has what open: from now on that does not change.
@@ -70,33 +48,34 @@ struct State {
     held: Vec<Box<dyn FnOnce() + Send>>,
 }
 
-#[derive(Debug, Default)]
-struct OpenFile {
-    handles: Handles,
-    /// Has `handles.backing` given up when it is dropped. Missing where a predecessor got the name and nobody has opened the
-    /// file since.
-    backing: Option<Arc<BackingId>>,
-}
-
 /// How an open is to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Opening {
     /// Through the kernel's page cache.
     Cached,
-    /// By the kernel itself; whether nobody else has the file open so.
-    Passed(Arc<BackingId>, bool),
+    /// By the kernel itself.
+    Passed {
+        /// The kernel's name of the file on disk.
+        backing: u32,
+        /// Whether nobody else has the file open.
+        is_first: bool,
+    },
     /// Not now: see [`Passthrough::hold`].
     Held,
 }
 
 impl Passthrough {
     /// Nothing is open but what predecessors left.
-    pub(super) fn new(is_wanted: bool, inherited: Inherited, registry: Option<Arc<dyn Registry>>) -> Self {
-        let passed_files = inherited.handles.values().filter(|handles| handles.backing.is_some()).count();
-        let files = inherited.handles.into_iter().map(|(inode, handles)| (inode, OpenFile { handles, backing: None }));
-        let may_name = is_wanted && !inherited.is_incomplete;
-        let state = State { files: files.collect(), passed_files, may_name, ..State::default() };
+    pub(super) fn new(
+        is_wanted: bool,
+        inherited: OpenFiles,
+        registry: Option<Arc<dyn Registry>>,
+        backings: Box<dyn Backings>,
+    ) -> Self {
         // Files that were passed must be opened so whatever is wanted now.
-        Self { registry, is_wanted: is_wanted || passed_files > 0, state: Mutex::new(state) }
+        let is_needed = is_wanted || inherited.has_passed();
+        let state = State { open: inherited, may_name: is_wanted, is_held: false, held: Vec::new() };
+        Self { backings, registry, is_wanted: is_needed, state: Mutex::new(state) }
     }
 
     /// Whether opens and closes must be told to this at all.
@@ -132,89 +111,52 @@ impl Passthrough {
         job(); // it came meanwhile
     }
 
-    /// Notes an open of `inode`, and says how to answer it. `find` gives the file on disk, if there is one, and may take its
-    /// time; `register` names it to the kernel, and `adopt` takes a name that the kernel knows already.
-    pub(super) fn open(
-        &self,
-        inode: Inode,
-        find: impl FnOnce() -> Option<Arc<File>>,
-        register: impl FnOnce(&File) -> io::Result<BackingId>,
-        adopt: impl FnOnce(u32) -> BackingId,
-    ) -> Opening {
+    /// Notes that request number `handle` opens `inode`, and says how to answer it. `find` gives the file on disk, if there is
+    /// one, and may take its time: it is asked where nobody has the file open, under no lock.
+    pub(super) fn open(&self, inode: Inode, handle: u64, find: impl FnOnce() -> Option<Arc<File>>) -> Opening {
         let may_be_named = {
             let state = self.lock();
-            state.may_name && state.passed_files < MAX_PASSED && !state.files.contains_key(&inode)
+            state.may_name && state.open.get(inode).is_none()
         };
         let found = if may_be_named { find() } else { None };
         let mut state = self.lock();
-        let State { files, passed_files, may_name, is_held, .. } = &mut *state;
-        if *is_held {
+        if state.is_held {
             return Opening::Held;
         }
-        let is_open = files.contains_key(&inode); // somebody may have been faster
-        let file = files.entry(inode).or_default();
-        if let (Some(name), None) = (file.handles.backing, &file.backing) {
-            file.backing = Some(Arc::new(adopt(name)));
-        } else if let Some(found) = found
-            && !is_open
-        {
-            match register(&found) {
-                Ok(backing) => {
-                    let name = backing.into_raw();
-                    file.handles.backing = Some(name);
-                    file.backing = Some(Arc::new(adopt(name)));
-                    *passed_files += 1;
-                }
-                Err(error) => {
-                    info!("no passthrough, decoded files are read here: {error}");
-                    *may_name = false;
-                }
+        let known = state.open.get(inode).map(|file| file.backing); // somebody may have been faster
+        let is_first = known.is_none();
+        let backing = known.unwrap_or_else(|| {
+            let found = found?;
+            let named = self.backings.name(&found);
+            if let Err(error) = &named {
+                info!("no passthrough, decoded files are read here: {error}");
+                state.may_name = false;
             }
-        }
-        let Handles { cached, passed, .. } = &mut file.handles;
-        let opening = match &file.backing {
-            Some(backing) => {
-                *passed += 1;
-                Opening::Passed(Arc::clone(backing), *passed == 1)
-            }
-            None => {
-                *cached += 1;
-                Opening::Cached
-            }
-        };
-        self.note(inode, file.handles);
-        opening
+            named.ok()
+        });
+        self.note(&mut state, HandleChange::Opened { inode, handle, backing });
+        backing.map_or(Opening::Cached, |backing| Opening::Passed { backing, is_first })
     }
 
-    /// Notes that a handle was closed, after `answer` has said so to the kernel. Gives `answer` back where that must wait.
-    pub(super) fn close<A: FnOnce()>(&self, inode: Inode, handle: FileHandle, answer: A) -> Option<A> {
+    /// Notes that a handle was closed; returns whether it could, or must wait: see [`hold`](Self::hold).
+    pub(super) fn close(&self, inode: Inode, handle: u64) -> bool {
         let mut state = self.lock();
         if state.is_held {
-            return Some(answer);
+            return false;
         }
-        answer();
-        let file = state.files.get_mut(&inode)?;
-        let count = if handle == PASSED { &mut file.handles.passed } else { &mut file.handles.cached };
-        *count = count.saturating_sub(1);
-        let mut given_up = None;
-        if file.handles.passed == 0 && file.backing.is_some() {
-            file.handles.backing = None;
-            given_up = file.backing.take();
+        let given_up = self.note(&mut state, HandleChange::Closed { inode, handle });
+        drop(state);
+        if let Some(name) = given_up {
+            self.backings.give_up(name); // only now, when nobody will be told of it any more
         }
-        let handles = file.handles;
-        if handles == Handles::default() {
-            state.files.remove(&inode);
-        }
-        state.passed_files -= usize::from(given_up.is_some());
-        self.note(inode, handles);
-        drop(given_up); // only now, when nobody will be told of it any more
-        None
+        true
     }
 
-    fn note(&self, inode: Inode, handles: Handles) {
+    fn note(&self, state: &mut State, change: HandleChange) -> Option<u32> {
         if let Some(registry) = &self.registry {
-            registry.note(inode, handles);
+            registry.note(change);
         }
+        state.open.apply(change)
     }
 
     /// Nobody's code but the registry's and the kernel's runs under this lock, so poison tells nothing.
@@ -225,79 +167,127 @@ impl Passthrough {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
 
     const INODE: Inode = Inode(7);
 
-    /// What has been noted last.
+    /// What a successor would be told.
     #[derive(Default)]
-    struct Account(Mutex<HashMap<Inode, Handles>>);
+    struct Account(Mutex<OpenFiles>);
 
     impl Registry for Account {
-        fn note(&self, inode: Inode, handles: Handles) {
-            self.0.lock().unwrap().insert(inode, handles);
+        fn note(&self, change: HandleChange) {
+            self.0.lock().unwrap().apply(change);
         }
     }
 
-    /// Opens a file that is on no disk, as it is where no kernel names files.
-    fn open(passthrough: &Passthrough) -> Opening {
-        passthrough.open(INODE, || None, |_| unreachable!("no file"), |_| unreachable!("no name"))
-    }
+    /// A kernel that counts names, and refuses when it is told to.
+    #[derive(Clone, Default)]
+    struct Kernel(Arc<Mutex<(u32, BTreeSet<u32>)>>);
 
-    #[test]
-    fn a_successor_takes_the_account_over() {
-        let account = Arc::new(Account::default());
-        let passthrough = Passthrough::new(true, Inherited::default(), Some(account.clone()));
-        assert!(matches!(open(&passthrough), Opening::Cached));
-        assert!(matches!(open(&passthrough), Opening::Cached));
-        let handles = account.0.lock().unwrap().clone();
-        assert_eq!(handles[&INODE], Handles { cached: 2, ..Handles::default() });
-
-        let successor = Passthrough::new(true, Inherited { handles, is_incomplete: false }, Some(account.clone()));
-        let look = || {
-            let find = || panic!("it is open through the page cache: no name is looked for");
-            successor.open(INODE, find, |_| unreachable!("no file"), |_| unreachable!("no name"))
-        };
-        assert!(matches!(look(), Opening::Cached));
-        for left in (0..3).rev() {
-            assert!(successor.close(INODE, CACHED, || ()).is_none());
-            assert_eq!(account.0.lock().unwrap()[&INODE].cached, left);
+    impl Backings for Kernel {
+        fn name(&self, _: &File) -> io::Result<u32> {
+            let (last, names) = &mut *self.0.lock().unwrap();
+            *last = last.checked_add(1).ok_or(io::ErrorKind::Unsupported)?;
+            names.insert(*last);
+            Ok(*last)
         }
-        let looked = AtomicUsize::new(0);
-        let find = || {
-            looked.fetch_add(1, Ordering::Relaxed);
-            None
-        };
-        successor.open(INODE, find, |_| unreachable!("no file"), |_| unreachable!("no name"));
-        assert_eq!(looked.into_inner(), 1, "nobody has it open any more");
+
+        fn give_up(&self, name: u32) {
+            assert!(self.0.lock().unwrap().1.remove(&name), "{name} is given up once");
+        }
+    }
+
+    impl Kernel {
+        fn names(&self) -> usize {
+            self.0.lock().unwrap().1.len()
+        }
+    }
+
+    fn on_disk() -> Option<Arc<File>> {
+        Some(Arc::new(File::open("/dev/null").unwrap()))
+    }
+
+    fn start(inherited: OpenFiles, account: &Arc<Account>, kernel: &Kernel) -> Passthrough {
+        Passthrough::new(true, inherited, Some(account.clone()), Box::new(kernel.clone()))
     }
 
     #[test]
-    fn without_a_whole_account_no_other_file_is_passed() {
-        let inherited = Inherited { is_incomplete: true, ..Inherited::default() };
-        let passthrough = Passthrough::new(true, inherited, None);
-        let find = || panic!("nothing is looked for");
-        passthrough.open(INODE, find, |_| unreachable!("no file"), |_| unreachable!("no name"));
+    fn the_first_open_decides_for_all_that_overlap_with_it() {
+        let (account, kernel) = (Arc::default(), Kernel::default());
+        let passthrough = start(OpenFiles::default(), &account, &kernel);
+        assert_eq!(passthrough.open(INODE, 2, || None), Opening::Cached);
+        assert_eq!(passthrough.open(INODE, 4, || panic!("it is open: no name is looked for")), Opening::Cached);
+        assert!(passthrough.close(INODE, 2) && passthrough.close(INODE, 4));
+        assert_eq!(passthrough.open(INODE, 6, on_disk), Opening::Passed { backing: 1, is_first: true });
+        assert_eq!(passthrough.open(INODE, 8, || None), Opening::Passed { backing: 1, is_first: false });
+        assert!(passthrough.close(INODE, 6));
+        assert_eq!(kernel.names(), 1);
+        assert!(passthrough.close(INODE, 8));
+        assert_eq!(kernel.names(), 0);
+    }
+
+    #[test]
+    fn a_kernel_that_refuses_is_asked_once() {
+        let (account, kernel) = (Arc::default(), Kernel::default());
+        kernel.0.lock().unwrap().0 = u32::MAX;
+        let passthrough = start(OpenFiles::default(), &account, &kernel);
+        assert_eq!(passthrough.open(INODE, 2, on_disk), Opening::Cached);
+        assert_eq!(passthrough.open(Inode(8), 4, || panic!("nothing is looked for")), Opening::Cached);
+    }
+
+    #[test]
+    fn a_process_killed_before_it_answered_leaves_no_handle_too_many_and_none_too_few() {
+        let (account, kernel) = (Arc::<Account>::default(), Kernel::default());
+        let inherited = || account.0.lock().unwrap().clone();
+        for (find, passed) in [(on_disk as fn() -> _, true), (|| None, false)] {
+            let opened = start(inherited(), &account, &kernel).open(INODE, 2, find);
+            // It noted that and was killed; the kernel asks the next one, which must not look elsewhere.
+            assert_eq!(
+                start(inherited(), &account, &kernel).open(INODE, 2, || panic!("it is open")),
+                match opened {
+                    Opening::Passed { backing, .. } => Opening::Passed { backing, is_first: false },
+                    other => other,
+                }
+            );
+            assert_eq!(matches!(opened, Opening::Passed { .. }), passed);
+            assert_eq!(kernel.names(), usize::from(passed));
+            for _ in 0..2 {
+                assert!(start(inherited(), &account, &kernel).close(INODE, 2)); // the next is asked that again, too
+            }
+            assert_eq!((inherited(), kernel.names()), (OpenFiles::default(), 0));
+        }
+    }
+
+    #[test]
+    fn what_was_passed_is_passed_on_where_nothing_else_is() {
+        let mut inherited = OpenFiles::default();
+        inherited.apply(HandleChange::Opened { inode: INODE, handle: 2, backing: Some(9) });
+        let passthrough = Passthrough::new(false, inherited, None, Box::new(Kernel::default()));
+        assert!(passthrough.is_wanted());
+        assert_eq!(passthrough.open(INODE, 4, || None), Opening::Passed { backing: 9, is_first: false });
+        assert_eq!(passthrough.open(Inode(8), 6, || panic!("nothing is looked for")), Opening::Cached);
     }
 
     #[test]
     fn while_it_is_held_nothing_is_opened_or_closed_and_all_of_it_afterwards() {
-        let passthrough = Arc::new(Passthrough::new(true, Inherited::default(), None));
-        open(&passthrough);
+        let passthrough = start(OpenFiles::default(), &Arc::default(), &Kernel::default());
+        passthrough.open(INODE, 2, || None);
         passthrough.hold();
-        assert!(matches!(open(&passthrough), Opening::Held));
-        let answered = Arc::new(AtomicUsize::new(0));
-        let answer = {
-            let answered = Arc::clone(&answered);
-            move || answered.store(1, Ordering::Relaxed)
-        };
-        let held = passthrough.close(INODE, CACHED, answer).expect("it must wait");
-        passthrough.after_release(held);
-        assert_eq!(answered.load(Ordering::Relaxed), 0);
+        assert_eq!(passthrough.open(INODE, 4, || None), Opening::Held);
+        assert!(!passthrough.close(INODE, 2));
+        let done = Arc::new(AtomicUsize::new(0));
+        passthrough.after_release({
+            let done = Arc::clone(&done);
+            move || done.store(1, Ordering::Relaxed)
+        });
+        assert_eq!(done.load(Ordering::Relaxed), 0);
         passthrough.release();
-        assert_eq!(answered.load(Ordering::Relaxed), 1);
-        assert!(matches!(open(&passthrough), Opening::Cached));
+        assert_eq!(done.load(Ordering::Relaxed), 1);
+        assert!(passthrough.close(INODE, 2));
+        assert_eq!(passthrough.open(INODE, 4, || None), Opening::Cached);
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{MaterializeError, Materializer, is_decoded_whole};
+use super::{MaterializeError, Materializer, Purpose, is_decoded_whole};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
 use crate::format::difference::BaseTensor;
@@ -26,32 +26,8 @@ impl Materializer {
         let (base, address) = archive.base_tensor(reference).expect("checked when the part was prepared");
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let available = base.tensor(address).length_bytes.min(range.end).saturating_sub(range.start);
-        self.read_held(base, address, range.start, &mut bytes[..available as usize])?;
+        self.read_tensor(Purpose::Decoding, base, address, range.start, &mut bytes[..available as usize])?;
         Ok(bytes)
-    }
-
-    /// Fills `out` with the bytes of one tensor from `offset` on through the cache. The caller holds the memory for it.
-    fn read_held(
-        &self,
-        archive: &Archive,
-        address: PartAddress,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<(), MaterializeError> {
-        if out.is_empty() {
-            return Ok(());
-        }
-        let record = self.prepared.get(archive, address.record)?;
-        let part = &record[address.part as usize];
-        if let Some((base, place)) = identical_to(archive, part) {
-            return self.read_held(base, place, offset, out);
-        }
-        if is_decoded_whole(archive, address, part) {
-            let whole = self.whole(archive, address)?;
-            out.copy_from_slice(&whole[offset as usize..][..out.len()]);
-            return Ok(());
-        }
-        self.strips_into(archive, address, part, offset, out)
     }
 
     /// Memory that the base's bytes for these strips of a part take, and what those are decoded from.

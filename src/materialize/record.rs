@@ -6,10 +6,11 @@ use crate::archive::{Archive, PartAddress};
 use crate::codec::blocks::Placement;
 use crate::codec::motion::Motion;
 use crate::codec::permutation::{self, GroupedPermutation, Symmetry};
+use crate::decode::prepared::Motions;
 use crate::decode::{DecodeError, Pools, PreparedPart};
 use crate::format::difference::BaseTensor;
 use crate::format::limits;
-use crate::format::part::{Coding, StoredPlacement};
+use crate::format::part::{Coding, StoredPlacement, StoredPredictor};
 use crate::tensor::TensorInfo;
 
 /// Reads, checks and prepares all parts of a record.
@@ -17,12 +18,18 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
     let side = archive.side_information(record)?;
     let permutation = if side.permutation.is_some() { decode_permutation(archive, record)? } else { None };
     let entry = archive.record(record);
+    let permutation_below = match (&permutation, entry.reference) {
+        (Some(permutation), Some(reference)) if side.looks_at_two_layers() => {
+            decode_permutation(archive, reference)?.filter(|below| below.symmetry() == permutation.symmetry())
+        }
+        _ => None,
+    };
     let (mut parts, mut strips) = (Vec::with_capacity(side.parts.len()), 0);
     for (ordinal, header) in side.parts.iter().enumerate() {
         let address = PartAddress { record, part: ordinal as u32 };
         let tensor = archive.tensor(address);
         let mut check = || {
-            let mut motion = None;
+            let mut motions = Motions::default();
             match &header.coding {
                 Coding::Based(info) => check_base(archive, tensor, info.reference, info.difference.is_some())?,
                 Coding::QuantizedFromBase(reference, _) => check_base(archive, tensor, *reference, true)?,
@@ -31,13 +38,26 @@ pub fn prepare_record(archive: &Archive, record: u32) -> Result<Vec<PreparedPart
             if let Coding::Quantized(info) = &header.coding
                 && let Some(prediction) = &info.prediction
             {
-                check_reference(archive, address, prediction.reference_part)?;
+                let second_part = match prediction.predictor {
+                    StoredPredictor::Network { second_part, .. } => second_part,
+                    _ => None,
+                };
+                check_references(archive, address, prediction.reference_part, second_part)?;
                 if let (Some(permutation), Some(placement)) = (&permutation, &prediction.placement) {
-                    motion = Some(motion_of(permutation, placement, tensor)?);
+                    let nearest = motion_of(permutation, placement, tensor)?;
+                    if second_part.is_some() {
+                        let below = match &permutation_below {
+                            Some(below) => Some(motion_of(below, placement, tensor)?),
+                            None => None,
+                        };
+                        motions.second = Some(below.map_or_else(|| nearest.clone(), |below| nearest.then(&below)));
+                    }
+                    motions.nearest = Some(nearest);
                 }
             }
-            let pools = Pools { tables: archive.tables(), codebooks: archive.codebooks() };
-            let part = PreparedPart::new(tensor, header, pools, motion)?;
+            let pools =
+                Pools { tables: archive.tables(), codebooks: archive.codebooks(), networks: archive.networks() };
+            let part = PreparedPart::new(tensor, header, pools, motions)?;
             strips += part.strips() as u64;
             if strips > limits::RECORD_STRIPS {
                 let expected = format!("at most {} in a record", limits::RECORD_STRIPS);
@@ -88,17 +108,35 @@ fn check_base(
     })
 }
 
-/// A predicted part's reference must exist and be a tensor of the same type and shape.
-fn check_reference(archive: &Archive, address: PartAddress, reference_part: u32) -> Result<(), DecodeError> {
+/// A predicted part's reference must exist and be a tensor of the same type and shape, and so must the second reference,
+/// in the record below that, where there is one.
+fn check_references(
+    archive: &Archive,
+    address: PartAddress,
+    reference_part: u32,
+    second_part: Option<u32>,
+) -> Result<(), DecodeError> {
+    check_reference(archive, address, archive.record(address.record).reference, ("reference part", reference_part))?;
+    let Some(second_part) = second_part else { return Ok(()) };
+    let record = archive.record(address.record).reference.and_then(|record| archive.record(record).reference);
+    check_reference(archive, address, record, ("second reference part", second_part))
+}
+
+fn check_reference(
+    archive: &Archive,
+    address: PartAddress,
+    record: Option<u32>,
+    (field, reference_part): (&'static str, u32),
+) -> Result<(), DecodeError> {
     let tensor = archive.tensor(address);
-    let reference = archive.record(address.record).reference.and_then(|record| {
+    let reference = record.and_then(|record| {
         let exists = (reference_part as usize) < archive.record(record).parts.len();
         exists.then(|| archive.tensor(PartAddress { record, part: reference_part }))
     });
     match reference {
         Some(reference) if reference.dtype == tensor.dtype && reference.shape == tensor.shape => Ok(()),
         other => Err(DecodeError::Inconsistent {
-            field: "reference part",
+            field,
             found: other.map_or("no such part".into(), |other| format!("{} {:?}", other.dtype, other.shape)),
             expected: format!("{} {:?}", tensor.dtype, tensor.shape),
         }),
@@ -204,10 +242,12 @@ mod tests {
             }],
             tables: vec![],
             codebooks: vec![],
+            networks: vec![],
             block_types: vec!["ffn".into()],
             records: entries,
             bases: vec![],
             has_units: false,
+            has_predictors: false,
             has_column_scales: false,
             provenance: vec![],
         };

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
-use super::{Keeper, MaterializeError, Materializer, UnitKey, bytes_of, zeroed};
+use super::{Keeper, MaterializeError, Materializer, Purpose, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
 use crate::metrics::METRICS;
@@ -65,7 +65,7 @@ impl Materializer {
     /// Fills `out` with the bytes of a part from `offset` on.
     pub(super) fn read_strips(
         &self,
-        keeper: Keeper,
+        purpose: Purpose,
         archive: &Archive,
         address: PartAddress,
         part: &PreparedPart,
@@ -73,6 +73,7 @@ impl Materializer {
         out: &mut [u8],
     ) -> Result<(), MaterializeError> {
         let strips = Strips { archive, address, part };
+        let keeper = purpose.keeper();
         let mut pieces = strips.pieces(offset, out);
         for pieces in pieces.chunks_mut(self.strips_together(part)) {
             let keys: Vec<UnitKey> = pieces.iter().map(|piece| strips.key(piece.strip)).collect();
@@ -81,13 +82,10 @@ impl Materializer {
                 keeper == Keeper::Reader && !is_known && strips.is_whole(piece)
             };
             let in_place: Vec<bool> = pieces.iter().zip(&is_known).map(in_place).collect();
-            let numbers = pieces[0].strip..pieces[pieces.len() - 1].strip + 1;
-            let kept_bytes: usize = (pieces.iter().zip(&in_place))
-                .filter(|(_, in_place)| !**in_place)
-                .map(|(piece, _)| part.strip_output_bytes(piece.strip))
-                .sum();
-            let of_base = self.memory_for_base(archive, part, numbers.clone())?;
-            let _memory = self.take_memory(kept_bytes as u64 + strips.stored_bytes(numbers) + of_base);
+            let _memory = match purpose {
+                Purpose::Reading(_) => Some(self.take_memory(self.memory_for_strips(strips, pieces, &in_place)?)),
+                Purpose::Decoding => None,
+            };
             let mut pieces: Vec<(&mut Piece<'_>, bool)> = pieces.iter_mut().zip(in_place).collect();
             for alike in pieces.chunk_by_mut(|a, b| a.1 == b.1) {
                 let in_place = alike[0].1;
@@ -102,6 +100,21 @@ impl Materializer {
             }
         }
         Ok(())
+    }
+
+    /// Memory for decoding pieces of strips that lie side by side, those `in_place` where their reader wants them.
+    fn memory_for_strips(
+        &self,
+        strips: Strips<'_>,
+        pieces: &[Piece<'_>],
+        in_place: &[bool],
+    ) -> Result<u64, MaterializeError> {
+        let Strips { archive, part, .. } = strips;
+        let numbers = pieces[0].strip..pieces[pieces.len() - 1].strip + 1;
+        let kept = pieces.iter().zip(in_place).filter(|(_, in_place)| !**in_place);
+        let kept_bytes: usize = kept.map(|(piece, _)| part.strip_output_bytes(piece.strip)).sum();
+        let of_base = self.memory_for_base(archive, part, numbers.clone())?;
+        Ok(kept_bytes as u64 + strips.stored_bytes(numbers) + of_base)
     }
 
     /// Fills pieces of strips that lie side by side through the cache.
@@ -142,23 +155,6 @@ impl Materializer {
         if !done_with.is_empty() {
             self.cache.forget(&done_with);
         }
-    }
-
-    /// Fills `out` with the bytes of a part from `offset` on through the cache. The caller holds the memory for it.
-    pub(super) fn strips_into(
-        &self,
-        archive: &Archive,
-        address: PartAddress,
-        part: &PreparedPart,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<(), MaterializeError> {
-        let strips = Strips { archive, address, part };
-        let mut pieces = strips.pieces(offset, out);
-        for pieces in pieces.chunks_mut(self.strips_together(part)) {
-            self.copy_from_cache(Keeper::Cache, strips, pieces.iter_mut().collect())?;
-        }
-        Ok(())
     }
 
     /// Decoded strips, through the cache. The caller holds the memory for them.

@@ -3,15 +3,20 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use super::{MaterializeError, Materializer, UnitKey, bytes_of, strips, zeroed};
+use super::{MaterializeError, Materializer, Purpose, UnitKey, bytes_of, zeroed};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
 use crate::metrics::METRICS;
+
+/// Tensors held while one is decoded that is predicted from two layers: itself, the two, the two side by side, and one that
+/// the lower one is decoded from.
+const TENSORS_OF_TWO_LAYERS: u64 = 6;
 
 impl Materializer {
     /// Fills `out` with the bytes of a part from `offset` on.
     pub(super) fn read_whole(
         &self,
+        purpose: Purpose,
         archive: &Archive,
         address: PartAddress,
         part: &PreparedPart,
@@ -23,9 +28,14 @@ impl Materializer {
             copy(&whole);
             return Ok(());
         }
-        let needed = self.memory_for_whole(part);
-        self.check_memory(archive, address, needed)?;
-        let _memory = self.take_memory(needed);
+        let _memory = match purpose {
+            Purpose::Reading(_) => {
+                let needed = self.memory_for_whole(part);
+                self.check_memory(archive, address, needed)?;
+                Some(self.take_memory(needed))
+            }
+            Purpose::Decoding => None,
+        };
         copy(&self.whole(archive, address)?);
         Ok(())
     }
@@ -57,15 +67,21 @@ impl Materializer {
         Ok(())
     }
 
-    /// A part and its reference, both of which are held while it is decoded, and what they are decoded from. All parts of a
-    /// chain are of one length, and never more than two of them are held.
+    /// A part and its references, all of which are held while it is decoded, and what they are decoded from. All parts of a
+    /// chain are of one length. Never more than two of them are held, or three where predictors look at two layers and as many
+    /// again where the two lie side by side.
     pub(super) fn memory_for_whole(&self, part: &PreparedPart) -> u64 {
-        self.memory_for(part.length_bytes(), part.prediction().is_some() || part.base().is_some())
+        let tensors = match part.prediction() {
+            Some(prediction) if prediction.second_part.is_some() => TENSORS_OF_TWO_LAYERS,
+            Some(_) => 2,
+            None => 1 + u64::from(part.base().is_some()),
+        };
+        self.memory_for(part.length_bytes(), tensors)
     }
 
-    fn memory_for(&self, length_bytes: u64, is_predicted: bool) -> u64 {
-        let held = if is_predicted { 2 * length_bytes } else { length_bytes };
-        held.saturating_add(held.min(self.processors.total() * strips::TOGETHER_BYTES as u64))
+    fn memory_for(&self, length_bytes: u64, tensors: u64) -> u64 {
+        let held = length_bytes.saturating_mul(tensors);
+        held.saturating_add(held.min(self.processors.total().saturating_mul(self.together_bytes())))
     }
 
     fn check_memory(&self, archive: &Archive, address: PartAddress, needed_bytes: u64) -> Result<(), MaterializeError> {
@@ -92,12 +108,18 @@ impl Materializer {
         if !archive.is_lossy() {
             return Ok(()); // decoded strip by strip
         }
+        let looks_at_two_layers = archive.networks().iter().any(|network| network.contexts() == 2);
         for (file, entry) in archive.files().iter().enumerate() {
             for (tensor, info) in entry.tensors.iter().enumerate() {
                 let address = archive.address(file, tensor);
                 let is_predicted = archive.record(address.record).reference.is_some();
                 if is_predicted || archive.is_referenced(address.record) {
-                    self.check_memory(archive, address, self.memory_for(info.length_bytes, is_predicted))?;
+                    let tensors = match (is_predicted, looks_at_two_layers) {
+                        (false, _) => 1,
+                        (true, false) => 2,
+                        (true, true) => TENSORS_OF_TWO_LAYERS,
+                    };
+                    self.check_memory(archive, address, self.memory_for(info.length_bytes, tensors))?;
                 }
             }
         }
@@ -112,8 +134,17 @@ impl Materializer {
             let part = &record[address.part as usize];
             let reference = match part.prediction() {
                 Some(prediction) => {
-                    let reference = archive.record(address.record).reference.expect("checked when it was prepared");
-                    Some(self.whole(archive, PartAddress { record: reference, part: prediction.reference_part })?)
+                    let below = |record: u32| archive.record(record).reference.expect("checked when it was prepared");
+                    let reference = below(address.record);
+                    let nearest =
+                        self.whole(archive, PartAddress { record: reference, part: prediction.reference_part })?;
+                    match prediction.second_part {
+                        None => Some(nearest),
+                        Some(part) => {
+                            let second = self.whole(archive, PartAddress { record: below(reference), part })?;
+                            Some(Arc::from([&*nearest, &*second].concat()))
+                        }
+                    }
                 }
                 None => None,
             };

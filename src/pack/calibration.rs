@@ -26,9 +26,10 @@ pub use self::statistics::{ColumnInputs, InputStatistics};
 pub(in crate::pack) use self::weights::CheckpointWeights;
 use self::weights::DeployedWeights;
 use super::source::Checkpoint;
-use crate::forward::ForwardError;
+use crate::forward::inputs::Inputs;
 use crate::forward::model::Transformer;
 use crate::forward::pass::Pass;
+use crate::forward::{ForwardError, Weights};
 
 /// Where calibration inputs come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +114,26 @@ impl<'a> Calibration<'a> {
     /// What was used, for reports and the archive's provenance.
     pub fn data(&self) -> &InputData {
         &self.data
+    }
+
+    /// The model.
+    pub(super) fn model(&self) -> &Transformer {
+        &self.model
+    }
+
+    /// Whether the model takes images, tokens otherwise.
+    pub fn takes_images(&self) -> bool {
+        self.model.takes_images()
+    }
+
+    /// The checkpoint's weights.
+    pub(super) fn weights(&self) -> &dyn Weights {
+        &self.weights
+    }
+
+    /// What the model is run on.
+    pub(super) fn inputs(&self) -> &Inputs {
+        &self.data.inputs
     }
 
     /// What the model's linear maps are multiplied with, from the first layer on.

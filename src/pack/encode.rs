@@ -7,24 +7,28 @@
 mod compare;
 mod error;
 mod finished;
+mod network;
 mod records;
 mod steering;
 mod target;
+mod training;
 mod vectors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use self::compare::Compared;
 pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
+use self::training::Settled;
 use super::base::{Base, BaseError};
 use super::calibration::Calibration;
 use super::evaluation::Evaluation;
 use super::keep::{Keep, kept};
 use super::low_rank::{FoundProduct, add_product};
-use super::options::{PackOptions, PredictorChoice, Quantization};
+use super::network::FittedNetwork;
+use super::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::statistics;
@@ -88,6 +92,8 @@ pub struct Encoder<'a> {
     /// Decodes what later records are predicted from.
     engine: Arc<dyn Engine>,
     calibration: Option<Calibration<'a>>,
+    /// What parts may be predicted with, fitted when first asked for.
+    network: OnceLock<Option<FittedNetwork>>,
     evaluation: Option<Evaluation<'a>>,
     /// Samples of every tensor, where they are needed again.
     surveyed: Option<Survey<'a>>,
@@ -120,9 +126,13 @@ impl<'a> Encoder<'a> {
             treatments: Vec::new(),
             engine: EngineChoice::Auto.engine(),
             calibration: None,
+            network: OnceLock::new(),
             evaluation: None,
             surveyed: None,
         };
+        if options.alignment == AlignmentChoice::Coarse {
+            encoder.plan.records.iter_mut().for_each(RecordPlan::merge_pairs);
+        }
         encoder.progress.phase("reading", encoder.source_bytes());
         for record in &encoder.plan.records {
             let mut treatments = Vec::with_capacity(record.parts.len());
@@ -329,7 +339,7 @@ impl<'a> Encoder<'a> {
     pub fn write(&self, out: &Path) -> Result<Finished, PackError> {
         self.check_not_quantized()?;
         // Before the work, in case it cannot be made.
-        let mut unfinished = finished::create(out)?;
+        let unfinished = finished::create(out)?;
         let output = |source| PackError::Output { path: out.to_owned(), source };
         let mut survey = self.survey()?;
         self.check_interrupted(out)?;
@@ -337,7 +347,8 @@ impl<'a> Encoder<'a> {
         self.check_interrupted(out)?;
         // A survey holds samples of everything: it goes before the encoding unless it is asked once more.
         let asked = self.options.stats.then(|| (survey, plan.probe.clone()));
-        let (written, compared, target_missed) = self.settle(unfinished.as_file_mut(), out, plan)?;
+        let Settled { file: mut unfinished, written, compared, target_missed, training } =
+            self.settle_trained(unfinished, out, plan)?;
         let parameters = self.checkpoint.parameters();
         let stats = asked.map(|(mut survey, probe)| {
             statistics::measure(&mut survey, self.options, &probe, &written.stages, parameters)
@@ -375,10 +386,14 @@ impl<'a> Encoder<'a> {
             relative_squared_error,
             calibration: self.calibration.as_ref().map(|calibration| calibration.data().origin.to_string()),
             evaluation,
+            training,
             relative_squared_error_of_changes: compared.error_of_changes(),
             target_missed,
             keyframe_records: written.keyframe_records,
             predicted_records: written.predicted_records,
+            residual_entropy: (written.residual_elements > 0)
+                .then(|| written.residual_bits / written.residual_elements as f64),
+            permutation_percent: 100.0 * written.stages.chosen_permutation / (8.0 * archive_bytes as f64),
             stages: written.stages,
             stats,
             tensors: self.tensor_reports(&written.parts, &compared),

@@ -1,9 +1,9 @@
 //! What a decoded archive is worth: the model is run on data that nothing was tuned on, with the original's weights and with the
 //! archive's as they decode, and what the two say is compared.
 //!
-//! Both go up layer by layer side by side, so that the error of hidden states is known after every layer ([`mod@weights`] gives
-//! the archive's). Where there are logits they are compared as distributions, elsewhere embeddings by their angle
-//! ([`mod@outputs`]). Sums are taken in the order of the rows, so nothing depends on the number of threads.
+//! Both go up layer by layer side by side, so that the error of hidden states is known after every layer (`weights` gives the
+//! archive's). Where there are logits they are compared as distributions, elsewhere embeddings by their angle
+//! (`outputs`). Sums are taken in the order of the rows, so nothing depends on the number of threads.
 
 mod outputs;
 mod weights;

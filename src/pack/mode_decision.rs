@@ -36,6 +36,21 @@ pub enum FittedPredictor {
         /// One per run.
         offsets: Vec<i32>,
     },
+    /// Motion vectors along an axis, see `codec::predictor::vectors`.
+    Vectors {
+        /// The axis.
+        axis: u8,
+        /// Gain of one unit.
+        gain_step: f32,
+        /// Vectors of each index along the axis.
+        counts: Vec<i32>,
+        /// One per vector.
+        sources: Vec<i32>,
+        /// One per vector.
+        gains: Vec<i32>,
+    },
+    /// A network of the archive, see `codec::predictor::network`; its own bits are not the part's.
+    Network(StoredPredictor),
 }
 
 impl FittedPredictor {
@@ -47,6 +62,8 @@ impl FittedPredictor {
                 gain: gain_step * gains[run] as f32,
                 offset: offset_step * offsets[run] as f32,
             },
+            // Their references are predictions already.
+            Self::Vectors { .. } | Self::Network(_) => RunPredictor::COPY,
         }
     }
 
@@ -60,6 +77,14 @@ impl FittedPredictor {
                 gains: integers::encode(gains),
                 offsets: integers::encode(offsets),
             },
+            Self::Vectors { axis, gain_step, counts, sources, gains } => StoredPredictor::MotionVectors {
+                axis: *axis,
+                gain_step: *gain_step,
+                counts: integers::encode(counts),
+                sources: integers::encode(sources),
+                gains: integers::encode(gains),
+            },
+            Self::Network(stored) => stored.clone(),
         }
     }
 
@@ -70,6 +95,11 @@ impl FittedPredictor {
                 Self::RowAffine { gains, offsets, .. } => {
                     64.0 + 8.0 * (integers::encode(gains).0.len() + integers::encode(offsets).0.len()) as f64
                 }
+                Self::Vectors { counts, sources, gains, .. } => {
+                    let bytes = [counts, sources, gains].map(|integers| integers::encode(integers).0.len());
+                    32.0 + 8.0 * bytes.iter().sum::<usize>() as f64
+                }
+                Self::Network(_) => 64.0,
             }
     }
 }
@@ -143,11 +173,12 @@ impl PartCandidate<'_> {
         self.bits(&symbols, pool)
     }
 
-    /// The cheapest allowed prediction from `reference`, if any can pay.
+    /// The cheapest allowed elementwise prediction from `reference`, if any can pay or one is forced.
     pub fn best_prediction(
         &self,
         reference: &[f32],
         allowed: PredictorChoice,
+        force: bool,
         pool: &TablePool,
     ) -> Option<MeasuredPrediction> {
         let moments: Vec<Moments> = (0..self.layout.runs())
@@ -157,43 +188,50 @@ impl PartCandidate<'_> {
                 Moments::of(&self.values[range.clone()], &reference[range])
             })
             .collect();
+        let most = if force { f64::INFINITY } else { HOPELESS_ENERGY };
         let mut candidates = Vec::new();
         if matches!(allowed, PredictorChoice::Auto | PredictorChoice::ScaledCopy) {
-            candidates.extend(fit_scaled_copy(&moments));
+            candidates.extend(fit_scaled_copy(&moments, most));
         }
         if matches!(allowed, PredictorChoice::Auto | PredictorChoice::RowAffine) {
-            candidates.extend(fit_row_affine(&moments, (self.step_of_run)(0) / 4.0));
+            candidates.extend(fit_row_affine(&moments, (self.step_of_run)(0) / 4.0, most));
         }
         let measured = candidates.into_iter().map(|predictor| {
-            let symbols = QuantizedSymbols {
-                values: self.values,
-                prediction: Some(EncoderPrediction { reference, of_run: &|run| predictor.of_run(run) }),
-                layout: self.layout,
-                step_of_run: self.step_of_run,
-                raw_bits: self.raw_bits,
-                rounding: self.rounding,
-                columns: None,
-                feedback: None,
-            };
-            let bits = self.bits(&symbols, pool) + predictor.bits();
+            let bits = self.predicted_bits(reference, &predictor, pool);
             MeasuredPrediction { predictor, bits }
         });
         measured.min_by(|a, b| a.bits.total_cmp(&b.bits))
     }
+
+    /// Bits of the part with a predictor, coefficients included. `reference` are the reference values, motion applied, or the
+    /// predictions where the predictor makes them of several.
+    pub fn predicted_bits(&self, reference: &[f32], predictor: &FittedPredictor, pool: &TablePool) -> f64 {
+        let symbols = QuantizedSymbols {
+            values: self.values,
+            prediction: Some(EncoderPrediction { reference, of_run: &|run| predictor.of_run(run) }),
+            layout: self.layout,
+            step_of_run: self.step_of_run,
+            raw_bits: self.raw_bits,
+            rounding: self.rounding,
+            columns: None,
+            feedback: None,
+        };
+        self.bits(&symbols, pool) + predictor.bits()
+    }
 }
 
-/// The gain of least squares over the whole part.
-fn fit_scaled_copy(runs: &[Moments]) -> Option<FittedPredictor> {
+/// The gain of least squares over the whole part, if it leaves at most this share of the energy.
+fn fit_scaled_copy(runs: &[Moments], most: f64) -> Option<FittedPredictor> {
     let sum = |of: fn(&Moments) -> f64| runs.iter().map(of).sum::<f64>();
     let (energy, product) = (sum(|run| run.energy), sum(|run| run.product));
     let gain = product / sum(|run| run.reference_energy);
     let residual_energy = energy - gain * product;
-    let useful = gain.is_finite() && residual_energy < HOPELESS_ENERGY * energy;
+    let useful = gain.is_finite() && residual_energy < most * energy;
     useful.then_some(FittedPredictor::ScaledCopy(gain as f32))
 }
 
 /// Gain and offset of least squares per run, gains in 1/64, offsets in units of `offset_step`.
-fn fit_row_affine(runs: &[Moments], offset_step: f32) -> Option<FittedPredictor> {
+fn fit_row_affine(runs: &[Moments], offset_step: f32, most: f64) -> Option<FittedPredictor> {
     let gain_step = 1.0 / 64.0;
     let (mut gains, mut offsets) = (Vec::new(), Vec::new());
     let (mut energy, mut residual_energy) = (0.0, 0.0);
@@ -207,7 +245,7 @@ fn fit_row_affine(runs: &[Moments], offset_step: f32) -> Option<FittedPredictor>
         offsets.push(offset as i32);
     }
     let gain_step = gain_step as f32;
-    let useful = residual_energy < HOPELESS_ENERGY * energy;
+    let useful = residual_energy < most * energy;
     useful.then_some(FittedPredictor::RowAffine { gain_step, offset_step, gains, offsets })
 }
 
@@ -316,7 +354,7 @@ mod tests {
         let mut classes = count(&symbols, 1);
         classes.merge(&count(&quiet, 1));
         let pool = classes.fit();
-        (part.keyframe_bits(&pool), part.best_prediction(reference, PredictorChoice::Auto, &pool))
+        (part.keyframe_bits(&pool), part.best_prediction(reference, PredictorChoice::Auto, false, &pool))
     }
 
     #[test]

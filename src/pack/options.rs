@@ -1,12 +1,41 @@
 //! What a user can choose when packing.
+//!
+//! The rows of the paper's Tables 14 and 15 that are about alignment, prediction and permutations, as options of `mcwc-pack`.
+//! The paper's codec predicts whether it pays or not: `--force-prediction` does so too, and belongs to every row.
+//!
+//! | row | options beside `--force-prediction` |
+//! |---|---|
+//! | full (weights and activations, alpha 0.7; MLP of width 256 with embeddings) | `--alignment hybrid --calibration FILE --predictor network` |
+//! | residual-energy alignment | `--alignment residual-energy` |
+//! | permutations delta-coded across depth; fixed-length coded | `--permutations delta`; `--permutations raw` |
+//! | no permutation transmission | not offered: a decoder would have to find the permutations from floating-point sums, which differ between machines. It would save the *permutation share* of the report |
+//! | no alignment, random alignment | `--alignment none`, `--alignment random` |
+//! | weight-only, activation-only similarity | `--alignment weights`, `--alignment activations --calibration FILE` |
+//! | FFN-only, head-only alignment; coarse blocks | `--alignment ffn`, `--alignment heads`; `--alignment coarse` |
+//! | Hungarian matching whatever the number of blocks | `--assignment exact` |
+//! | screened greedy, 16 candidates and refinement | `--assignment screened` |
+//! | screened greedy, 8 candidates, no refinement | `--assignment screened-unrefined` |
+//! | random tie-breaking | `--alignment-seed N`, for several N |
+//! | no predictor | `--predictor none` (the only row without `--force-prediction`) |
+//! | linear predictor | `--predictor network-linear`; elementwise: `--predictor row-affine` |
+//! | MLP of width 256 with embeddings; of width 128 | `--predictor network`; `--predictor network-narrow` |
+//! | MLP without embeddings | `--predictor network-bare` |
+//! | no keyframe embeddings, only that of the type | `--predictor network-type-only` |
+//! | two-step context | `--predictor network-two-step` |
+//! | keyframes K | `--keyframe-interval K` |
+//! | step sizes, quantizer, entropy model | `--steps`, `--quantization`, `--entropy-model` |
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::align::Alignment;
+use super::align::{Alignment, Method, Solver};
 use super::entropy_model::OwnTable;
 use super::keep::KeepRule;
+use super::network::{Embeddings, NetworkShape};
 use super::quantized_symbols::Rounding;
+use super::train::{Schedule, Training};
+use crate::codec::permutation::PermutationCoding;
 use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{StoredTrellis, TrellisTables};
 
@@ -87,6 +116,24 @@ impl Effort {
         }
     }
 
+    /// Multiplications that fitting motion vectors to one part may take.
+    pub fn vector_work(self) -> u64 {
+        match self {
+            Self::Fast => 0,
+            Self::Default => 1 << 36,
+            Self::Max => u64::MAX,
+        }
+    }
+
+    /// Steps of a network's training.
+    pub fn training_steps(self) -> usize {
+        match self {
+            Self::Fast => 30,
+            Self::Default => 400,
+            Self::Max => 4000,
+        }
+    }
+
     /// Whether records may be predicted.
     pub fn predicts(self) -> bool {
         self != Self::Fast
@@ -107,20 +154,80 @@ pub enum AlignmentChoice {
     Heads,
     /// At random: the ablation's control, kept like any other only where it pays.
     Random,
+    /// By what blocks do on the calibration inputs. Needs `--calibration` or `--calibrate`.
+    Activations,
+    /// By both, weights counting 0.7. Needs `--calibration` or `--calibrate`.
+    Hybrid,
+    /// For the least energy of what a scaled copy leaves.
+    ResidualEnergy,
+    /// By weights, two neighbouring blocks moved together.
+    Coarse,
 }
 
-/// Seed of the random permutations: the ablation is the same every time.
+/// How the assignment of blocks is solved (Table 15 of the paper).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Assignment {
+    /// Exactly up to 256 blocks, screened above.
+    #[default]
+    Auto,
+    /// Exactly: cubic in the number of blocks.
+    Exact,
+    /// Greedily among 16 candidates of each block, with one pass of swaps.
+    Screened,
+    /// Greedily among 8 candidates of each block.
+    ScreenedUnrefined,
+}
+
+impl Assignment {
+    fn solver(self) -> Solver {
+        match self {
+            Self::Auto => Solver::Auto,
+            Self::Exact => Solver::Exact,
+            Self::Screened => Solver::SCREENED,
+            Self::ScreenedUnrefined => Solver::Screened { candidates: 8, is_refined: false },
+        }
+    }
+}
+
+/// How permutations are written (Table 15 of the paper).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Permutations {
+    /// Whichever is shortest, record by record.
+    #[default]
+    Auto,
+    /// Entries of fixed width.
+    Raw,
+    /// Lehmer digits.
+    Lehmer,
+    /// Differences of Lehmer digits across depth.
+    Delta,
+}
+
+/// Seed of the random permutations where none is given: the ablation is the same every time.
 const RANDOM_SEED: u64 = 1;
+/// What weights count in the hybrid similarity (alpha in section 4.2).
+const HYBRID_WEIGHT: f32 = 0.7;
 
 impl AlignmentChoice {
     /// How permutations are found.
-    pub fn method(self) -> Alignment {
+    fn alignment(self, seed: Option<u64>) -> Alignment {
         match self {
-            Self::Weights => Alignment::Similarity,
+            Self::Weights | Self::Activations | Self::Hybrid | Self::ResidualEnergy | Self::Coarse => {
+                Alignment::Similarity
+            }
             Self::None => Alignment::None,
             Self::Ffn => Alignment::FfnOnly,
             Self::Heads => Alignment::HeadsOnly,
-            Self::Random => Alignment::Random { seed: RANDOM_SEED },
+            Self::Random => Alignment::Random { seed: seed.unwrap_or(RANDOM_SEED) },
+        }
+    }
+
+    /// What weights count beside activations; `None` where activations do not count.
+    pub fn weight_of_weights(self) -> Option<f32> {
+        match self {
+            Self::Activations => Some(0.0),
+            Self::Hybrid => Some(HYBRID_WEIGHT),
+            _ => None,
         }
     }
 }
@@ -137,6 +244,36 @@ pub enum PredictorChoice {
     ScaledCopy,
     /// The affine map per row, where it pays.
     RowAffine,
+    /// Up to four vectors for each unit, where they pay.
+    MotionVectors,
+    /// The paper's network of width 256, where it pays for its parameters.
+    Network,
+    /// The same of width 128.
+    NetworkNarrow,
+    /// A linear one of width 256: no hidden layer.
+    NetworkLinear,
+    /// The one of width 256 without embeddings.
+    NetworkBare,
+    /// The one of width 256 with an embedding of the kind of tensor alone.
+    NetworkTypeOnly,
+    /// The one of width 256, which looks at two layers.
+    NetworkTwoStep,
+}
+
+impl PredictorChoice {
+    /// The network's shape, where it is one.
+    pub fn network(self) -> Option<NetworkShape> {
+        let full = NetworkShape { width: 256, has_hidden: true, embeddings: Embeddings::LayerAndKind, contexts: 1 };
+        match self {
+            Self::Auto | Self::None | Self::ScaledCopy | Self::RowAffine | Self::MotionVectors => None,
+            Self::Network => Some(full),
+            Self::NetworkNarrow => Some(NetworkShape { width: 128, ..full }),
+            Self::NetworkLinear => Some(NetworkShape { has_hidden: false, ..full }),
+            Self::NetworkBare => Some(NetworkShape { embeddings: Embeddings::None, ..full }),
+            Self::NetworkTypeOnly => Some(NetworkShape { embeddings: Embeddings::Kind, ..full }),
+            Self::NetworkTwoStep => Some(NetworkShape { contexts: 2, ..full }),
+        }
+    }
 }
 
 /// Where quantizer steps are set.
@@ -243,8 +380,16 @@ pub struct PackOptions {
     pub keyframe_interval: u32,
     /// How blocks are matched.
     pub alignment: AlignmentChoice,
+    /// How the assignment of blocks is solved.
+    pub assignment: Assignment,
+    /// Seed of random permutations, and of which of equally similar blocks go together; the blocks' order where not given.
+    pub alignment_seed: Option<u64>,
+    /// How permutations are written.
+    pub permutations: Permutations,
     /// Which predictors may be chosen.
     pub predictor: PredictorChoice,
+    /// Whether every record that may be is aligned and predicted, though it costs bits: the paper's codec.
+    pub force_prediction: bool,
     /// Where steps are set.
     pub steps: Steps,
     /// Which columns have steps of their own.
@@ -260,6 +405,14 @@ pub struct PackOptions {
     /// Embeddings and output heads get a step this many times finer. Finer helps GPT-NeoX and costs BERT and Llama, see
     /// `benches/task_metric.py`.
     pub embedding_refinement: f32,
+    /// Whether the weights that are still ahead are trained to make up for what was lost, with calibration.
+    pub training: Training,
+    /// Steps of training; as many as the effort allows where not given.
+    pub train_steps: Option<usize>,
+    /// Of everything that is drawn by chance.
+    pub seed: u64,
+    /// A directory that keeps the state of training, so that a run that was stopped goes on.
+    pub training_state: Option<PathBuf>,
     /// Whether to lose anything of checkpoints that were quantized before.
     pub force_requantize: bool,
     /// Whether to measure what every stage is worth; the archive is the same.
@@ -274,7 +427,11 @@ impl Default for PackOptions {
             keep: Vec::new(),
             keyframe_interval: 4,
             alignment: AlignmentChoice::default(),
+            assignment: Assignment::default(),
+            alignment_seed: None,
+            permutations: Permutations::default(),
             predictor: PredictorChoice::default(),
+            force_prediction: false,
             steps: Steps::default(),
             column_scales: ColumnScales::default(),
             quantization: Quantization::default(),
@@ -282,6 +439,10 @@ impl Default for PackOptions {
             trellis_states: None,
             rate_aware_rounding: true,
             embedding_refinement: 1.2,
+            training: Training::default(),
+            train_steps: None,
+            seed: 0,
+            training_state: None,
             force_requantize: false,
             stats: false,
         }
@@ -298,10 +459,32 @@ fn name_of(choice: impl clap::ValueEnum) -> String {
 /// values from 2 to 4.4 bits.
 const LAMBDA: [f32; 2] = [0.1, 0.4];
 
+/// Bits per parameter up to which training is tried unasked: above, too little is lost for it to win anything back.
+const MOST_TRAINED_BITS: f64 = 2.8;
+
 impl PackOptions {
     /// The predictors that may be chosen at this effort.
     pub fn predictor(&self) -> PredictorChoice {
-        if self.effort.predicts() { self.predictor } else { PredictorChoice::None }
+        if self.effort.predicts() || self.force_prediction { self.predictor } else { PredictorChoice::None }
+    }
+
+    /// How permutations are found.
+    pub fn alignment_method(&self) -> Method {
+        Method {
+            alignment: self.alignment.alignment(self.alignment_seed),
+            solver: self.assignment.solver(),
+            tie_seed: self.alignment_seed,
+        }
+    }
+
+    /// How permutations are written.
+    pub fn permutation_coding(&self) -> PermutationCoding {
+        match self.permutations {
+            Permutations::Auto => PermutationCoding::Shortest,
+            Permutations::Raw => PermutationCoding::Raw,
+            Permutations::Lehmer => PermutationCoding::Uniform,
+            Permutations::Delta => PermutationCoding::Delta,
+        }
     }
 
     /// States of the trellis.
@@ -314,6 +497,22 @@ impl PackOptions {
     pub fn closed_loop_states(&self) -> TrellisStates {
         let most = if self.effort == Effort::Max { 256 } else { 16 };
         self.trellis_states.unwrap_or_else(|| TrellisStates(self.effort.trellis_states().0.min(most)))
+    }
+
+    /// How to train a model of so many parameters while it is packed; `None` where it is not to be.
+    pub fn schedule(&self, parameters: u64, takes_images: bool) -> Option<Schedule> {
+        let is_low = matches!(self.target, Target::BitsPerParameter(bits) if bits <= MOST_TRAINED_BITS);
+        let steps = self.train_steps.unwrap_or(match (self.training, self.effort) {
+            (Training::Auto, Effort::Fast) => 0,
+            (_, Effort::Fast | Effort::Default) => Schedule::default_steps(parameters),
+            (_, Effort::Max) => Schedule::paper_steps(takes_images),
+        });
+        let is_wanted = match self.training {
+            Training::Off => false,
+            Training::Auto => is_low,
+            Training::On => matches!(self.target, Target::BitsPerParameter(_)),
+        };
+        (is_wanted && steps > 0).then_some(Schedule { steps, seed: self.seed })
     }
 
     /// The table of a part, where parts have one to themselves.
@@ -380,6 +579,19 @@ impl PackOptions {
                 name_of(self.entropy_model),
                 self.embedding_refinement
             ));
+            // What is rarely chosen is named where it is.
+            if self.assignment != Assignment::Auto {
+                add(format!(" --assignment {}", name_of(self.assignment)));
+            }
+            if let Some(seed) = self.alignment_seed {
+                add(format!(" --alignment-seed {seed}"));
+            }
+            if self.permutations != Permutations::Auto {
+                add(format!(" --permutations {}", name_of(self.permutations)));
+            }
+            if self.force_prediction {
+                add(" --force-prediction".to_owned());
+            }
             if let Some(states) = self.trellis_states {
                 add(format!(" --trellis-states {states}"));
             }

@@ -15,7 +15,9 @@ use crate::codec::integers;
 use crate::decode::DecodeError;
 use crate::format::bytes::{Writer, crc32c};
 use crate::format::limits::RAW_STRIP_BYTES;
-use crate::format::part::{Coding, PartHeader, PartHeaderBytes, StoredIntegers, SymbolStreams};
+use crate::format::part::{
+    Coding, PartHeader, PartHeaderBytes, StoredIntegers, StoredPrediction, StoredPredictor, SymbolStreams,
+};
 use crate::format::strip::LANES;
 
 /// A part ready to be written. Its tables are numbers of the encoder's pool until [`EncodedPart::header`] renames them.
@@ -148,6 +150,20 @@ impl EncodedPart {
     /// Whether a base is needed to decode the part.
     pub fn starts_from_base(&self) -> bool {
         matches!(self.coding, Coding::Based(_) | Coding::QuantizedFromBase(..))
+    }
+
+    /// How the part is predicted, where it is.
+    pub fn prediction(&self) -> Option<&StoredPrediction> {
+        match &self.coding {
+            Coding::Quantized(info) => info.prediction.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// Whether the part is predicted from two layers.
+    pub fn looks_at_two_layers(&self) -> bool {
+        let predictor = self.prediction().map(|prediction| &prediction.predictor);
+        matches!(predictor, Some(StoredPredictor::Network { second_part: Some(_), .. }))
     }
 
     /// Bits of the body and the header, as good as exactly.

@@ -3,26 +3,31 @@
 //! The local decode loop is the decoder's own: what a later record is predicted from is what an engine makes of the encoded
 //! bytes.
 
+mod decision;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::align::{Alignment, BlockVectors, align};
+use ndarray::Array2;
+
+use self::decision::{Decided, PartPrediction};
 use super::calibration::feedback::ColumnFeedback;
 use super::columns::{ColumnSteps, choose_columns};
 use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
-use super::mode_decision::{FittedPredictor, MeasuredPrediction, PartCandidate};
-use super::options::{ColumnScales, PackOptions, PredictorChoice};
+use super::network::FittedNetwork;
+use super::options::{ColumnScales, PackOptions};
 use super::part::{EncodedPart, SelfCheckError};
-use super::quantize::{PartQuantizer, QuantizerChoice, root_mean_square, rounding_at_scale, values_of};
+use super::quantize::{PartQuantizer, QuantizerChoice, root_mean_square, rounding_at_scale};
 use super::quantized_symbols::{EncoderPrediction, QuantizedSymbols, Rounding};
 use super::symbols::RunLayout;
 use super::treatment::Drafted;
 use super::vectors;
 use crate::codec::architecture::{PartPlan, RecordPlan};
 use crate::codec::motion::Motion;
-use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
+use crate::codec::permutation::{self, GroupedPermutation};
 use crate::codec::vector_quantizer::VectorQuantizer;
+use crate::decode::prepared::Motions;
 use crate::decode::{DecodeError, Engine, Pools, PreparedPart, StripJob};
 use crate::format::difference::{BaseTensor, BasedInfo};
 use crate::format::part::{Coding, QuantizerInfo, StoredPlacement, StoredPrediction};
@@ -43,6 +48,31 @@ pub struct Context {
     pub permutation: Option<GroupedPermutation>,
     /// Decoded bytes of its quantized parts.
     pub decoded: Vec<Option<Vec<u8>>>,
+    /// Those of the record that it is predicted from itself, where predictors look at two layers.
+    pub below: Option<Vec<Option<Vec<u8>>>>,
+    /// What its blocks do on calibration inputs, `[groups, summary]`, where that is known.
+    pub activations: Option<Array2<f32>>,
+}
+
+impl Context {
+    /// What a predictor of so many layers starts from: the decoded part, and behind it that part's own reference where there
+    /// is one.
+    pub fn references(&self, part: usize, contexts: usize) -> Option<Cow<'_, [u8]>> {
+        let nearest = self.decoded[part].as_deref()?;
+        let second = self.below.as_ref().filter(|_| contexts > 1).and_then(|below| below[part].as_deref());
+        Some(second.map_or(Cow::Borrowed(nearest), |second| Cow::Owned([nearest, second].concat())))
+    }
+
+    /// What the permutation of a record above this one, and this one's own, do to a part.
+    pub fn motions_of(&self, part: &PartPlan, tensor: &TensorInfo, permutation: &GroupedPermutation) -> Motions {
+        let Some(nearest) = motion_of(part, tensor, permutation) else { return Motions::default() };
+        let below = self.permutation.as_ref().filter(|below| below.symmetry() == permutation.symmetry());
+        let second = match below.and_then(|below| motion_of(part, tensor, below)) {
+            Some(below) => nearest.then(&below),
+            None => nearest.clone(),
+        };
+        Motions { nearest: Some(nearest), second: Some(second) }
+    }
 }
 
 /// What mode decision measured for a record, in bits of the quantized parts.
@@ -78,37 +108,19 @@ pub struct EncodedRecord {
     pub stages: StageBits,
 }
 
-/// The chosen prediction of one part.
-struct PartPrediction {
-    predictor: FittedPredictor,
-    /// Reference values, motion applied.
-    reference: Vec<f32>,
-    moved: bool,
-}
-
-impl PartPrediction {
-    /// What is left of the weights.
-    fn residual(&self, values: &[f32], layout: RunLayout) -> Vec<f32> {
-        let runs = values.chunks(layout.run_elements).zip(self.reference.chunks(layout.run_elements)).enumerate();
-        runs.flat_map(|(run, (values, reference))| {
-            let predictor = self.predictor.of_run(run);
-            values.iter().zip(reference).map(move |(&value, &reference)| value - predictor.predict(reference))
-        })
-        .collect()
-    }
-}
-
 /// Encodes records with one pool of tables.
 pub struct RecordEncoder<'a> {
     /// The tables.
     pub pool: &'a TablePool,
     /// The user's choices.
     pub options: &'a PackOptions,
+    /// The network that parts may be predicted with.
+    pub network: Option<&'a FittedNetwork>,
 }
 
 impl RecordEncoder<'_> {
     /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `feedback` what is
-    /// known of the inputs that each is multiplied with; `context` is the record below, where this one may be predicted from
+    /// known of the inputs that each is multiplied with, and `activations` what blocks do on them; `context` is the record below, where this one may be predicted from
     /// it.
     pub fn encode(
         &self,
@@ -116,11 +128,16 @@ impl RecordEncoder<'_> {
         source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
         feedback: &[Option<Arc<ColumnFeedback>>],
+        activations: Option<&Array2<f32>>,
         context: Option<&Context>,
     ) -> EncodedRecord {
-        let (permutation, predictions, stages) = match context {
-            Some(context) => self.decide(plan, source, drafts, context),
-            None => (None, drafts.iter().map(|_| None).collect(), StageBits::default()),
+        let Decided { permutation, predictions, stages } = match context {
+            Some(context) => self.decide(plan, source, drafts, activations, context),
+            None => Decided {
+                permutation: None,
+                predictions: drafts.iter().map(|_| None).collect(),
+                stages: StageBits::default(),
+            },
         };
         let predicted = predictions.iter().any(Option::is_some);
         let parts = (drafts.iter().zip(&plan.parts).zip(&predictions).enumerate())
@@ -135,7 +152,7 @@ impl RecordEncoder<'_> {
             coded: permutation::encode(
                 permutation,
                 context.and_then(|context| context.permutation.as_ref()),
-                PermutationCoding::Shortest,
+                self.options.permutation_coding(),
             ),
         });
         EncodedRecord { permutation: stored, grouped: permutation, predicted, parts, stages }
@@ -284,105 +301,6 @@ impl RecordEncoder<'_> {
         let [first, second] = [first, second].map(|number| &self.pool.codebooks()[usize::from(number)]);
         f64::from(first.index_bits() + second.index_bits()) / first.elements() as f64
     }
-
-    /// Mode decision (Eq. 17): measures keyframe, prediction, and aligned prediction of every part.
-    #[allow(clippy::type_complexity)] // three results of one decision
-    fn decide(
-        &self,
-        plan: &RecordPlan,
-        source: &[(&TensorInfo, &[u8])],
-        drafts: &[Drafted<'_>],
-        context: &Context,
-    ) -> (Option<GroupedPermutation>, Vec<Option<PartPrediction>>, StageBits) {
-        let alignment = self.options.alignment.method();
-        let may_align = self.options.predictor() != PredictorChoice::None && alignment != Alignment::None;
-        let permutation = if may_align { align_record(plan, source, drafts, context, alignment) } else { None };
-        let permutation = permutation.filter(|permutation| !permutation.is_identity());
-        let permutation_bits = permutation.as_ref().map(|permutation| {
-            let previous = context.permutation.as_ref();
-            8.0 * permutation::encode(permutation, previous, PermutationCoding::Shortest).len() as f64
-        });
-
-        let permutation_raw = permutation
-            .as_ref()
-            .map(|permutation| 8.0 * permutation::encode(permutation, None, PermutationCoding::Raw).len() as f64);
-        let mut stages = StageBits { permutation: permutation_bits, permutation_raw, ..StageBits::default() };
-        let (mut unaligned_bits, mut aligned_bits) = (0.0, 0.0);
-        let mut unaligned: Vec<Option<PartPrediction>> = Vec::new();
-        let mut aligned: Vec<Option<PartPrediction>> = Vec::new();
-        for (ordinal, draft) in drafts.iter().enumerate() {
-            let (mut in_place, mut moved) = (None, None);
-            if let (Drafted::Quantized { values, layout, quantizer, base: None }, Some(decoded)) =
-                (draft, &context.decoded[ordinal])
-            {
-                let decoded = values_of(&source[ordinal].0.dtype, decoded);
-                let step_of_run = |run: usize| quantizer.step_of_run(run);
-                let candidate = PartCandidate {
-                    values,
-                    layout: *layout,
-                    step_of_run: &step_of_run,
-                    raw_bits: quantizer.choice.raw_bits,
-                    rounding: quantizer.choice.rounding,
-                    measured_elements: self.options.effort.measured_elements(),
-                    vector_bits: quantizer.choice.vectors.map(|[first, second]| self.vector_bits(first, second)),
-                };
-                let keyframe = candidate.keyframe_bits(self.pool);
-                let predict = |reference: &[f32]| {
-                    let best = candidate.best_prediction(reference, self.options.predictor(), self.pool);
-                    best.filter(|prediction| prediction.bits < keyframe)
-                };
-                let bits = |prediction: &Option<MeasuredPrediction>| {
-                    prediction.as_ref().map_or(keyframe, |prediction| prediction.bits)
-                };
-                let plain = predict(&decoded);
-                let motion = permutation
-                    .as_ref()
-                    .and_then(|permutation| motion_of(&plan.parts[ordinal], source[ordinal].0, permutation));
-                let shifted = motion.map(|motion| {
-                    let reference: Vec<f32> =
-                        (0..decoded.len()).map(|element| decoded[motion.reference_of(element)]).collect();
-                    (predict(&reference), reference)
-                });
-                stages.keyframe += keyframe;
-                unaligned_bits += bits(&plain);
-                aligned_bits += match &shifted {
-                    Some((shifted, _)) => bits(shifted).min(bits(&plain)),
-                    None => bits(&plain),
-                };
-                let in_place_wins = shifted.as_ref().is_none_or(|(shifted, _)| bits(&plain) <= bits(shifted));
-                if let Some((Some(shifted), reference)) = shifted
-                    && !in_place_wins
-                {
-                    moved = Some(PartPrediction { predictor: shifted.predictor, reference, moved: true });
-                } else if let Some(plain) = &plain {
-                    let predictor = plain.predictor.clone();
-                    moved = Some(PartPrediction { predictor, reference: decoded.clone(), moved: false });
-                }
-                in_place = plain.map(|plain| PartPrediction {
-                    predictor: plain.predictor,
-                    reference: decoded.clone(),
-                    moved: false,
-                });
-            }
-            unaligned.push(in_place);
-            aligned.push(moved);
-        }
-        stages.unaligned = Some(unaligned_bits);
-        stages.aligned = permutation_bits.map(|_| aligned_bits);
-        // Eq. 17: alignment is kept only where what it saves exceeds what its permutation costs.
-        let uses_motion = aligned.iter().flatten().any(|prediction| prediction.moved);
-        match permutation_bits {
-            Some(cost) if uses_motion && aligned_bits + cost < unaligned_bits => {
-                stages.chosen = aligned_bits + cost;
-                stages.is_aligned = true;
-                (permutation, aligned, stages)
-            }
-            _ => {
-                stages.chosen = unaligned_bits;
-                (None, unaligned, stages)
-            }
-        }
-    }
 }
 
 /// What a permutation does to one part, as the decoder will see it.
@@ -397,13 +315,13 @@ pub fn decode_part(
     tensor: &TensorInfo,
     part: &EncodedPart,
     pools: Pools<'_>,
-    motion: Option<Motion>,
+    motions: impl Into<Motions>,
     reference: Option<&[u8]>,
 ) -> Result<Vec<u8>, SelfCheckError> {
     use rayon::prelude::*;
     let failed = |error: DecodeError| SelfCheckError { tensor: tensor.name.clone(), error };
     let header = part.header(|table| table as u16);
-    let prepared = PreparedPart::new(tensor, &header, pools, motion).map_err(failed)?;
+    let prepared = PreparedPart::new(tensor, &header, pools, motions).map_err(failed)?;
     let mut decoded = vec![0; tensor.length_bytes as usize];
     let strip_bytes = prepared.full_strip_output_bytes() as usize;
     let at_once = engine.strips_at_once();
@@ -417,35 +335,4 @@ pub fn decode_part(
         engine.decode_strips(&prepared, reference, &mut jobs).map_err(failed)
     })?;
     Ok(decoded)
-}
-
-/// Finds the permutation of a record's blocks onto those of the decoded record below it (Appendix A). `None` where the
-/// architecture allows none or there is nothing to compare.
-fn align_record(
-    plan: &RecordPlan,
-    source: &[(&TensorInfo, &[u8])],
-    drafts: &[Drafted<'_>],
-    context: &Context,
-    alignment: Alignment,
-) -> Option<GroupedPermutation> {
-    let symmetry = plan.symmetry?;
-    let layer = plan.layer?;
-    let compared = || {
-        let parts = plan.parts.iter().zip(source).zip(drafts.iter().zip(&context.decoded));
-        parts.filter_map(|((part, &(tensor, bytes)), (draft, decoded))| match draft {
-            Drafted::Quantized { base: None, .. } => Some((tensor, part.placement?, bytes, decoded.as_deref()?)),
-            _ => None,
-        })
-    };
-    let current =
-        BlockVectors::new(symmetry, compared().map(|(tensor, placement, bytes, _)| (tensor, placement, bytes)));
-    let below =
-        BlockVectors::new(symmetry, compared().map(|(tensor, placement, _, decoded)| (tensor, placement, decoded)));
-    match (below, current) {
-        (Ok(below), Ok(current)) => Some(align(alignment, plan.block_type, layer, &below, &current)),
-        (Err(error), _) | (_, Err(error)) => {
-            log::debug!("not aligned: layer {layer}, {}: {error}", plan.block_type.name());
-            None
-        }
-    }
 }

@@ -53,6 +53,8 @@ pub struct PackReport {
     pub relative_squared_error: f64,
     /// What the model was run on, where it was calibrated.
     pub calibration: Option<String>,
+    /// What training did, where it was tried.
+    pub training: Option<TrainingReport>,
     /// What the decoded model says beside the original, where there was data to judge it by.
     pub evaluation: Option<EvaluationReport>,
     /// The same over the squares of what changed from the base, over the tensors that are quantized as changes; absent where
@@ -64,12 +66,32 @@ pub struct PackReport {
     pub keyframe_records: u64,
     /// Records with a predicted part.
     pub predicted_records: u64,
+    /// Bits per symbol of predicted parts, as written (the paper's residual entropy proxy); absent where none is.
+    pub residual_entropy: Option<f64>,
+    /// Bits of permutations, in percent of the archive.
+    pub permutation_percent: f64,
     /// What mode decision measured, summed over the records where it had a choice.
     pub stages: StageTotals,
     /// What every stage saved, where it was asked for.
     pub stats: Option<Vec<StageStatistic>>,
     /// Every tensor.
     pub tensors: Vec<TensorReport>,
+}
+
+/// Training, and what it was worth on inputs that it had not seen.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainingReport {
+    /// Steps of the optimizer; 0 where only the distance was measured.
+    pub steps: usize,
+    /// Seed of the order of inputs.
+    pub seed: u64,
+    /// How far the decoded model is from the checkpoint on held-out calibration inputs: the divergence of what it says in nats,
+    /// or the relative squared error of hidden states.
+    pub held_out_distance: Option<f64>,
+    /// The same without training, where that was tried too.
+    pub held_out_distance_without: Option<f64>,
+    /// Whether the archive is the trained one.
+    pub is_kept: bool,
 }
 
 /// What one stage is worth: the archive would take so many bits more, at the same squared error, were it alone switched off.

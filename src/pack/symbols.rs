@@ -8,8 +8,10 @@ use super::histogram::Histogram;
 use crate::format::limits::STRIP_SYMBOLS;
 use crate::format::strip::LANES;
 
-/// Symbols for which a strip gets one more lane: a full strip, of at least 49,152 symbols, has all 32, as vector kernels want.
-const SYMBOLS_PER_LANE: usize = 1536;
+/// Symbols from which on a strip has all 32 lanes, as vector kernels want: a full one has, even where long runs leave it shorter.
+const FULL_STRIP: usize = 49_152;
+/// Symbols for which a smaller strip gets one more lane.
+const SYMBOLS_PER_LANE: usize = 3072;
 
 /// Where runs and strips of a tensor begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +22,8 @@ pub struct RunLayout {
     pub run_elements: usize,
     /// Runs of one strip.
     pub runs_per_strip: usize,
-    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 1,536
-    /// symbols, which keeps that to a 60th of a bit per symbol.
+    /// Lanes of a strip. Each costs about three bytes of a strip's length, so small strips have few: a lane for every 3,072
+    /// symbols, which keeps that to a 120th of a bit per symbol.
     pub lanes: usize,
 }
 
@@ -49,7 +51,10 @@ impl RunLayout {
     pub fn of_runs(elements: usize, run_elements: usize) -> Self {
         let runs_per_strip = (STRIP_SYMBOLS as usize / run_elements).max(1);
         let strip_symbols = elements.min(run_elements * runs_per_strip);
-        let lanes = 1 << (strip_symbols / SYMBOLS_PER_LANE).max(1).ilog2().min(LANES.ilog2());
+        let lanes = match strip_symbols {
+            FULL_STRIP.. => LANES,
+            few => 1 << (few / SYMBOLS_PER_LANE).max(1).ilog2(),
+        };
         Self { elements, run_elements, runs_per_strip, lanes }
     }
 
@@ -184,7 +189,7 @@ mod tests {
     #[test]
     fn a_small_part_has_few_lanes() {
         let lanes = |rows| RunLayout::of_shape(&[rows, 64], None).lanes;
-        assert_eq!([1, 47, 48, 767, 768].map(lanes), [1, 1, 2, 16, 32]);
+        assert_eq!([1, 95, 96, 767, 768].map(lanes), [1, 1, 2, 8, 32]);
     }
 
     #[test]

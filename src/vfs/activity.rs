@@ -1,7 +1,8 @@
-//! What has been asked of one archive: how often, how much, and which part of it.
+//! What has been asked of one archive: how often, how much, which part of it, and by what kind of reader.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::Keeper;
 use crate::archive::ArchivedFile;
 
 /// Bytes that one bit of the coverage stands for.
@@ -17,6 +18,8 @@ pub(super) struct Activity {
     pieces: u64,
     /// One bit for each piece, set when a byte of it was read.
     touched: Box<[AtomicU64]>,
+    /// By file: whether somebody reads it who keeps nothing.
+    is_shared: Box<[AtomicBool]>,
 }
 
 impl Activity {
@@ -31,7 +34,18 @@ impl Activity {
             })
             .collect();
         let touched = (0..pieces.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { opens: AtomicU64::new(0), read_bytes: AtomicU64::new(0), first_pieces, pieces, touched }
+        let is_shared = files.iter().map(|_| AtomicBool::new(false)).collect();
+        Self { opens: AtomicU64::new(0), read_bytes: AtomicU64::new(0), first_pieces, pieces, touched, is_shared }
+    }
+
+    /// Who keeps what a reader of file number `file` is given: whoever it says does, until there was one who keeps nothing.
+    /// From then on the cache keeps it for all of them, so that what one has caused to be decoded the others find there.
+    pub(super) fn keeper(&self, file: usize, of_reader: Keeper) -> Keeper {
+        let is_shared = &self.is_shared[file];
+        if of_reader == Keeper::Cache {
+            is_shared.store(true, Ordering::Relaxed);
+        }
+        if is_shared.load(Ordering::Relaxed) { Keeper::Cache } else { Keeper::Reader }
     }
 
     pub(super) fn count_open(&self) {
@@ -78,6 +92,15 @@ mod tests {
             decoded_sha256: [0; 32],
             source_sha256: [0; 32],
         }
+    }
+
+    #[test]
+    fn a_reader_that_keeps_nothing_has_the_cache_keep_its_file_for_all() {
+        let activity = Activity::new(&[file(1), file(1)]);
+        assert_eq!(activity.keeper(0, Keeper::Reader), Keeper::Reader);
+        assert_eq!(activity.keeper(0, Keeper::Cache), Keeper::Cache);
+        assert_eq!(activity.keeper(0, Keeper::Reader), Keeper::Cache);
+        assert_eq!(activity.keeper(1, Keeper::Reader), Keeper::Reader);
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Vfs {
         }
         let left = node.attributes.length_bytes.checked_sub(offset_bytes)?;
         let length = usize::try_from(left).unwrap_or(usize::MAX).min(length);
-        if keeper == Keeper::Cache || length == 0 {
+        if archived.keeper(keeper) == Keeper::Cache || length == 0 {
             return None;
         }
         let decoded = archived.checkpoint().decoded_already(archived.index, offset_bytes, length)?;
@@ -96,9 +96,11 @@ impl Vfs {
         if length == 0 {
             return Ok(Bytes::Buffer(buffer(0)));
         }
+        let mut keeper = keeper;
         if let Content::Archived(archived) = &node.content
             && self.decoded_file_of(archived).is_none()
         {
+            keeper = archived.keeper(keeper);
             self.note_read(&node, archived, offset_bytes, length as u64, keeper);
             if keeper == Keeper::Reader
                 && let Some(decoded) = archived.checkpoint().decoded(archived.index, offset_bytes, length)

@@ -83,6 +83,11 @@ impl Archived {
         &self.checkpoint().files()[self.index]
     }
 
+    /// Who keeps what a reader of this file is given: see [`Activity::keeper`](super::activity::Activity::keeper).
+    pub(super) fn keeper(&self, of_reader: Keeper) -> Keeper {
+        self.archive.activity.keeper(self.index, of_reader)
+    }
+
     /// Notes that a reader got these bytes.
     pub(super) fn count_read(&self, offset_bytes: u64, length_bytes: u64) {
         self.archive.activity.count_read(self.index, offset_bytes, length_bytes);

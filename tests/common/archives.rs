@@ -76,6 +76,24 @@ pub const RECIPES: &[Recipe] = &[
         },
     },
     Recipe {
+        name: "lossy-column-scales",
+        must_contain: &["column scales"],
+        options: &["--max-rel-mse", "0.01", "--column-scales", "energy"],
+        tensors: || {
+            Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "F16", seed: 15, ..Bert::default() }
+                .tensors()
+        },
+    },
+    Recipe {
+        name: "lossy-motion-vectors",
+        must_contain: &["predicted, motion vectors"],
+        options: &["--max-rel-mse", "0.02", "--predictor", "motion-vectors"],
+        tensors: || {
+            Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "F16", seed: 17, ..Bert::default() }
+                .tensors()
+        },
+    },
+    Recipe {
         name: "lossless-units",
         must_contain: &["\"few values\"", "\"units of 4 bits\"", "\"integers\""],
         options: &["--lossless"],
@@ -109,6 +127,15 @@ fn units() -> Vec<Tensor> {
 
 /// Archives whose strips have all 32 lanes, which only tensors of some size have: too large to try every byte of.
 pub const LARGE_RECIPES: &[Recipe] = &[
+    Recipe {
+        name: "large-network",
+        must_contain: &["predicted, network"],
+        options: &["--max-rel-mse", "0.02", "--predictor", "network-narrow", "--force-prediction", "--effort", "fast"],
+        tensors: || {
+            Bert { layers: 3, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "BF16", seed: 18, ..Bert::default() }
+                .tensors()
+        },
+    },
     Recipe {
         name: "large-lossless",
         must_contain: &["\"split\""],

@@ -11,6 +11,7 @@ use mcwcfs::codec::trellis::{Trellis, multiple, quantizer_of};
 use mcwcfs::format::codebook::StoredCodebook;
 use mcwcfs::format::difference::{BaseTensor, BasedInfo, StoredDifference, StoredLowRank};
 use mcwcfs::format::index::{BaseReference, FileEntry, Index};
+use mcwcfs::format::network::{Requantization, StoredHidden, StoredKind, StoredMap, StoredNetwork};
 use mcwcfs::format::part::{
     Carrier, Coding, PartHeader, PartHeaderBytes, QuantizerInfo, StoredIntegers, StoredPlacement, StoredPrediction,
     StoredPredictor, StoredTrellis, StoredVectors, SymbolStreams, TrellisTables,
@@ -74,6 +75,7 @@ struct ArchiveWriter {
     tables: Vec<Table>,
     /// Two and two with codewords of one length.
     codebooks: Vec<StoredCodebook>,
+    networks: Vec<StoredNetwork>,
     tensors: Vec<Tensor>,
     records: Vec<RecordEntry>,
     layers: u32,
@@ -100,10 +102,12 @@ impl ArchiveWriter {
                 codebooks.extend([(); 2].map(|()| random.codebook(elements)));
             }
         }
+        let networks = (0..random.below(3)).map(|_| random.network()).collect();
         Self {
             random,
             tables,
             codebooks,
+            networks,
             tensors: Vec::new(),
             records: Vec::new(),
             layers: 0,
@@ -134,7 +138,7 @@ impl ArchiveWriter {
             let below = self.records.len().checked_sub(1).map(|below| below as u32);
             let weight = self.tensor(dtype, &shape);
             let moved = self.permutation(symmetry, &mut permutation);
-            let quantized = self.quantized(weight, below.is_some(), moved.as_ref().map(|_| placement));
+            let quantized = self.quantized(weight, layer, moved.as_ref().map(|_| placement));
             // The reference of the part above has the same number.
             self.record(Some(layer), 1, below, moved, vec![quantized]);
         }
@@ -261,7 +265,7 @@ impl ArchiveWriter {
         let reference = BaseTensor { base: 0, file: 0, tensor: base_tensor as u32 };
         let mut info = BasedInfo { reference, low_rank, difference: None };
         if is_float && random.below(3) == 0 {
-            let mut part = self.quantized(tensor, false, None);
+            let mut part = self.quantized(tensor, 0, None);
             part.header.coding = match part.header.coding {
                 Coding::Quantized(info) if info.vectors.is_none() => Coding::QuantizedFromBase(reference, info),
                 other => other,
@@ -315,7 +319,8 @@ impl ArchiveWriter {
         Part { tensor, header, body }
     }
 
-    fn quantized(&mut self, tensor: usize, has_reference: bool, placement: Option<StoredPlacement>) -> Part {
+    /// `records_below` are those that a prediction may reach.
+    fn quantized(&mut self, tensor: usize, records_below: u32, placement: Option<StoredPlacement>) -> Part {
         let has_vectors = !self.codebooks.is_empty() && self.random.below(3) == 0;
         let pair = 2 * self.random.below(2) as u16;
         let vectors = has_vectors.then(|| StoredVectors { codebooks: [pair, pair + self.random.below(2) as u16] });
@@ -333,19 +338,26 @@ impl ArchiveWriter {
         let means = random.chance().then(|| (random.normal() * 0.01, random.integers(runs, 100)));
         let column_scales = random.chance().then(|| random.integers(streams.run_elements as usize, 40));
         self.has_column_scales |= column_scales.is_some();
-        let predicted = has_reference && random.below(5) > 0;
+        let predicted = records_below > 0 && random.below(5) > 0;
+        let (shape, networks) = (&self.tensors[tensor].shape, &self.networks);
         let prediction = predicted.then(|| StoredPrediction {
             reference_part: 0,
             placement: placement.filter(|_| random.below(4) > 0),
-            predictor: match random.chance() {
-                true => StoredPredictor::ScaledCopy { gain: random.normal() },
-                false => StoredPredictor::RowAffine {
+            predictor: match random.below(6) {
+                0 => StoredPredictor::ScaledCopy { gain: random.normal() },
+                1 => random.vectors(shape),
+                2..=4 if !networks.is_empty() => random.use_of(networks, records_below),
+                _ => StoredPredictor::RowAffine {
                     gain_step: random.normal() * 0.01,
                     offset_step: random.normal() * 0.01,
                     gains: random.integers(runs, 200),
                     offsets: random.integers(runs, 100),
                 },
             },
+        });
+        let prediction = prediction.map(|prediction| match prediction.predictor {
+            StoredPredictor::MotionVectors { .. } => StoredPrediction { placement: None, ..prediction },
+            _ => prediction,
         });
         let step = (random.normal() * 0.01).abs() + 1e-6;
         let info = QuantizerInfo { step, raw_bits, trellis, vectors, scales, means, column_scales, prediction };
@@ -511,10 +523,12 @@ impl ArchiveWriter {
             files: vec![file],
             tables: self.tables.clone(),
             codebooks: self.codebooks.clone(),
+            networks: self.networks.clone(),
             block_types: vec!["global".into(), "ffn".into()],
             records: self.records.clone(),
             bases: self.bases.clone(),
             has_units: self.has_units,
+            has_predictors: true,
             has_column_scales: self.has_column_scales,
             provenance: vec![("tool".into(), "dice".into())],
         };
@@ -538,6 +552,73 @@ impl Random {
     }
 
     /// A codebook of finite numbers.
+    fn network(&mut self) -> StoredNetwork {
+        let (unit, contexts, width, hidden) =
+            (1 + self.below(9), 1 + self.below(3).min(1), 1 + self.below(7), self.below(2) * (1 + self.below(9)));
+        let to_latent = self.requantization();
+        StoredNetwork {
+            unit: unit as u16,
+            contexts: contexts as u8,
+            width: width as u16,
+            to_latent,
+            hidden: (hidden > 0).then(|| StoredHidden {
+                up: self.map(hidden, width),
+                to_hidden: self.requantization(),
+                activation: self.eight_bits(256),
+                down: self.map(width, hidden),
+                to_latent: self.requantization(),
+            }),
+            kinds: (0..1 + self.below(3))
+                .map(|_| StoredKind { input: self.map(width, contexts * unit), output: self.map(unit, width) })
+                .collect(),
+            layers: (0..self.below(3)).map(|_| self.map(width, 0).biases).collect(),
+        }
+    }
+
+    fn requantization(&mut self) -> Requantization {
+        Requantization { multiplier: 1 + self.below(65_535) as u16, shift: 12 + self.below(14) as u8 }
+    }
+
+    fn eight_bits(&mut self, count: usize) -> Vec<i8> {
+        self.bytes(count).into_iter().map(u8::cast_signed).collect()
+    }
+
+    fn map(&mut self, rows: usize, columns: usize) -> StoredMap {
+        let biases = (0..rows).map(|_| self.below(2000) as i32 - 1000).collect();
+        StoredMap { weights: self.eight_bits(rows * columns), biases }
+    }
+
+    /// A prediction by one of the networks.
+    fn use_of(&mut self, networks: &[StoredNetwork], records_below: u32) -> StoredPredictor {
+        let number = self.below(networks.len());
+        let network = &networks[number];
+        let layers = network.layers.len();
+        let has_second = network.contexts == 2 && records_below > 1 && self.below(4) > 0;
+        StoredPredictor::Network {
+            network: number as u16,
+            kind: self.below(network.kinds.len()) as u16,
+            layer: (layers > 0 && self.chance()).then(|| self.below(layers) as u16),
+            input_scale: self.normal() * 1000.0,
+            output_scale: self.normal() * 1e-5,
+            second_part: has_second.then_some(0),
+        }
+    }
+
+    /// Vectors along some axis of a tensor.
+    fn vectors(&mut self, shape: &[usize]) -> StoredPredictor {
+        let axis = self.below(shape.len());
+        let counts: Vec<i32> = (0..shape[axis]).map(|_| self.below(5) as i32).collect();
+        let total = counts.iter().sum::<i32>() as usize;
+        let sources: Vec<i32> = (0..total).map(|_| self.below(shape[axis]) as i32).collect();
+        StoredPredictor::MotionVectors {
+            axis: axis as u8,
+            gain_step: self.normal() * 0.1,
+            counts: integers::encode(&counts),
+            sources: integers::encode(&sources),
+            gains: self.integers(total, 9),
+        }
+    }
+
     fn codebook(&mut self, elements: usize) -> StoredCodebook {
         let index_bits = 1 + self.below(6);
         let values = self.normals(elements << index_bits, 1.0).into_iter();

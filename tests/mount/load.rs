@@ -1,6 +1,7 @@
 //! Many readers at once on what `mcwc-pack` wrote, with little memory: nobody waits for ever, and every byte is right.
 
 use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -99,6 +100,37 @@ fn line_21_four_processes_that_read_directly_cause_each_decode_once() {
         }
         assert_eq!(counted(&packed, "mcwcfs_duplicate_decodes"), 0);
         assert!(counted(&packed, "mcwcfs_cache_misses") > 0);
+    }
+}
+
+#[test]
+fn line_21_a_direct_reader_and_one_through_the_page_cache_share_each_decode() {
+    require_fuse!();
+    for (options, is_lossy) in [(&[][..], false), (&["--bpp", "4"][..], true)] {
+        let packed = large(options);
+        let expected = packed.expected(is_lossy);
+        packed.mount(&["--cache-size", "1G"]);
+        let (direct, paged) = (direct(&packed), File::open(packed.model()).unwrap());
+        let read = |file: &File| {
+            let mut out = vec![0; 256 << 10];
+            for (number, wanted) in expected.chunks(out.len()).enumerate() {
+                let out = &mut out[..wanted.len()];
+                file.read_exact_at(out, (number * (256 << 10)) as u64).unwrap();
+                assert!(out == wanted, "piece {number}");
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| read(&direct));
+            read(&paged);
+        });
+        // The kernel lets its pages go and asks again.
+        // SAFETY: the descriptor is open.
+        assert_eq!(unsafe { libc::posix_fadvise(paged.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);
+        read(&paged);
+        read(&direct);
+        assert_eq!(counted(&packed, "mcwcfs_duplicate_decodes"), 0);
+        let decoded = counted(&packed, "mcwcfs_decoded_bytes_total");
+        assert!(decoded > 0 && decoded <= expected.len() as u64, "{decoded} bytes decoded of {}", expected.len());
     }
 }
 

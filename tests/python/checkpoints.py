@@ -52,10 +52,10 @@ def opt():
     return transformers.OPTForCausalLM(config)
 
 
-def llama(key_value_heads):
+def llama(key_value_heads, **options):
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=key_value_heads, intermediate_size=FFN_UNITS, max_position_embeddings=POSITIONS,
+        num_key_value_heads=key_value_heads, intermediate_size=FFN_UNITS, max_position_embeddings=POSITIONS, **options,
     )
     return transformers.LlamaForCausalLM(config)
 

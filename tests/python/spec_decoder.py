@@ -6,7 +6,7 @@ Section numbers are those of SPEC.md. Written to be read beside it, and to share
 slow, whole tensors at a time, with every check that the text asks for. Prints one line per file once its SHA-256 is
 checked, then what the archive was made of; any error ends it with exit status 1. spec_format.py has sections 1 to 3,
 4.2 and 5, spec_permutation.py has section 8,
-spec_based.py has sections 4.3, 7.7 and 7.8, this file the rest.
+spec_based.py has sections 4.3, 7.7 and 7.8, spec_predictors.py has 5.2 and the end of 7.4, this file the rest.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from spec_based import based_elements, read_base_tensor, read_based, references
 from spec_blake3 import blake3
 from spec_format import Archive, Invalid, Reader, crc32c, integers, require
 from spec_permutation import permutation_of
+from spec_predictors import network_predictions, read_network, read_vectors, vector_predictions
 
 FLOAT = np.float32
 MET = Counter()  # what the archive was made of
@@ -155,12 +156,17 @@ class Part:
             self.reference = parts[reader.varint("reference part", min(2**20, len(parts) - 1))]
             other = self.reference.tensor
             require((other.dtype, other.shape) == (self.tensor.dtype, self.tensor.shape), "reference part: shape")
-            self.axis = None
+            self.axis = self.placement = None
             if reader.flag("placement flag"):
                 require(side.permutation is not None, "placement: no permutation")
                 self.read_placement(reader, side.permutation)
-            if reader.u8("predictor", below=2) == 0:
+            self.predictor = reader.u8("predictor", below=4 if self.archive.has_predictors else 2)
+            if self.predictor == 0:
                 self.gain = reader.f32("gain")
+            elif self.predictor == 2:
+                read_vectors(self, reader)
+            elif self.predictor == 3:
+                read_network(self, reader, side_of)
             else:
                 units = reader.f32("gain step"), reader.f32("offset step")
                 per_run += [(name, unit, reader.blob(name)) for name, unit in zip(("gains", "offsets"), units)]
@@ -171,15 +177,29 @@ class Part:
         self.axis, repeat = reader.u8("placement axis"), reader.varint("placement repeat", 2**20)
         per_member, unit = reader.flag("placement per member"), reader.varint("placement unit", 2**32 - 1)
         blocks = permutation.members() if per_member else permutation.outer
+        self.placement = repeat, per_member, unit
         require(self.axis < len(self.tensor.shape), f"placement axis: {self.axis} of {self.tensor.shape}")
         extent = self.tensor.shape[self.axis]
         require(0 not in self.tensor.shape and extent == repeat * len(blocks) * unit < 2**32, f"placement: does not fill {extent}")
-        self.motion = [
+        self.motion = self.motion_of(blocks)
+
+    def motion_of(self, blocks):
+        repeat, _, unit = self.placement
+        return [
             (repetition * len(blocks) + block) * unit + element
             for repetition in range(repeat)
             for block in blocks
             for element in range(unit)
         ]
+
+    def second_motion(self):
+        """Section 7.4: where the second context is found: by this record's permutation, then by the reference record's."""
+        own = side_of(self.archive, self.record).permutation
+        below = side_of(self.archive, self.record.reference).permutation
+        if below is None or (len(below.outer), len(below.members())) != (len(own.outer), len(own.members())):
+            return self.motion
+        then = self.motion_of(below.members() if self.placement[1] else below.outer)
+        return [then[index] for index in self.motion]
 
     def read_streams(self, reader):
         numbers = [reader.varint("part table", 2**12 - 1) for _ in range(reader.count("part tables", 2**12))]
@@ -258,7 +278,7 @@ class Part:
         if self.stored_column_scales is not None:
             number = integers(self.stored_column_scales, self.run_elements, -800, 807, "column scales")
             self.column_scales = np.ldexp((8 + number % 8).astype(FLOAT) / FLOAT(8), number // 8)
-        if self.reference:
+        if self.reference and self.predictor < 2:
             self.gains = values["gains"] if "gains" in values else np.full(self.runs, self.gain)
 
 
@@ -435,6 +455,24 @@ def points(part):
     return np.array(all_points, FLOAT)
 
 
+def moved_reference(part, other, motion):
+    reference = np.frombuffer(decoded(other), f"<u{part.tensor.bits // 8}")
+    reference = to_float(reference, part.tensor.dtype).reshape(part.tensor.shape)
+    return reference if part.axis is None else np.take(reference, motion(), axis=part.axis)
+
+
+def prediction_of(part, run):
+    """Section 7.4."""
+    reference = moved_reference(part, part.reference, lambda: part.motion)
+    if part.predictor == 2:
+        return vector_predictions(part, reference).reshape(-1)
+    if part.predictor == 3:
+        seconds = [moved_reference(part, part.second, part.second_motion)] if part.second else []
+        return network_predictions(part, [context.reshape(-1) for context in [reference, *seconds]])
+    prediction = part.gains[run] * reference.reshape(-1)
+    return prediction if part.offsets is None else prediction + part.offsets[run]
+
+
 def quantized_elements(part):
     run = np.arange(part.tensor.elements) // part.run_elements
     values = (vector_points if part.vectors else points)(part) * part.steps[run]
@@ -443,14 +481,7 @@ def quantized_elements(part):
     if part.column_scales is not None:
         values = values * part.column_scales[np.arange(part.tensor.elements) % part.run_elements]
     if part.reference:
-        reference = np.frombuffer(decoded(part.reference), f"<u{part.tensor.bits // 8}")
-        reference = to_float(reference, part.tensor.dtype).reshape(part.tensor.shape)
-        if part.axis is not None:
-            reference = np.take(reference, part.motion, axis=part.axis)
-        prediction = part.gains[run] * reference.reshape(-1)
-        if part.offsets is not None:
-            prediction = prediction + part.offsets[run]
-        values = values + prediction
+        values = values + prediction_of(part, run)
     if part.is_from_base:
         values = values + to_float(references(part, decoded, to_float, from_float), part.tensor.dtype)
     require(values.dtype == FLOAT, "numpy has widened binary32")
@@ -494,6 +525,9 @@ def count(part):
         MET["quantized from a base"] += part.is_from_base
         MET["moved"] += part.reference is not None and part.axis is not None
         MET["row affine"] += part.reference is not None and part.offsets is not None
+        MET["motion vectors"] += part.reference is not None and part.predictor == 2
+        MET["network"] += part.reference is not None and part.predictor == 3
+        MET["two contexts"] += part.reference is not None and part.predictor == 3 and part.second is not None
         MET["trellis"] += part.trellis is not None
         MET["256 states"] += part.trellis is not None and part.state_bits == 8
         MET["table pairs"] += part.trellis == 1

@@ -245,7 +245,7 @@ class Archive:
         index_checksum = preamble.u32("index checksum")
         require(preamble.take("reserved", 16) == bytes(16), "reserved")
         require(preamble.u32("preamble checksum") == crc32c(data[:60]), "preamble checksum")
-        require(features & ~31 == 0, f"required features: {features:#x}")
+        require(features & ~63 == 0, f"required features: {features:#x}")
         self.features = features
         self.has_tree_digests = features & 1 != 0
         require(length == len(data), "file length")
@@ -279,6 +279,11 @@ class Archive:
         self.codebooks = []
         if features & 2:
             self.codebooks = [Codebook(reader) for _ in range(reader.count("codebooks", 2**8))]
+        self.has_predictors, self.networks = features & 32 != 0, []
+        if self.has_predictors:
+            from spec_predictors import Network  # which needs this file
+
+            self.networks = [Network(reader) for _ in range(reader.count("networks", 16))]
         block_types = [reader.text("block type") for _ in range(reader.count("block types", 256))]
         self.records = []
         for _ in range(reader.count("records", 2**20)):

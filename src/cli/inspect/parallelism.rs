@@ -142,10 +142,12 @@ mod tests {
             files: Vec::new(),
             tables: Vec::new(),
             codebooks: Vec::new(),
+            networks: Vec::new(),
             block_types: vec!["ffn".into()],
             records: [None, Some(0), Some(1), None, Some(3)].map(record).to_vec(),
             bases: Vec::new(),
             has_units: false,
+            has_predictors: false,
             has_column_scales: false,
             provenance: Vec::new(),
         };

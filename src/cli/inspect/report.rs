@@ -90,7 +90,7 @@ pub struct BlockTypeReport {
     /// Records with a permutation.
     pub permuted_records: u64,
     /// Parts by mode.
-    pub parts: BTreeMap<&'static str, u64>,
+    pub parts: BTreeMap<String, u64>,
     /// Elements of its tensors.
     pub parameters: u64,
     /// Bytes of its records, side information included.
@@ -113,15 +113,20 @@ pub struct PartReport {
     /// Its dimensions.
     pub shape: Vec<u64>,
     /// How it is coded.
-    pub mode: &'static str,
+    pub mode: String,
     /// Step in weight units, of quantized parts.
     pub step: Option<f32>,
     /// Bytes of its strips.
     pub bytes: u64,
 }
 
-/// How a part is coded, in a word or two.
-pub fn mode(header: &PartHeader) -> &'static str {
+/// How a part is coded, in a few words.
+pub fn mode(header: &PartHeader) -> String {
+    let columns = if header.coding.has_column_scales() { ", column scales" } else { "" };
+    format!("{}{columns}", named(header))
+}
+
+fn named(header: &PartHeader) -> &'static str {
     match &header.coding {
         Coding::Raw => "raw",
         Coding::Split { carrier: Carrier::Own, .. } => "split",
@@ -152,6 +157,10 @@ pub fn mode(header: &PartHeader) -> &'static str {
                 (Some(StoredPredictor::ScaledCopy { .. }), true) => "predicted, scaled copy, trellis",
                 (Some(StoredPredictor::RowAffine { .. }), false) => "predicted, affine",
                 (Some(StoredPredictor::RowAffine { .. }), true) => "predicted, affine, trellis",
+                (Some(StoredPredictor::MotionVectors { .. }), false) => "predicted, motion vectors",
+                (Some(StoredPredictor::MotionVectors { .. }), true) => "predicted, motion vectors, trellis",
+                (Some(StoredPredictor::Network { .. }), false) => "predicted, network",
+                (Some(StoredPredictor::Network { .. }), true) => "predicted, network, trellis",
             }
         }
     }

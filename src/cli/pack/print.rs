@@ -5,7 +5,7 @@ use std::io::{StdoutLock, Write};
 use super::points::{Sweep, choose};
 use super::{PackArgs, PackCommandError, Point};
 use crate::pack::evaluation::BeforeAfter;
-use crate::pack::report::{PackReport, TensorReport};
+use crate::pack::report::{PackReport, TensorReport, TrainingReport};
 
 /// Writes to standard output; a reader that went away is an error, not a panic.
 pub(in crate::cli) fn print(
@@ -103,6 +103,21 @@ fn print_sweep(output: &mut impl Write, points: &[Point]) -> std::io::Result<()>
     Ok(())
 }
 
+fn print_training(output: &mut impl Write, training: &TrainingReport) -> std::io::Result<()> {
+    let after = training.held_out_distance.unwrap_or(f64::NAN);
+    match training.held_out_distance_without {
+        Some(before) => {
+            let verdict = if training.is_kept { "kept" } else { "not kept" };
+            let steps = training.steps;
+            writeln!(
+                output,
+                "  trained {steps} steps, {verdict}: held-out distance {before:.4e} without, {after:.4e} with"
+            )
+        }
+        None => writeln!(output, "  trained {} steps: held-out distance {after:.4e}", training.steps),
+    }
+}
+
 fn print_report(output: &mut impl Write, report: &PackReport, sidecars: Option<usize>) -> std::io::Result<()> {
     writeln!(output, "{}", report.archive)?;
     writeln!(
@@ -134,6 +149,9 @@ fn print_report(output: &mut impl Write, report: &PackReport, sidecars: Option<u
     }
     if let Some(evaluation) = &report.evaluation {
         writeln!(output, "  evaluated with {evaluation}")?;
+    }
+    if let Some(training) = &report.training {
+        print_training(output, training)?;
     }
     if let Some(missed) = &report.target_missed {
         writeln!(output, "  target missed: {missed}")?;

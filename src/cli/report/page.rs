@@ -23,7 +23,8 @@ pub(super) fn page(report: &ModelReport<'_>) -> String {
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta name=\"color-scheme\" content=\"light dark\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\">\n\
          <title>{name}, packed</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n\
          <header>\n<p class=\"kicker\">Packed weights</p>\n<h1>{name}</h1>\n{verdict}{tiles}</header>\n{sections}</main>\n\
          <footer>{tool}. The numbers of this page, in full: the JSON beside it, which is also inside it.</footer>\n\
@@ -64,10 +65,12 @@ fn verdict(report: &ModelReport<'_>) -> String {
                 facts.push(format!("accuracy goes from {:.1} % to {:.1} %", 100.0 * before, 100.0 * after));
             }
             if let Some(agreement) = evaluation.top1_agreement {
-                facts.push(format!("the likeliest answer stays the same in {:.2} % of {} places", 100.0 * agreement, grouped(evaluation.outputs as u64)));
+                let (percent, places) = (100.0 * agreement, grouped(evaluation.outputs as u64));
+                facts.push(format!("the likeliest answer stays the same in {percent:.2} % of {places} places"));
             }
             if let Some(distance) = evaluation.embedding_distance {
-                facts.push(format!("embeddings are at a cosine of {:.5} to the original's on average", 1.0 - distance.mean));
+                let cosine = 1.0 - distance.mean;
+                facts.push(format!("embeddings are at a cosine of {cosine:.5} to the original's on average"));
             }
             format!("On data that it was not tuned on, {}.", facts.join(", and "))
         }
@@ -117,7 +120,11 @@ fn tiles(report: &ModelReport<'_>) -> String {
     let speed = decode.decoded_bytes as f64 / decode.decode_seconds.max(1e-9) / 1e9;
     tiles.push(("decoding", format!("{speed:.2} GB/s"), format!("of weights, one thread, {}", decode.engine)));
     let tiles = tiles.into_iter().map(|(name, value, note)| {
-        format!("<div class=\"tile\"><span class=\"name\">{name}</span><strong>{value}</strong><span class=\"note\">{}</span></div>\n", escape(&note))
+        let note = escape(&note);
+        format!(
+            "<div class=\"tile\"><span class=\"name\">{name}</span><strong>{value}</strong>\
+             <span class=\"note\">{note}</span></div>\n"
+        )
     });
     format!("<div class=\"tiles\">\n{}</div>\n", tiles.collect::<String>())
 }

@@ -124,7 +124,8 @@ pub(super) fn rate_distortion(report: &ModelReport<'_>) -> String {
         "",
     ];
     let body = lines(&axes, &drawn) + &table(&headings, rows);
-    let lead = "Each point is an archive that lies on disk, its rate that of the whole file and its distortion that of what it decodes to.";
+    let lead = "Each point is an archive that lies on disk: its rate is that of the whole file, its distortion that of what it \
+                decodes to.";
     section("Rate and distortion", lead, &body)
 }
 
@@ -225,7 +226,8 @@ pub(super) fn layers(report: &ModelReport<'_>) -> String {
     let body = lines(&axes, &drawn) + &table(&headings, rows);
     section(
         "Layer by layer",
-        "Squared error over squares: of the quantized weights of each layer, and of what comes out of it where the model was run.",
+        "Squared error over squares: of the quantized weights of each layer, and of what comes out of it where the model was \
+         run.",
         &body,
     )
 }
@@ -372,8 +374,8 @@ pub(super) fn loading(report: &ModelReport<'_>) -> String {
     let body = bars(&drawn, None)
         + &table(&headings, rows)
         + &format!(
-            "<p>The archive loads faster below {} a second, or {} decoded as it arrives. {} records are in {} chains that decode at \
-             once; the longest has {}. Within records {} strips decode in any order.</p>\n",
+            "<p>The archive loads faster below {} a second, or {} decoded as it arrives. {} records are in {} chains that \
+             decode at once; the longest has {}. Within records {} strips decode in any order.</p>\n",
             bytes(report.decode.loading.serial_break_even as u64),
             bytes(report.decode.loading.overlapped_break_even as u64),
             grouped(parallelism.records),
@@ -395,7 +397,7 @@ pub(super) fn loading(report: &ModelReport<'_>) -> String {
 /// Every tensor.
 pub(super) fn tensors(report: &ModelReport<'_>) -> String {
     let modes: BTreeMap<&str, &str> =
-        report.archive.parts.iter().map(|part| (part.tensor.as_str(), part.mode)).collect();
+        report.archive.parts.iter().map(|part| (part.tensor.as_str(), part.mode.as_str())).collect();
     let tensors = &report.point().report.tensors;
     let rows = tensors.iter().map(|tensor| {
         vec![

@@ -14,8 +14,16 @@ use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::format::strip::LANES;
 use crate::numerics::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 
-/// A run's prediction: how, and the bytes of its reference elements in order.
-pub type RunPrediction<'a> = Option<(RunPredictor, &'a [u8])>;
+/// A run's prediction.
+#[derive(Clone, Copy, Debug)]
+pub enum RunPrediction<'a> {
+    /// There is none.
+    None,
+    /// How, and the bytes of its reference elements in order.
+    Elementwise(RunPredictor, &'a [u8]),
+    /// The predictions themselves, binary32.
+    Values(&'a [[u8; 4]]),
+}
 
 /// Joins symbols, shifted to their place in the element, with raw bits, in place.
 type JoinInPlace = unsafe fn(raw: &RawBits<'_>, elements: &mut [[u8; 2]]);
@@ -355,23 +363,29 @@ fn add_and_round<const BYTES: usize, W: Weight<BYTES>>(
     let length = out.len();
     let residuals = &residuals[..length];
     match prediction {
-        None => {
+        RunPrediction::None => {
             for index in 0..length {
                 out[index] = W::round(f32::from_le_bytes(residuals[index]));
             }
         }
         // The match on the predictor is outside the loop: inside it, compilers do not vectorize.
-        Some((RunPredictor::ScaledCopy { gain }, reference)) => {
+        RunPrediction::Elementwise(RunPredictor::ScaledCopy { gain }, reference) => {
             let reference = &reference.as_chunks::<BYTES>().0[..length];
             for index in 0..length {
                 out[index] = W::round(f32::from_le_bytes(residuals[index]) + gain * W::widen(reference[index]));
             }
         }
-        Some((RunPredictor::RowAffine { gain, offset }, reference)) => {
+        RunPrediction::Elementwise(RunPredictor::RowAffine { gain, offset }, reference) => {
             let reference = &reference.as_chunks::<BYTES>().0[..length];
             for index in 0..length {
                 let predicted = gain * W::widen(reference[index]) + offset;
                 out[index] = W::round(f32::from_le_bytes(residuals[index]) + predicted);
+            }
+        }
+        RunPrediction::Values(predicted) => {
+            let predicted = &predicted[..length];
+            for index in 0..length {
+                out[index] = W::round(f32::from_le_bytes(residuals[index]) + f32::from_le_bytes(predicted[index]));
             }
         }
     }

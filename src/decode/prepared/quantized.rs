@@ -1,16 +1,16 @@
-//! Side information of quantized parts, decoded and checked: steps, means, predictors.
+//! Side information of quantized parts, decoded and checked: steps and means.
 
 use std::sync::Arc;
 
-use super::{PartKind, Symbols, decode_integers, inconsistent};
+use super::prediction::{Motions, prepare_prediction};
+use super::{PartKind, Pools, Symbols, decode_integers, inconsistent};
 use crate::codec::integers::Integers;
-use crate::codec::motion::Motion;
-use crate::codec::predictor::RunPredictor;
 use crate::codec::quantizer::{SCALE_RANGE, scale_multiplier};
 use crate::codec::trellis::Trellis;
 use crate::codec::vector_quantizer::{Codebook, VectorQuantizer};
 use crate::decode::DecodeError;
-use crate::format::part::{QuantizerInfo, StoredPredictor, StoredVectors, TrellisTables};
+use crate::format::part::{QuantizerInfo, StoredIntegers, StoredVectors, TrellisTables};
+use crate::tensor::TensorInfo;
 
 /// Quantizer side information, decoded.
 #[derive(Debug)]
@@ -50,49 +50,32 @@ impl Quantizer {
     }
 }
 
-/// Prediction side information, decoded.
-#[derive(Debug)]
-pub struct Prediction {
-    /// Which part of the reference record.
-    pub reference_part: u32,
-    /// Where elements find their reference; absent where it is their own place.
-    pub motion: Option<Motion>,
-    coefficients: Coefficients,
-}
-
-#[derive(Debug)]
-enum Coefficients {
-    ScaledCopy(f32),
-    RowAffine { gain_step: f32, offset_step: f32, gains: Integers, offsets: Integers },
-}
-
-impl Prediction {
-    /// The reference itself, each element from its own place.
-    pub(super) fn copy() -> Self {
-        Self { reference_part: 0, motion: None, coefficients: Coefficients::ScaledCopy(1.0) }
-    }
-
-    /// The predictor of a run.
-    pub fn of_run(&self, run: usize) -> RunPredictor {
-        match &self.coefficients {
-            Coefficients::ScaledCopy(gain) => RunPredictor::ScaledCopy { gain: *gain },
-            Coefficients::RowAffine { gain_step, offset_step, gains, offsets } => RunPredictor::RowAffine {
-                gain: gain_step * gains.get(run) as f32,
-                offset: offset_step * offsets.get(run) as f32,
-            },
-        }
-    }
-}
-
 /// Means, gains and offsets are integers that binary32 holds exactly.
 pub(super) const COEFFICIENT_RANGE: (i32, i32) = (-(1 << 24), 1 << 24);
+
+/// Decodes `count` coefficients, each an integer times `unit`.
+pub(super) fn prepare_coefficients(
+    field: &'static str,
+    unit: f32,
+    stored: &StoredIntegers,
+    count: u64,
+) -> Result<Integers, DecodeError> {
+    let integers = decode_integers(field, stored, count, COEFFICIENT_RANGE.0, COEFFICIENT_RANGE.1)?;
+    if let Some((least, largest)) = integers.range()
+        && [least, largest].iter().any(|&integer| (unit * integer as f32).is_infinite())
+    {
+        return Err(inconsistent(field, format!("{least} to {largest} times {unit}"), "finite products"));
+    }
+    Ok(integers)
+}
 
 /// Decodes the side information of a quantized part.
 pub(super) fn prepare_quantized(
     info: &QuantizerInfo,
+    tensor: &TensorInfo,
     symbols: Symbols,
-    codebooks: &[Arc<Codebook>],
-    motion: Option<Motion>,
+    pools: Pools<'_>,
+    motions: Motions,
     runs: u64,
 ) -> Result<PartKind, DecodeError> {
     // Finite coefficients: arithmetic cannot make a NaN of finite references, and engines need not agree on one.
@@ -108,17 +91,8 @@ pub(super) fn prepare_quantized(
         }
         None => None,
     };
-    let coefficients = |field, unit: f32, stored| {
-        let integers = decode_integers(field, stored, runs, COEFFICIENT_RANGE.0, COEFFICIENT_RANGE.1)?;
-        if let Some((least, largest)) = integers.range()
-            && [least, largest].iter().any(|&integer| (unit * integer as f32).is_infinite())
-        {
-            return Err(inconsistent(field, format!("{least} to {largest} times {unit}"), "finite products"));
-        }
-        Ok(integers)
-    };
     let means = match &info.means {
-        Some((step, means)) => Some((*step, coefficients("means", *step, means)?)),
+        Some((step, means)) => Some((*step, prepare_coefficients("means", *step, means, runs)?)),
         None => None,
     };
     // Bounded by the elements of a run; step and mean stay finite times any of them, or become infinite, never a NaN.
@@ -130,28 +104,9 @@ pub(super) fn prepare_quantized(
         }
         None => None,
     };
-    let prediction = match &info.prediction {
-        None => None,
-        Some(stored) => {
-            let motion = match &stored.placement {
-                Some(_) if motion.is_none() => {
-                    return Err(inconsistent("placement", "a placement", "a permutation in the record that it fits"));
-                }
-                Some(_) => motion,
-                None => None,
-            };
-            let coefficients = match &stored.predictor {
-                StoredPredictor::ScaledCopy { gain } => Coefficients::ScaledCopy(*gain),
-                StoredPredictor::RowAffine { gain_step, offset_step, gains, offsets } => Coefficients::RowAffine {
-                    gain_step: *gain_step,
-                    offset_step: *offset_step,
-                    gains: coefficients("gains", *gain_step, gains)?,
-                    offsets: coefficients("offsets", *offset_step, offsets)?,
-                },
-            };
-            Some(Prediction { reference_part: stored.reference_part, motion, coefficients })
-        }
-    };
+    let prediction = (info.prediction.as_ref())
+        .map(|stored| prepare_prediction(stored, tensor, (runs, symbols.run_elements), pools, motions))
+        .transpose()?;
     let trellis = match &info.trellis {
         Some(stored) => match Trellis::new(stored.state_bits) {
             Some(trellis) => Some((stored.tables, trellis)),
@@ -159,7 +114,7 @@ pub(super) fn prepare_quantized(
         },
         None => None,
     };
-    let vectors = info.vectors.map(|stored| prepare_vectors(stored, codebooks)).transpose()?;
+    let vectors = info.vectors.map(|stored| prepare_vectors(stored, pools.codebooks)).transpose()?;
     let quantizer = Quantizer { trellis, vectors, step: info.step, scales, means, column_scales };
     Ok(PartKind::Quantized { symbols, quantizer, prediction })
 }

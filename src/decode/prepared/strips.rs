@@ -91,6 +91,11 @@ impl PreparedPart {
         Ok(())
     }
 
+    /// Bits of the tensor that a symbol stands for, or an element where none are coded.
+    pub fn symbol_bits(&self) -> usize {
+        self.symbol_bits
+    }
+
     /// Number of strips.
     pub fn strips(&self) -> usize {
         self.strips.len()

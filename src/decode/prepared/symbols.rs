@@ -49,6 +49,11 @@ impl Symbols {
         (self.raw_bits - zeros, zeros)
     }
 
+    /// Whether all runs have the same table and the same raw bits.
+    pub fn runs_are_alike(&self) -> bool {
+        matches!((&self.table_of_run, &self.zero_bits), (Integers::Constant(_), Integers::Constant(_)))
+    }
+
     /// Whether all raw bits of all runs are stored.
     pub fn stores_all_raw_bits(&self) -> bool {
         matches!(self.zero_bits, Integers::Constant(0))

@@ -7,6 +7,8 @@ use crate::format::limits;
 
 const SCALED_COPY: u8 = 0;
 const ROW_AFFINE: u8 = 1;
+const MOTION_VECTORS: u8 = 2;
+const NETWORK: u8 = 3;
 
 /// Where blocks lie along an axis of a tensor: index = ((repeat * blocks) + block) * unit + element (Eq. 56, `BlockAxis`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +23,7 @@ pub struct StoredPlacement {
     pub unit: u32,
 }
 
-/// The arithmetic that turns a decoded reference value into a prediction (Eq. 70, elementwise).
+/// The arithmetic that turns decoded reference values into a prediction (Eq. 70).
 #[derive(Clone, Debug, PartialEq)]
 pub enum StoredPredictor {
     /// `gain * reference`.
@@ -40,6 +42,41 @@ pub enum StoredPredictor {
         /// One integer per run.
         offsets: StoredIntegers,
     },
+    /// Each index along an axis from a few of the reference's, each times a gain.
+    MotionVectors {
+        /// The axis.
+        axis: u8,
+        /// A vector's gain is its integer times this.
+        gain_step: f32,
+        /// One integer per index along the axis: how many vectors it has.
+        counts: StoredIntegers,
+        /// One integer per vector: the index of the reference.
+        sources: StoredIntegers,
+        /// One integer per vector.
+        gains: StoredIntegers,
+    },
+    /// A network of the index, unit by unit (F.1).
+    Network {
+        /// Its number.
+        network: u16,
+        /// Its kind of tensor.
+        kind: u16,
+        /// Its layer embedding, where there is one.
+        layer: Option<u16>,
+        /// A reference value times this is an input.
+        input_scale: f32,
+        /// An output times this is a prediction.
+        output_scale: f32,
+        /// The part of the reference's own reference record, where the network looks at two layers.
+        second_part: Option<u32>,
+    },
+}
+
+impl StoredPredictor {
+    /// Whether an archive with it announces so.
+    pub fn needs_feature(&self) -> bool {
+        matches!(self, Self::MotionVectors { .. } | Self::Network { .. })
+    }
 }
 
 /// How a predicted part finds and uses its reference.
@@ -81,6 +118,22 @@ impl StoredPrediction {
                 gains: StoredIntegers::parse(reader, "gains")?,
                 offsets: StoredIntegers::parse(reader, "offsets")?,
             },
+            MOTION_VECTORS => StoredPredictor::MotionVectors {
+                axis: reader.u8("vector axis")?,
+                gain_step: reader.finite_f32("gain step")?,
+                counts: StoredIntegers::parse(reader, "vector counts")?,
+                sources: StoredIntegers::parse(reader, "vector sources")?,
+                gains: StoredIntegers::parse(reader, "vector gains")?,
+            },
+            NETWORK => StoredPredictor::Network {
+                network: reader.varint("network", limits::NETWORKS - 1)? as u16,
+                kind: reader.varint("network kind", limits::NETWORK_KINDS - 1)? as u16,
+                layer: reader.varint("network layer", limits::NETWORK_LAYERS)?.checked_sub(1).map(|layer| layer as u16),
+                input_scale: reader.finite_f32("input scale")?,
+                output_scale: reader.finite_f32("output scale")?,
+                second_part: (reader.varint("second reference part", limits::PARTS)?.checked_sub(1))
+                    .map(|part| part as u32),
+            },
             other => return Err(FormatError::UnknownFeature { feature: format!("predictor {other}") }),
         };
         Ok(Self { reference_part, placement, predictor })
@@ -106,6 +159,23 @@ impl StoredPrediction {
                 writer.f32(*offset_step);
                 writer.blob(&gains.0);
                 writer.blob(&offsets.0);
+            }
+            StoredPredictor::MotionVectors { axis, gain_step, counts, sources, gains } => {
+                writer.u8(MOTION_VECTORS);
+                writer.u8(*axis);
+                writer.f32(*gain_step);
+                writer.blob(&counts.0);
+                writer.blob(&sources.0);
+                writer.blob(&gains.0);
+            }
+            StoredPredictor::Network { network, kind, layer, input_scale, output_scale, second_part } => {
+                writer.u8(NETWORK);
+                writer.varint((*network).into());
+                writer.varint((*kind).into());
+                writer.varint(layer.map_or(0, |layer| u64::from(layer) + 1));
+                writer.f32(*input_scale);
+                writer.f32(*output_scale);
+                writer.varint(second_part.map_or(0, |part| u64::from(part) + 1));
             }
         }
     }

@@ -14,7 +14,27 @@ fn predictions() -> impl Strategy<Value = StoredPrediction> {
             StoredPredictor::RowAffine { gain_step, offset_step, gains, offsets }
         });
     let copy = (-9.0_f32..9.0).prop_map(|gain| StoredPredictor::ScaledCopy { gain });
-    (0..1000_u32, prop::option::of(placement), prop_oneof![copy, affine])
+    let vectors = (any::<u8>(), -9.0_f32..9.0, [integers(), integers(), integers()]).prop_map(
+        |(axis, gain_step, [counts, sources, gains])| StoredPredictor::MotionVectors {
+            axis,
+            gain_step,
+            counts,
+            sources,
+            gains,
+        },
+    );
+    let places = (0..16_u16, 0..64_u16, prop::option::of(0..4096_u16), prop::option::of(0..1000_u32));
+    let network = (places, -9.0_f32..9.0, -9.0_f32..9.0).prop_map(
+        |((network, kind, layer, second_part), input_scale, output_scale)| StoredPredictor::Network {
+            network,
+            kind,
+            layer,
+            input_scale,
+            output_scale,
+            second_part,
+        },
+    );
+    (0..1000_u32, prop::option::of(placement), prop_oneof![copy, affine, vectors, network])
         .prop_map(|(reference_part, placement, predictor)| StoredPrediction { reference_part, placement, predictor })
 }
 

@@ -57,6 +57,10 @@ pub struct BlockVectors<'a> {
     member_parts: Vec<Part<'a>>,
     /// Seed of the Gaussian numbers that stand in for the weights.
     control: Option<u64>,
+    /// Whether products and not cosines are compared.
+    compares_energies: bool,
+    /// What blocks do on calibration inputs, `[groups, summary]`, and what weights count beside it.
+    activations: Option<(f32, &'a Array2<f32>)>,
     /// Which elements of each vector are left.
     half: Option<Half>,
 }
@@ -104,8 +108,15 @@ impl<'a> BlockVectors<'a> {
         parts: impl IntoIterator<Item = (&'a TensorInfo, Placement, &'a [u8])>,
     ) -> Result<Self, VectorsError> {
         symmetry.blocks()?;
-        let mut vectors =
-            Self { symmetry, group_parts: Vec::new(), member_parts: Vec::new(), control: None, half: None };
+        let mut vectors = Self {
+            symmetry,
+            group_parts: Vec::new(),
+            member_parts: Vec::new(),
+            control: None,
+            half: None,
+            compares_energies: false,
+            activations: None,
+        };
         for (info, placement, bytes) in parts {
             if info.shape.len() < 2 {
                 continue;
@@ -125,6 +136,28 @@ impl<'a> BlockVectors<'a> {
     #[must_use]
     pub fn gaussian_control(self, seed: u64) -> Self {
         Self { control: Some(seed), ..self }
+    }
+
+    /// The same, compared by products in place of cosines. Of all permutations the one with the greatest sum of products
+    /// leaves the least energy after a scaled copy, whatever its gain: that is residual-energy alignment (section 4.3), and
+    /// fitting the gain again does not change it.
+    #[must_use]
+    pub fn by_energy(self) -> Self {
+        Self { compares_energies: true, ..self }
+    }
+
+    /// The same with what the groups do on calibration inputs, `[groups, summary]`; weights count `weight` of 1.
+    #[must_use]
+    pub fn with_activations(self, weight: f32, activations: &'a Array2<f32>) -> Self {
+        Self { activations: Some((weight, activations)), ..self }
+    }
+
+    pub(super) fn compares_energies(&self) -> bool {
+        self.compares_energies
+    }
+
+    pub(super) fn activations(&self) -> Option<(f32, &Array2<f32>)> {
+        self.activations
     }
 
     /// The same blocks with half of their elements.

@@ -1,6 +1,6 @@
 //! Assignment of many blocks: screening, greed, and one pass of swaps (section 4.4).
 //!
-//! Each block keeps its 16 most similar candidates; all these pairs, the most similar first, are taken as long as both
+//! Each block keeps its most similar candidates, 16 by default; all these pairs, the most similar first, are taken as long as both
 //! sides are free. What is left is screened again, and matched exactly once it is few. Then each block tries to
 //! change places with the block that holds a candidate it would rather have.
 
@@ -11,8 +11,6 @@ use rayon::prelude::*;
 use super::blocks::{BlockVectors, Level};
 use super::{EXACT_BLOCKS, hungarian, similarity};
 
-/// Candidates kept per block.
-const CANDIDATES: usize = 16;
 /// A swap must gain more than the rounding of the cosines.
 const LEAST_GAIN: f32 = 1e-6;
 
@@ -23,15 +21,21 @@ struct Candidate {
     block: u32,
 }
 
-/// For each block of `current` the block of `previous` it goes with.
-pub(super) fn assign(current: &BlockVectors<'_>, previous: &BlockVectors<'_>) -> Vec<u32> {
+/// For each block of `current` the block of `previous` it goes with. So many candidates are kept, and swapped where asked
+/// for; of equal pairs the one with the lower rank comes first.
+pub(super) fn assign(
+    current: &BlockVectors<'_>,
+    previous: &BlockVectors<'_>,
+    (candidates_kept, is_refined): (usize, bool),
+    ranks: &[u32],
+) -> Vec<u32> {
     let blocks = current.symmetry().groups;
     let (mut left, mut left_below): (Vec<u32>, Vec<u32>) = ((0..blocks).collect(), (0..blocks).collect());
     let mut matched: Vec<Option<Candidate>> = vec![None; blocks as usize];
-    let first = screen(current, &left, previous, &left_below);
+    let first = screen(current, &left, previous, &left_below, candidates_kept);
     let mut candidates = first.clone();
     while left.len() > EXACT_BLOCKS {
-        take_greedily(&left, &candidates, &mut matched);
+        take_greedily(&left, &candidates, ranks, &mut matched);
         left.retain(|&block| matched[block as usize].is_none());
         let mut free = vec![true; blocks as usize];
         for candidate in matched.iter().flatten() {
@@ -39,7 +43,7 @@ pub(super) fn assign(current: &BlockVectors<'_>, previous: &BlockVectors<'_>) ->
         }
         left_below.retain(|&block| free[block as usize]);
         if left.len() > EXACT_BLOCKS {
-            candidates = screen(current, &left, previous, &left_below); // ends: each round matches one pair at least
+            candidates = screen(current, &left, previous, &left_below, candidates_kept); // ends: each round matches one pair at least
         }
     }
     if !left.is_empty() {
@@ -50,10 +54,12 @@ pub(super) fn assign(current: &BlockVectors<'_>, previous: &BlockVectors<'_>) ->
         }
     }
     let mut matched: Vec<Candidate> = matched.into_iter().map(|found| found.expect("every block is matched")).collect();
-    swap_once(&first, &mut matched, |block, below| {
-        let pair = similarity::cosines_among(current, &[block], previous, &[below]);
-        pair[(0, 0)]
-    });
+    if is_refined {
+        swap_once(&first, &mut matched, |block, below| {
+            let pair = similarity::cosines_among(current, &[block], previous, &[below]);
+            pair[(0, 0)]
+        });
+    }
     matched.into_iter().map(|candidate| candidate.block).collect()
 }
 
@@ -63,18 +69,19 @@ fn screen(
     of_current: &[u32],
     previous: &BlockVectors<'_>,
     of_previous: &[u32],
+    kept: usize,
 ) -> Vec<Vec<Candidate>> {
     let tile = similarity::tile_rows(current.width(Level::Groups));
     let screened: Vec<Vec<Vec<Candidate>>> = of_current
         .par_chunks(tile)
         .map(|rows| {
             let rows = similarity::unit_rows(current, rows);
-            let mut best: Vec<Vec<Candidate>> = vec![Vec::with_capacity(CANDIDATES + 1); rows.nrows()];
+            let mut best: Vec<Vec<Candidate>> = vec![Vec::with_capacity(kept + 1); rows.nrows()];
             for columns in of_previous.chunks(tile) {
                 let cosines = similarity::products(&rows, &similarity::unit_rows(previous, columns));
                 for (best, cosines) in best.iter_mut().zip(cosines.rows()) {
                     for (&similarity, &block) in cosines.iter().zip(columns) {
-                        keep(best, Candidate { similarity, block });
+                        keep(best, Candidate { similarity, block }, kept);
                     }
                 }
             }
@@ -85,18 +92,18 @@ fn screen(
 }
 
 /// Adds a candidate to a list sorted by similarity, unless the list is full of better ones.
-fn keep(best: &mut Vec<Candidate>, candidate: Candidate) {
-    let full = best.len() == CANDIDATES;
-    if full && best[CANDIDATES - 1].similarity >= candidate.similarity {
+fn keep(best: &mut Vec<Candidate>, candidate: Candidate, most: usize) {
+    let full = best.len() == most;
+    if full && best[most - 1].similarity >= candidate.similarity {
         return;
     }
     let place = best.partition_point(|kept| kept.similarity >= candidate.similarity);
     best.insert(place, candidate);
-    best.truncate(CANDIDATES);
+    best.truncate(most);
 }
 
-/// Takes pairs from the most similar down, as long as both blocks are free. Equal pairs come in the blocks' order.
-fn take_greedily(blocks: &[u32], candidates: &[Vec<Candidate>], matched: &mut [Option<Candidate>]) {
+/// Takes pairs from the most similar down, as long as both blocks are free. Equal pairs come in the order of ranks.
+fn take_greedily(blocks: &[u32], candidates: &[Vec<Candidate>], ranks: &[u32], matched: &mut [Option<Candidate>]) {
     let mut pairs: Vec<(u32, Candidate)> = blocks
         .iter()
         .zip(candidates)
@@ -104,7 +111,8 @@ fn take_greedily(blocks: &[u32], candidates: &[Vec<Candidate>], matched: &mut [O
         .collect();
     pairs.sort_unstable_by(|(a, one), (b, other)| {
         let by_similarity = other.similarity.partial_cmp(&one.similarity).unwrap_or(Ordering::Equal);
-        by_similarity.then(a.cmp(b)).then(one.block.cmp(&other.block))
+        let rank = |&block: &u32| ranks[block as usize];
+        by_similarity.then(rank(a).cmp(&rank(b))).then(rank(&one.block).cmp(&rank(&other.block)))
     });
     let mut free = vec![true; matched.len()];
     for candidate in matched.iter().flatten() {
@@ -156,7 +164,7 @@ mod tests {
     fn the_best_candidates_are_kept_in_order() {
         let mut best = Vec::new();
         for block in 0..40u32 {
-            keep(&mut best, Candidate { similarity: (block * 7 % 40) as f32, block });
+            keep(&mut best, Candidate { similarity: (block * 7 % 40) as f32, block }, 16);
         }
         let kept: Vec<f32> = best.iter().map(|candidate| candidate.similarity).collect();
         let expected: Vec<f32> = (24..40u8).rev().map(f32::from).collect();
@@ -169,7 +177,7 @@ mod tests {
         let scores = [[0.9, 0.8], [0.85, 0.1]];
         let lists = [candidates(&[(0.9, 0), (0.8, 1)]), candidates(&[(0.85, 0), (0.1, 1)])];
         let mut matched = vec![None; 2];
-        take_greedily(&[0, 1], &lists, &mut matched);
+        take_greedily(&[0, 1], &lists, &[0, 1], &mut matched);
         let mut matched: Vec<_> = matched.into_iter().flatten().collect();
         assert_eq!(matched.iter().map(|candidate| candidate.block).collect::<Vec<_>>(), [0, 1]);
         swap_once(&lists, &mut matched, |block, below| scores[block as usize][below as usize]);

@@ -15,16 +15,28 @@ pub(super) fn tile_rows(width: usize) -> usize {
     (TILE_BYTES / (4 * width.max(1))).clamp(4, 1024)
 }
 
-/// The vectors of these groups, each divided by its length; a vector of zeros stays one.
+/// The vectors of these groups, each divided by its length unless energies are compared; a vector of zeros stays one. Where
+/// activations count, theirs follow: the product of two such rows is the weighted sum of both cosines (section 4.2).
 pub(super) fn unit_rows(vectors: &BlockVectors<'_>, indices: &[u32]) -> Array2<f32> {
     let mut rows = vectors.rows(Level::Groups, indices);
+    if vectors.compares_energies() {
+        return rows;
+    }
+    to_unit_length(&mut rows);
+    let Some((weight, activations)) = vectors.activations() else { return rows };
+    let indices: Vec<usize> = indices.iter().map(|&index| index as usize).collect();
+    let mut activations = activations.select(Axis(0), &indices);
+    to_unit_length(&mut activations);
+    ndarray::concatenate![Axis(1), rows * weight.sqrt(), activations * (1.0 - weight).sqrt()]
+}
+
+fn to_unit_length(rows: &mut Array2<f32>) {
     for mut row in rows.rows_mut() {
         let length = energy(&row).sqrt();
         if length > 0.0 {
             row.mapv_inplace(|value| (f64::from(value) / length) as f32);
         }
     }
-    rows
 }
 
 /// Products of the vectors in the rows of `a` and of `b`: `[rows of a, rows of b]`; what is no number counts as 0.
@@ -66,6 +78,7 @@ pub(super) struct GroupProducts {
     /// Lengths of the groups' whole vectors.
     current_lengths: Vec<f64>,
     previous_lengths: Vec<f64>,
+    compares_energies: bool,
 }
 
 impl GroupProducts {
@@ -91,6 +104,7 @@ impl GroupProducts {
             member_products: products(&current_members, &previous_members),
             current_lengths,
             previous_lengths,
+            compares_energies: current.compares_energies(),
         }
     }
 
@@ -103,6 +117,7 @@ impl GroupProducts {
         let sum: f64 = matched.iter().enumerate().map(|(i, &j)| f64::from(products[(i, j as usize)])).sum();
         let lengths = self.current_lengths[current] * self.previous_lengths[previous];
         let product = f64::from(self.groups[(current, previous)]) + sum;
+        let lengths = if self.compares_energies { 1.0 } else { lengths };
         (if lengths > 0.0 { (product / lengths) as f32 } else { 0.0 }, matched)
     }
 }

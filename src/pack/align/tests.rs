@@ -173,8 +173,60 @@ fn greed_with_swaps_comes_close_to_the_exact_sum() {
         compare(&previous, &current, &permutation).cosines.iter().sum::<f64>()
     };
     let exact = sum(hungarian::assign(&similarity::cosines(&current, &previous)));
-    let greedy = sum(screened_greedy::assign(&current, &previous));
+    let ranks: Vec<u32> = (0..400).collect();
+    let greedy = sum(screened_greedy::assign(&current, &previous, (16, true), &ranks));
     assert!(greedy <= exact + 1e-3 && greedy > 0.95 * exact, "{greedy} of {exact}");
+    let unrefined = sum(screened_greedy::assign(&current, &previous, (8, false), &ranks));
+    assert!(unrefined <= greedy + 1e-3, "{unrefined} of {greedy}");
+}
+
+#[test]
+fn by_energy_the_permutation_leaves_the_least_of_a_scaled_copy() {
+    let mut chance = fastrand::Rng::with_seed(19);
+    let symmetry = Symmetry::free(40);
+    let with_lengths = |part: Part, chance: &mut fastrand::Rng| {
+        let lengths: Vec<f32> = (0..40).map(|_| 0.1 + 3.0 * chance.f32()).collect();
+        with_values([40, 6], ROWS, part.values.iter().enumerate().map(|(at, value)| value * lengths[at / 6]).collect())
+    };
+    let [previous, current] = [(); 2].map(|()| {
+        let plain = part([40, 6], ROWS, &mut chance);
+        [with_lengths(plain, &mut chance)]
+    });
+    let left = |by_energy: bool| {
+        let of = |part| if by_energy { vectors(symmetry, part).by_energy() } else { vectors(symmetry, part) };
+        let (previous, current) = (of(&previous), of(&current));
+        let permutation = align(Alignment::Similarity, BlockType::Ffn, 1, &previous, &current);
+        compare(&previous, &current, &permutation).normalized_residual_energy()
+    };
+    assert!(left(true) < left(false), "{} and {}", left(true), left(false));
+}
+
+#[test]
+fn blocks_that_do_alike_are_found_by_activations_alone() {
+    let mut chance = fastrand::Rng::with_seed(23);
+    let symmetry = Symmetry::free(12);
+    let (previous, current) = ([part([12, 5], ROWS, &mut chance)], [part([12, 5], ROWS, &mut chance)]);
+    let truth = shuffled(12, &mut chance);
+    let below = ndarray::Array2::from_shape_simple_fn((12, 8), || chance.f32());
+    let own = below.select(ndarray::Axis(0), &truth.entries().iter().map(|&to| to as usize).collect::<Vec<_>>());
+    let previous = vectors(symmetry, &previous).with_activations(0.0, &below);
+    let current = vectors(symmetry, &current).with_activations(0.0, &own);
+    let found = align(Alignment::Similarity, BlockType::Ffn, 1, &previous, &current);
+    assert_eq!(found, GroupedPermutation::free(truth).unwrap());
+}
+
+#[test]
+fn a_seed_decides_between_equal_blocks_and_between_no_others() {
+    let symmetry = Symmetry::free(20);
+    let alike = [with_values([20, 3], ROWS, vec![1.0; 60])];
+    let of_seed = |parts: &[Part], tie_seed| {
+        let method = Method { tie_seed, ..Method::from(Alignment::Similarity) };
+        align(method, BlockType::Ffn, 1, &vectors(symmetry, parts), &vectors(symmetry, parts))
+    };
+    assert_eq!(of_seed(&alike, Some(1)), of_seed(&alike, Some(1)));
+    let mut chance = fastrand::Rng::with_seed(29);
+    let different = [part([20, 3], ROWS, &mut chance)];
+    assert!((1..4).all(|seed| of_seed(&different, Some(seed)).is_identity()));
 }
 
 #[test]

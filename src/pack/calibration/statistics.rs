@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis};
 
 use super::Calibration;
 use super::cholesky::Factor;
@@ -19,6 +19,9 @@ use crate::forward::ForwardError;
 use crate::forward::pass::Pass;
 use crate::pack::symbols::RunLayout;
 use crate::tensor::TensorInfo;
+
+/// Spans of tokens that activations are averaged over.
+const SPANS: usize = 64;
 
 /// Which part of a model's way a record's inputs come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -176,6 +179,29 @@ impl<'a> InputStatistics<'a> {
         Ok(tensors.iter().map(known).collect())
     }
 
+    /// What the blocks of a record do on the inputs (section 4.2), `[groups, summary]`: what the map behind them is multiplied
+    /// with in the original model. The paper's mean over all inputs is one number for an FFN unit, whose cosine is 1 or -1: here
+    /// it is the means over [`SPANS`] spans of the inputs. `None` where that map is not known, or blocks are members of groups.
+    /// The record is the one last asked for with [`Self::of_record`].
+    pub fn activations(&self, record: &RecordPlan, tensors: &[(&TensorInfo, &[u8])]) -> Option<Array2<f32>> {
+        let symmetry = record.symmetry.filter(|symmetry| symmetry.members == 1)?;
+        record.parts.iter().zip(tensors).find_map(|(part, (tensor, _))| {
+            let placement = part.placement.filter(|placement| placement.axis == 1 && tensor.shape.len() == 2)?;
+            let inputs = self.inputs.get(&tensor.name)?;
+            if inputs.ncols() as u64 != tensor.shape[1] {
+                return None;
+            }
+            let means = span_means(inputs);
+            let (blocks, unit) = (symmetry.groups as usize, placement.unit as usize);
+            let per_span = placement.repeat as usize * unit;
+            Some(Array2::from_shape_fn((blocks, means.nrows() * per_span), |(block, at)| {
+                let (span, within) = (at / per_span, at % per_span);
+                let (repetition, element) = (within / unit, within % unit);
+                means[(span, (repetition * blocks + block) * unit + element)]
+            }))
+        })
+    }
+
     /// From now on a tensor of this record has these values, those that it decodes to.
     pub fn deploy(&mut self, record: &RecordPlan, tensor: &TensorInfo, values: Vec<f32>) {
         match Stage::of(record) {
@@ -258,4 +284,14 @@ impl<'a> InputStatistics<'a> {
             Stage::Head => self.calibration.model.layers,
         }
     }
+}
+
+/// Means over spans of the rows, all as long but for the last.
+fn span_means(inputs: &Array2<f32>) -> Array2<f32> {
+    let length = inputs.nrows().div_ceil(SPANS).max(1);
+    let mut means = Array2::zeros((inputs.nrows().div_ceil(length), inputs.ncols()));
+    for (mut mean, rows) in means.rows_mut().into_iter().zip(inputs.axis_chunks_iter(Axis(0), length)) {
+        mean.assign(&(rows.sum_axis(Axis(0)) / rows.nrows() as f32));
+    }
+    means
 }

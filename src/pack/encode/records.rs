@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
@@ -10,26 +11,31 @@ use super::super::entropy_model::TablePool;
 use super::super::evaluation::{Evaluation, EvaluationReport};
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::quantize::values_of;
-use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part, motion_of};
+use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part};
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
 use super::super::symbols::RunLayout;
+use super::super::train::state::StateError;
+use super::super::train::{TrainError, Trainer};
 use super::super::treatment::{Decision, Drafted, Fineness, Treatment};
 use super::Encoder;
 use super::steering::Steering;
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::decode::Pools;
+use crate::decode::prepared::Motions;
 use crate::format::bytes::crc32c;
 use crate::format::codebook::StoredCodebook;
 use crate::format::index::{FileEntry, Index};
-use crate::format::part::Coding;
+use crate::format::part::{Coding, StoredPredictor};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
 use crate::forward::ForwardError;
 use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
+/// Steps of training that take about as long as quantizing everything in a closed loop.
+const STEPS_AS_LONG_AS_ENCODING: u64 = 8;
 /// How far off a rate of its own a part may be, relative, before it is coded once more.
 const OWN_RATE_TOLERANCE: f64 = 0.002;
 /// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
@@ -45,6 +51,11 @@ pub(super) struct Written {
     pub(super) stages: StageTotals,
     pub(super) keyframe_records: u64,
     pub(super) predicted_records: u64,
+    /// How far the decoded model is from the checkpoint on inputs that it was not trained on, where that was asked.
+    pub(super) held_out_distance: Option<f64>,
+    /// Bits of the bodies of predicted parts, and their elements.
+    pub(super) residual_bits: f64,
+    pub(super) residual_elements: u64,
     /// Every part as it was written, record by record.
     pub(super) parts: Vec<Vec<ProbedPart>>,
 }
@@ -55,7 +66,17 @@ pub(super) enum WriteError {
     SelfCheck(SelfCheckError),
     Base(MaterializeError),
     Forward(ForwardError),
+    State(StateError),
     Interrupted,
+}
+
+impl From<TrainError> for WriteError {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Forward(error) => Self::Forward(error),
+            TrainError::State(error) => Self::State(error),
+        }
+    }
 }
 
 impl From<std::io::Error> for WriteError {
@@ -83,14 +104,19 @@ impl From<SelfCheckError> for WriteError {
 }
 
 impl Encoder<'_> {
-    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`.
+    /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`; with what `trainer`
+    /// makes of the weights, where there is one.
     pub(super) fn write_records(
         &self,
         out: &mut (impl Write + Seek),
         plan: &Probe,
         mut steering: Steering,
+        mut trainer: Option<&mut Trainer<'_>>,
     ) -> Result<Written, WriteError> {
-        self.progress.phase("encoding", self.source_bytes());
+        let step_bytes = self.source_bytes() / STEPS_AS_LONG_AS_ENCODING;
+        let steps = trainer.as_ref().map_or(0, |trainer| trainer.schedule().steps as u64);
+        let phase = if steps > 0 { "training" } else { "encoding" };
+        self.progress.phase(phase, self.source_bytes() + steps * step_bytes);
         out.seek(SeekFrom::Start(0))?;
         out.write_all(&[0; PREAMBLE_BYTES as usize])?; // written last
         let mut written = Written {
@@ -99,17 +125,28 @@ impl Encoder<'_> {
             stages: StageTotals::default(),
             keyframe_records: 0,
             predicted_records: 0,
+            held_out_distance: None,
+            residual_bits: 0.0,
+            residual_elements: 0,
             parts: Vec::with_capacity(plan.parts.len()),
         };
         let pool = &plan.pool;
         let mut numbers: BTreeMap<usize, u16> = BTreeMap::new();
         let pool_tables = pool.coding_tables();
-        let pools = Pools { tables: &pool_tables, codebooks: pool.codebooks() };
+        let network = self.network();
+        let networks: Vec<_> = network.iter().map(|network| Arc::clone(network.network())).collect();
+        let pools = Pools { tables: &pool_tables, codebooks: pool.codebooks(), networks: &networks };
         written.index.codebooks = stored_codebooks(pool);
+        if steps > 0
+            && let Some(trainer) = &trainer
+        {
+            written.index.provenance.push(("training".to_owned(), trainer.schedule().description()));
+        }
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
         let mut needs_base = false;
-        let encoder = RecordEncoder { pool, options: self.options };
+        let mut uses_network = false;
+        let encoder = RecordEncoder { pool, options: self.options, network };
         let mut statistics = self.calibration.as_ref().map(Calibration::statistics);
         for (ordinal, (record, planned)) in self.plan.records.iter().zip(&plan.parts).enumerate() {
             if self.progress.is_interrupted() {
@@ -117,6 +154,11 @@ impl Encoder<'_> {
             }
             let source: Vec<(&TensorInfo, &[u8])> =
                 record.parts.iter().map(|part| self.tensor(part.file, part.tensor)).collect();
+            if let Some(trainer) = &mut trainer
+                && planned.iter().any(|part| part.decision.is_quantized())
+            {
+                trainer.train(self.progress, step_bytes)?;
+            }
             let follow = |part: &ProbedPart| if part.follows_step { steering.step_factor() } else { 1.0 };
             let step_factors: Vec<f32> = planned.iter().map(follow).collect();
             let mut drafts = self.drafts(record, &source, planned, &step_factors)?;
@@ -126,10 +168,15 @@ impl Encoder<'_> {
                 Some(statistics) => statistics.of_record(record, &quantized_layouts(&source, &drafts))?,
                 None => Vec::new(),
             };
-            let moves = moves_of(&source, &inputs);
+            let activations = statistics.as_ref().and_then(|statistics| statistics.activations(record, &source));
+            let moves = match trainer.as_ref().filter(|_| steps > 0) {
+                Some(trainer) => source.iter().map(|(tensor, _)| trainer.moves(&tensor.name)).collect(),
+                None => moves_of(&source, &inputs),
+            };
             let feedback: Vec<_> = inputs.into_iter().map(|inputs| inputs.map(|inputs| inputs.feedback)).collect();
             move_values(&mut drafts, &moves);
-            let mut encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
+            let mut encoded =
+                encoder.encode(record, &source, &drafts, &feedback, activations.as_ref(), context.as_ref());
             if feedback.iter().any(Option::is_some)
                 && let Some(step_factors) =
                     own_step_factors(&self.treatments[ordinal], &drafts, &encoded, &step_factors)
@@ -137,12 +184,20 @@ impl Encoder<'_> {
                 // What a closed loop takes no sample shows.
                 drafts = self.drafts(record, &source, planned, &step_factors)?;
                 move_values(&mut drafts, &moves);
-                encoded = encoder.encode(record, &source, &drafts, &feedback, context.as_ref());
+                encoded = encoder.encode(record, &source, &drafts, &feedback, activations.as_ref(), context.as_ref());
             }
             written.stages.add(&encoded.stages);
             written.predicted_records += u64::from(encoded.predicted);
             written.keyframe_records += u64::from(!encoded.predicted);
 
+            for (part, (tensor, _)) in encoded.parts.iter().zip(&source) {
+                if let Some(prediction) = part.prediction() {
+                    written.residual_bits += 8.0 * part.body.len() as f64;
+                    written.residual_elements += tensor.elements();
+                    written.index.has_predictors |= prediction.predictor.needs_feature();
+                    uses_network |= matches!(prediction.predictor, StoredPredictor::Network { .. });
+                }
+            }
             needs_base |= encoded.parts.iter().any(EncodedPart::starts_from_base);
             let reference = context.as_ref().filter(|_| encoded.predicted).map(|context| context.ordinal);
             let bytes = write_record(out, record, &encoded, reference, pool, &mut numbers, &mut written.index)?;
@@ -158,23 +213,41 @@ impl Encoder<'_> {
             };
             if let Some(statistics) = &mut statistics {
                 for (&(tensor, _), bytes) in source.iter().zip(&decoded) {
-                    if let Some(bytes) = bytes {
-                        statistics.deploy(record, tensor, values_of(&tensor.dtype, bytes));
+                    let values = bytes.as_ref().map(|bytes| values_of(&tensor.dtype, bytes));
+                    if let Some(trainer) = &mut trainer {
+                        // What turned out to be bit-exact is as it was.
+                        trainer.settle(&tensor.name, values.clone());
+                    }
+                    if let Some(values) = values {
+                        statistics.deploy(record, tensor, values);
                     }
                 }
             }
             if is_reference {
-                let permutation = encoded.grouped;
-                let context = Context { ordinal: ordinal as u32, plan: record.clone(), permutation, decoded };
+                let below = context
+                    .filter(|_| encoded.predicted && network.is_some_and(|network| network.contexts() == 2))
+                    .map(|context| context.decoded);
+                let context = Context {
+                    ordinal: ordinal as u32,
+                    plan: record.clone(),
+                    permutation: encoded.grouped,
+                    decoded,
+                    below,
+                    activations,
+                };
                 contexts.insert(record.block_type, context);
             }
             for part in &record.parts {
                 self.finish_part(part.file, part.tensor);
             }
         }
+        if !uses_network {
+            written.index.networks.clear(); // no part was cheaper with it
+        }
         if !needs_base {
             written.index.bases.clear(); // everything turned out shorter alone
         }
+        written.held_out_distance = trainer.map(|trainer| trainer.held_out_distance()).transpose()?;
         Ok(written)
     }
 
@@ -215,10 +288,16 @@ impl Encoder<'_> {
                     let part = &encoded.parts[ordinal];
                     return Ok(Some(decode_part(&*self.engine, tensor, part, pools, None, Some(&start.predicted))?));
                 }
-                let motion = (encoded.grouped.as_ref())
-                    .and_then(|permutation| motion_of(&record.parts[ordinal], tensor, permutation));
-                let reference = context.and_then(|context| context.decoded[ordinal].as_deref());
-                Ok(Some(decode_part(&*self.engine, tensor, &encoded.parts[ordinal], pools, motion, reference)?))
+                let part = &encoded.parts[ordinal];
+                let contexts = if part.looks_at_two_layers() { 2 } else { 1 };
+                let reference = context.and_then(|context| context.references(ordinal, contexts));
+                let motions = match (context, &encoded.grouped) {
+                    (Some(context), Some(permutation)) => {
+                        context.motions_of(&record.parts[ordinal], tensor, permutation)
+                    }
+                    _ => Motions::default(),
+                };
+                Ok(Some(decode_part(&*self.engine, tensor, part, pools, motions, reference.as_deref())?))
             })
             .collect()
     }
@@ -243,10 +322,12 @@ impl Encoder<'_> {
             files,
             tables: Vec::new(),
             codebooks: Vec::new(),
+            networks: self.network().iter().map(|network| network.network().stored().clone()).collect(),
             block_types: BlockType::NAMES.map(str::to_owned).to_vec(),
             records: Vec::new(),
             bases: self.base.iter().map(|base| base.reference()).collect(),
             has_units: false,
+            has_predictors: false,
             has_column_scales: false,
             provenance: self.provenance(UNKNOWN_ERROR, self.evaluation.as_ref().map(Evaluation::stand_in).as_ref()),
         }

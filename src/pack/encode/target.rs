@@ -7,7 +7,8 @@ use std::path::Path;
 use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
 use super::super::survey::{Probe, Survey};
-use super::super::treatment::Treatment;
+use super::super::train::Schedule;
+use super::super::treatment::{Fineness, Treatment};
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
 use super::steering::{Steering, replan};
@@ -27,6 +28,7 @@ const COARSEST: f64 = 256.0;
 const PROBE_TOLERANCE: f64 = 0.002;
 
 /// The step, and what it gives.
+#[derive(Clone)]
 pub(super) struct StepPlan {
     pub(super) probe: Probe,
     /// Bits that a weight saves per octave of step.
@@ -145,11 +147,7 @@ impl Encoder<'_> {
                     continue;
                 }
                 let needed = (wanted * parameters - budget + fixed + least) / parameters;
-                let mut reason = format!("what is not quantized leaves too little: at least {needed:.2} is needed");
-                if let Some(largest) = self.largest_exact(&probe) {
-                    reason.push_str(&largest);
-                }
-                return Err(PackError::Rate { wanted, reason });
+                return Err(PackError::Rate { wanted, reason: self.unreachable_because(&probe, needed) });
             }
             let excess = bits + fixed - budget;
             let is_enough = attempt >= self.options.effort.least_probes();
@@ -162,6 +160,25 @@ impl Encoder<'_> {
             log::debug!("step tried: {octaves:.3} octaves, {excess:.0} bits above the budget");
             probe = survey.probe(step, Some(&probe));
         }
+    }
+
+    /// Why a rate cannot be reached.
+    fn unreachable_because(&self, probe: &Probe, needed: f64) -> String {
+        let treatments = self.treatments.iter().flatten().zip(probe.parts.iter().flatten());
+        let mut could_be =
+            treatments.filter(|(treatment, _)| matches!(treatment, Treatment::Quantized(Fineness::Times(_))));
+        if could_be.clone().next().is_some() && could_be.all(|(_, part)| !part.decision.is_quantized()) {
+            // The rest would have to be so fine that nothing is won by it.
+            return format!(
+                "what is left for the tensors that may be quantized is so much that bit-exact they are shorter, and all \
+                 bit-exact takes {needed:.2}; expected --lossless, or a lower rate"
+            );
+        }
+        let mut reason = format!("what is not quantized leaves too little: at least {needed:.2} is needed");
+        if let Some(largest) = self.largest_exact(probe) {
+            reason.push_str(&largest);
+        }
+        reason
     }
 
     /// The bit-exact tensor that takes most, what it takes, and why it is bit-exact where that is a matter of the rate.
@@ -179,12 +196,13 @@ impl Encoder<'_> {
         Some(format!("; of bit-exact tensors {name} takes most, {bits:.2} bits per element{why}"))
     }
 
-    /// Encodes until the target is met on what was serialized.
+    /// Encodes until the target is met on what was serialized, each time with training where there is a schedule for it.
     pub(super) fn settle(
         &self,
         file: &mut std::fs::File,
         out: &Path,
         mut plan: StepPlan,
+        schedule: Option<Schedule>,
     ) -> Result<(Written, Compared, Option<String>), PackError> {
         let output = |source| PackError::Output { path: out.to_owned(), source };
         let parameters = self.checkpoint.parameters() as f64;
@@ -195,11 +213,14 @@ impl Encoder<'_> {
             file.set_len(0).map_err(output)?;
             let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
             let steering = Steering::new(self.options.target, plan.budget, plan.slope, &plan.probe.parts);
-            let written = self.write_records(&mut buffered, &plan.probe, steering).map_err(|error| match error {
+            let mut trainer = schedule.and_then(|schedule| self.trainer(&plan.probe, schedule, attempt));
+            let written = self.write_records(&mut buffered, &plan.probe, steering, trainer.as_mut());
+            let written = written.map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
                 WriteError::Base(error) => PackError::Base(error.into()),
                 WriteError::Forward(error) => PackError::Calibration(error.into()),
+                WriteError::State(error) => PackError::Output { path: error.path, source: error.source },
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
             })?;
             buffered.flush().map_err(output)?;

@@ -114,21 +114,21 @@ impl Encoder<'_> {
                 .sum();
             bits + codebook_bits(length, index_bits)
         };
+        // The rate of the whole file at which so many bits more would be there.
+        let rate_with = |more: f64| match self.options.target {
+            Target::BitsPerParameter(asked) => asked + more / self.checkpoint.parameters() as f64,
+            Target::Lossless | Target::RelativeSquaredError(_) => unreachable!("only a rate leaves parts to follow it"),
+        };
         let Some(long) = range.clone().find(|&length| bits_at(length) <= left) else {
-            let least = (bits_at(longest) + budget - left) / self.checkpoint.parameters() as f64;
-            let wanted = budget / self.checkpoint.parameters() as f64;
-            return Err(refused(format!(
-                "{wanted:.2} bits per parameter are left for it, and vectors of {longest} elements take {least:.2}"
-            )));
+            let least = rate_with(bits_at(longest) - left);
+            return Err(refused(format!("expected --bpp {least:.2} at least: longer vectors there are none")));
         };
         left -= bits_at(long);
         let elements: f64 =
             samples.iter().filter(|&sample| following(sample)).map(|sample| sample.layout.elements as f64).sum();
         if long == shortest && left > 0.1 * elements {
-            let (asked, most) = ((bits_at(long) + left) / elements, vector_bits / shortest as f64);
-            return Err(refused(format!(
-                "{asked:.2} bits a weight were asked for, and the shortest vectors take {most}"
-            )));
+            let most = rate_with(-left);
+            return Err(refused(format!("expected --bpp {most:.2} at most: shorter vectors there are none")));
         }
         for (_, length) in samples.iter().zip(&mut lengths).filter(|(sample, _)| following(sample)) {
             *length = long;

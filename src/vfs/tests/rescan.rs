@@ -156,7 +156,7 @@ fn a_source_or_directory_that_cannot_be_listed_stays_as_it_was() {
 fn what_is_asked_of_an_archive_is_counted() {
     let (_source, vfs) = tree(&[("a/m.mcwc", "model=12345"), ("config.json", "{}")]);
     let model = find(&vfs, "a/model").unwrap().inode;
-    vfs.open_file(model).unwrap();
+    vfs.open_file(model, Keeper::Reader).unwrap();
     fill(&vfs, model, 6, &mut [0; 100]).unwrap();
     let [status] = vfs.archives().try_into().unwrap();
     let expected = ArchiveStatus {

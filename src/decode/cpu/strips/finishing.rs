@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{PartDecoder, Path, Strip};
 use crate::codec::lossless::widen;
 use crate::codec::motion::Motion;
+use crate::codec::predictor::references::References;
 use crate::codec::quantizer::{dequantize, join_code};
 use crate::codec::trellis::{Trellis, multiple, quantizer_of};
 use crate::decode::DecodeError;
@@ -101,7 +102,7 @@ impl<'a> PartDecoder<'a> {
                 self.scale_columns(values.as_chunks_mut().0);
                 let first = self.first_element(strip) + elements.start;
                 let elements = first..first + elements.len();
-                let prediction = prediction.and_then(|prediction| {
+                let prediction = prediction.map_or(RunPrediction::None, |prediction| {
                     self.prediction_of_run(prediction, run_of_part, elements, &mut strip.gathered)
                 });
                 self.round(values, prediction, &mut strip.out[bytes]);
@@ -131,7 +132,7 @@ impl<'a> PartDecoder<'a> {
                 self.scale_columns(&mut residuals);
                 self.ended(Stage::RawBits);
                 let first = self.first_element(strip) + elements.start;
-                let prediction = prediction.and_then(|prediction| {
+                let prediction = prediction.map_or(RunPrediction::None, |prediction| {
                     self.prediction_of_run(prediction, run_of_part, first..first + elements.len(), &mut strip.gathered)
                 });
                 self.round(residuals.as_flattened(), prediction, &mut strip.out[bytes]);
@@ -167,7 +168,8 @@ impl<'a> PartDecoder<'a> {
         self.ended(Stage::Prediction);
     }
 
-    /// The predictor of a run and the reference bytes of its elements, gathered if motion has scattered them.
+    /// The predictor of a run and the reference bytes of its elements, gathered if motion has scattered them; or its
+    /// predictions, where they are made of several reference elements: by the same functions on every CPU.
     fn prediction_of_run<'s>(
         &self,
         prediction: &Prediction,
@@ -187,15 +189,24 @@ impl<'a> PartDecoder<'a> {
         let bytes_of = |elements: Range<usize>| {
             (elements.start - skipped) * self.element_bytes..(elements.end - skipped) * self.element_bytes
         };
+        if let Some(composite) = prediction.composite() {
+            let of_tensor = self.part.length_bytes() as usize / self.element_bytes;
+            let references = References::new(self.part.dtype(), reference, of_tensor);
+            let mut predicted = vec![0.0; elements.len()];
+            composite.predict(&references, elements, &mut predicted);
+            gathered.clear();
+            gathered.extend(predicted.iter().flat_map(|value| value.to_le_bytes()));
+            return RunPrediction::Values(gathered.as_chunks().0);
+        }
         let predictor = prediction.of_run(run);
         let Some(motion) = &prediction.motion else {
-            return Some((predictor, &reference[bytes_of(elements)]));
+            return RunPrediction::Elementwise(predictor, &reference[bytes_of(elements)]);
         };
         let mut spans = motion.spans(elements.clone());
         if let Some(span) = spans.next()
             && span.len() == elements.len()
         {
-            return Some((predictor, &reference[bytes_of(span)]));
+            return RunPrediction::Elementwise(predictor, &reference[bytes_of(span)]);
         }
         gathered.resize(elements.len() * self.element_bytes, 0);
         match self.element_bytes {
@@ -203,7 +214,7 @@ impl<'a> PartDecoder<'a> {
             _ => gather::<4>(reference, motion, elements, gathered),
         }
         self.ended(Stage::Placement);
-        Some((predictor, gathered))
+        RunPrediction::Elementwise(predictor, gathered)
     }
 
     /// Reconstruction points of a run of trellis-coded codes with raw bits below them, in steps.
@@ -306,9 +317,9 @@ impl<'a> PartDecoder<'a> {
         }
         let residual = residual.to_le_bytes();
         let mut gathered = Vec::new();
-        let prediction = prediction
-            .as_ref()
-            .and_then(|prediction| self.prediction_of_run(prediction, run, element..element + 1, &mut gathered));
+        let prediction = prediction.as_ref().map_or(RunPrediction::None, |prediction| {
+            self.prediction_of_run(prediction, run, element..element + 1, &mut gathered)
+        });
         self.round(&residual, prediction, out);
     }
 }
