@@ -13,7 +13,8 @@
 //! ```
 //!
 //! Checksums are looked at on the way, and so is whatever else [`materialize`](crate::materialize) looks at. A chain is decoded
-//! one layer after another; of each layer of all chains together all strips are decoded at once.
+//! one layer after another; of each layer of all chains together all strips are decoded at once. Tensors of a kind that no
+//! kernel knows are decoded by the CPU and copied.
 
 mod load;
 

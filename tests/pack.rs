@@ -186,7 +186,7 @@ fn a_kept_tensor_is_bit_exact_or_has_its_own_rate_and_plan_and_archive_say_so() 
     let line = plan.lines().find(|line| line.contains("layer.2.attention.self.query.weight")).expect("in the plan");
     assert!(line.ends_with("(--keep 2.5)"), "{line}");
     let inspected = mcwcfs_ok(arguments!["inspect", work.archive("kept")]);
-    assert!(inspected.contains("keep: *.query.weight=2.5, *layer.1.*query*=lossless"), "{inspected}");
+    assert!(inspected.contains("--keep '*.query.weight=2.5' --keep '*layer.1.*query*=lossless'"), "{inspected}");
 }
 
 #[test]

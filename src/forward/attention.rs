@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayRef2, ArrayView2, s};
 use rayon::prelude::*;
 
 use super::rotary::{Angles, Rotary, Turn};
@@ -90,7 +90,7 @@ impl Attention {
         let of_sequences: Vec<Vec<Array2<f32>>> = (sequences.par_iter())
             .map(|tokens| {
                 let sequence = OfSequence { attention: self, projected, tokens, angles: angles.as_ref() };
-                sequence.gradients(of_gathered.slice(s![tokens.clone(), ..]))
+                sequence.gradients(&of_gathered.slice(s![tokens.clone(), ..]))
             })
             .collect();
         let mut gradients: Vec<Array2<f32>> =
@@ -173,7 +173,7 @@ impl OfSequence<'_> {
 
     /// With P the shares and G the gradient of what a head gathered: that of its values is P^T G; that of its scores
     /// P (D - rowsum(P D)) with D = G V^T, elementwise; queries and keys follow from the scores as in any product.
-    fn gradients(&self, of_gathered: ArrayView2<'_, f32>) -> Vec<Array2<f32>> {
+    fn gradients(&self, of_gathered: &ArrayRef2<f32>) -> Vec<Array2<f32>> {
         let Attention { heads, key_value_heads, width, .. } = *self.attention;
         let tokens = self.tokens.len();
         let mut gradients: Vec<Array2<f32>> =

@@ -36,8 +36,8 @@ impl WeightLayout {
 }
 
 /// `inputs` times the transposed weights, `[outputs, inputs]`, plus the bias: `[rows, inputs]` to `[rows, outputs]`.
-pub(super) fn linear(inputs: &ArrayRef2<f32>, weight: ArrayView2<'_, f32>, bias: Option<&Array1<f32>>) -> Array2<f32> {
-    let mut outputs = product(inputs, weight.t());
+pub(super) fn linear(inputs: &ArrayRef2<f32>, weight: &ArrayRef2<f32>, bias: Option<&Array1<f32>>) -> Array2<f32> {
+    let mut outputs = product(inputs, &weight.t());
     if let Some(bias) = bias {
         for_row_blocks(&mut outputs, |_, mut rows| rows += bias);
     }
@@ -45,7 +45,7 @@ pub(super) fn linear(inputs: &ArrayRef2<f32>, weight: ArrayView2<'_, f32>, bias:
 }
 
 /// The gradient of a linear map's inputs, `[rows, inputs]`: that of its outputs times the weights, `[outputs, inputs]`.
-pub(super) fn linear_gradient_of_inputs(of_outputs: &Array2<f32>, weight: ArrayView2<'_, f32>) -> Array2<f32> {
+pub(super) fn linear_gradient_of_inputs(of_outputs: &Array2<f32>, weight: &ArrayRef2<f32>) -> Array2<f32> {
     product(of_outputs, weight)
 }
 
@@ -60,10 +60,10 @@ pub(super) fn linear_gradient_of_weights(of_outputs: &Array2<f32>, inputs: &Arra
 }
 
 /// A product of matrices in blocks of rows.
-fn product(left: &ArrayRef2<f32>, right: ArrayView2<'_, f32>) -> Array2<f32> {
+fn product(left: &ArrayRef2<f32>, right: &ArrayRef2<f32>) -> Array2<f32> {
     let mut outputs = Array2::zeros((left.nrows(), right.ncols()));
     for_row_blocks(&mut outputs, |first, mut rows| {
-        general_mat_mul(1.0, &left.slice(s![first..first + rows.nrows(), ..]), &right, 0.0, &mut rows);
+        general_mat_mul(1.0, &left.slice(s![first..first + rows.nrows(), ..]), right, 0.0, &mut rows);
     });
     outputs
 }
@@ -228,10 +228,10 @@ mod tests {
     #[test]
     fn gradients_of_a_linear_map_are_its_differences() {
         let (inputs, weight, of_outputs) = (random(5, 4, 1), random(3, 4, 2), random(5, 3, 3));
-        let of_inputs = linear_gradient_of_inputs(&of_outputs, weight.view());
-        assert_gradient(&inputs, &of_outputs, &of_inputs, |inputs| linear(inputs, weight.view(), None));
+        let of_inputs = linear_gradient_of_inputs(&of_outputs, &weight);
+        assert_gradient(&inputs, &of_outputs, &of_inputs, |inputs| linear(inputs, &weight, None));
         let of_weights = linear_gradient_of_weights(&of_outputs, &inputs);
-        assert_gradient(&weight, &of_outputs, &of_weights, |weight| linear(&inputs, weight.view(), None));
+        assert_gradient(&weight, &of_outputs, &of_weights, |weight| linear(&inputs, weight, None));
     }
 
     #[test]

@@ -469,7 +469,7 @@ impl Outputs {
     pub fn rows(&self, rows: Range<usize>) -> Array2<f32> {
         let hidden = self.hidden.slice(s![rows, ..]);
         match &self.head {
-            Some(head) => linear(&hidden, head.layout.turned(&head.weight), head.bias.as_ref()),
+            Some(head) => linear(&hidden, &head.layout.turned(&head.weight), head.bias.as_ref()),
             None => hidden.to_owned(),
         }
     }

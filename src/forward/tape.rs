@@ -91,7 +91,7 @@ impl Tape {
         layout: WeightLayout,
         bias: Option<&Array1<f32>>,
     ) -> Rows {
-        let outputs = linear(inputs, layout.turned(weight), bias);
+        let outputs = linear(inputs, &layout.turned(weight), bias);
         self.keep(outputs, inputs.place.is_some() || weight.place.is_some(), || Operation::Linear {
             inputs: inputs.clone(),
             weight: weight.clone(),
@@ -169,7 +169,7 @@ impl Tape {
                     of_parameters.entry(name).and_modify(|sum| *sum += &gradient).or_insert(gradient);
                 }
                 Operation::Linear { inputs, weight, layout } => {
-                    flow.add(inputs.place, || linear_gradient_of_inputs(&gradient, layout.turned(&weight)));
+                    flow.add(inputs.place, || linear_gradient_of_inputs(&gradient, &layout.turned(&weight)));
                     flow.add(weight.place, || match layout {
                         WeightLayout::OutputsFirst => linear_gradient_of_weights(&gradient, &inputs),
                         WeightLayout::InputsFirst => linear_gradient_of_weights(&inputs, &gradient),

@@ -8,10 +8,11 @@ use rayon::prelude::*;
 use super::{Chunk, DeviceTensor, GpuError, Loaded};
 use crate::archive::{Archive, PartAddress};
 use crate::decode::PreparedPart;
-use crate::decode::cuda::batch::{Batch, Launches, part_bytes, room_bytes, strip_bytes};
+use crate::decode::cuda::batch::{Batch, Launches, part_bytes, room_bytes, strip_bytes, supports};
 use crate::decode::cuda::device::{Device, DeviceError};
 use crate::decode::cuda::{DeviceMemory, PinnedMemory, Stream};
-use crate::materialize::{decode_error, prepare_record};
+use crate::decode::prepared::PartKind;
+use crate::materialize::{MaterializeOptions, Materializer, decode_error, prepare_record};
 
 /// What is copied at once. Two of these are page-locked on the host.
 const CHUNK_BYTES: usize = 64 << 20;
@@ -40,6 +41,7 @@ pub(super) fn load(
         .collect();
     let mut loader = Loader::new(device, archive, &records, &bases, &tensors)?;
     loader.fill_with_zeros(least_bytes)?;
+    loader.load_what_the_cpu_decodes()?;
     loader.load_levels()?;
     let chunks = loader.finish()?;
     let (device, archive) = (Arc::clone(device), Arc::clone(archive));
@@ -82,6 +84,11 @@ fn place_tensors(archive: &Archive, least_bytes: &dyn Fn(PartAddress) -> u64) ->
         tensors.map(|(tensor, info)| place(file, tensor, info.length_bytes)).collect()
     });
     (files.collect(), end)
+}
+
+/// Whether a part is decoded by the CPU: there is no kernel for its kind.
+fn is_decoded_here(part: &PreparedPart) -> bool {
+    !supports(part) && !matches!(part.kind(), PartKind::Raw)
 }
 
 /// An archive on its way.
@@ -150,6 +157,10 @@ impl<'a> Loader<'a> {
             let below = self.archive.record(record as u32).reference;
             for (ordinal, part) in parts.iter().enumerate() {
                 let address = PartAddress { record: record as u32, part: ordinal as u32 };
+                if is_decoded_here(part) {
+                    level_of.insert(address, 0); // there before all others
+                    continue;
+                }
                 let level = part.prediction().zip(below).map_or(0, |(prediction, record)| {
                     // References come before what refers to them.
                     1 + level_of[&PartAddress { record, part: prediction.reference_part }]
@@ -181,6 +192,29 @@ impl<'a> Loader<'a> {
             }
         }
         self.ways[0].stream.synchronize()
+    }
+
+    /// Decodes parts of kinds that no kernel knows on the CPU, and copies what they are.
+    fn load_what_the_cpu_decodes(&mut self) -> Result<(), GpuError> {
+        let materializer =
+            Materializer::new(MaterializeOptions { cache_bytes: 1 << 30, ..MaterializeOptions::default() });
+        for (file, entry) in self.archive.files().iter().enumerate() {
+            for (tensor, info) in entry.tensors.iter().enumerate() {
+                let address = self.archive.address(file, tensor);
+                if !is_decoded_here(self.part(address)) {
+                    continue;
+                }
+                let mut bytes = PinnedMemory::new(self.device, info.length_bytes as usize)?;
+                let bytes = &mut bytes[..info.length_bytes as usize];
+                materializer.read(self.archive, file, entry.header.len() as u64 + info.offset_bytes, bytes)?;
+                let stream = &self.ways[0].stream;
+                // SAFETY: the memory is left alone until the stream is done with it, which is waited for whatever happens; the
+                // tensors' memory is the caller's until the loader is gone.
+                let given = unsafe { self.device.upload(stream.number(), self.tensors[file][tensor].address, bytes) };
+                stream.synchronize().and(given)?;
+            }
+        }
+        Ok(())
     }
 
     fn load_levels(&mut self) -> Result<(), GpuError> {

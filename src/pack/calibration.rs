@@ -7,8 +7,7 @@
 //! GPTQ and LDLQ.
 //!
 //! [`Calibration`] has the inputs ([`inputs`]) and runs the model ([`crate::forward`]); [`InputStatistics`] gives the feedback
-//! of one tensor after another, with one layer's inputs in memory at a time. The inputs are those that the deployed model has:
-//! what was quantized before is run as it decodes, and a tensor's weights are moved to where they make up for it.
+//! of one tensor after another, with one layer's inputs in memory at a time. The inputs are those of the original model.
 
 pub mod cholesky;
 pub mod feedback;

@@ -370,7 +370,9 @@ impl<'a> Encoder<'a> {
         };
         let (squared_error, energy) = compared.error_of(&quantized_tensors(&self.plan, &written.parts));
         let relative_squared_error = if energy > 0.0 { squared_error / energy } else { 0.0 };
-        index.provenance = self.provenance(relative_squared_error, evaluation.as_ref());
+        let of_training = index.provenance.into_iter().filter(|(key, _)| key == records::TRAINING);
+        index.provenance =
+            self.provenance(relative_squared_error, evaluation.as_ref()).into_iter().chain(of_training).collect();
         let archive_bytes = records::write_index(unfinished.as_file_mut(), &index, written.bytes).map_err(output)?;
         unfinished.as_file().sync_all().map_err(output)?;
         Archive::open(unfinished.path())?;

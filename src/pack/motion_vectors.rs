@@ -5,7 +5,7 @@
 //! again and rounded, as long as a vector saves more bits than it takes. Vectors from earlier units of the part itself would
 //! save as much again (0.03 to 0.05 bit of an FFN weight), but then no strip could be decoded without those before it.
 
-use ndarray::{Array2, ArrayView1, Axis};
+use ndarray::{Array2, ArrayRef1, ArrayView1, Axis};
 use rayon::prelude::*;
 
 use super::mode_decision::FittedPredictor;
@@ -28,7 +28,7 @@ pub fn fit(values: &[f32], reference: &[f32], (shape, axis): ([usize; 2], u8), s
         if axis == 0 { matrix } else { matrix.reversed_axes().as_standard_layout().into_owned() }
     };
     let (current, below) = (units(values), units(reference));
-    let lengths: Vec<f32> = below.rows().into_iter().map(|row| energy(row).sqrt() as f32).collect();
+    let lengths: Vec<f32> = below.rows().into_iter().map(|row| energy(&row).sqrt() as f32).collect();
     let pursuit = Pursuit { below: &below, lengths: &lengths, step };
     let found: Vec<Vec<(u32, i32)>> = (0..current.nrows().div_ceil(TILE))
         .into_par_iter()
@@ -78,15 +78,15 @@ impl Pursuit<'_> {
             let products = left.dot(&self.below.t());
             for (row, products) in products.rows().into_iter().enumerate() {
                 let chosen = &mut chosen[row];
-                let Some(source) = self.most_alike(products, chosen) else { continue };
+                let Some(source) = self.most_alike(&products, chosen) else { continue };
                 chosen.push(source);
-                let gains = self.gains(units.row(row), chosen);
+                let gains = self.gains(&units.row(row), chosen);
                 let mut rest = left.row_mut(row);
                 rest.assign(&units.row(row));
                 for (&source, &gain) in chosen.iter().zip(&gains) {
                     rest.scaled_add(-GAIN_STEP * gain as f32, &self.below.row(source as usize));
                 }
-                let saved = octaves(energy(units.row(row))) - octaves(energy(rest.view())) - count as f64 * vector_bits;
+                let saved = octaves(energy(&units.row(row))) - octaves(energy(&rest)) - count as f64 * vector_bits;
                 if saved > best[row].0 {
                     best[row] = (saved, chosen.iter().copied().zip(gains).collect());
                 }
@@ -96,7 +96,7 @@ impl Pursuit<'_> {
     }
 
     /// The unit that is most like what is left, by its cosine, of those not chosen yet.
-    fn most_alike(&self, products: ArrayView1<'_, f32>, chosen: &[u32]) -> Option<u32> {
+    fn most_alike(&self, products: &ArrayRef1<f32>, chosen: &[u32]) -> Option<u32> {
         let mut most = None;
         for (source, (&product, &length)) in products.iter().zip(self.lengths).enumerate() {
             let likeness = product.abs() / length;
@@ -111,10 +111,10 @@ impl Pursuit<'_> {
     }
 
     /// The gains of least squares, rounded.
-    fn gains(&self, unit: ArrayView1<'_, f32>, chosen: &[u32]) -> Vec<i32> {
+    fn gains(&self, unit: &ArrayRef1<f32>, chosen: &[u32]) -> Vec<i32> {
         let rows: Vec<ArrayView1<'_, f32>> = chosen.iter().map(|&source| self.below.row(source as usize)).collect();
         let mut equations: Vec<Vec<f64>> = (rows.iter())
-            .map(|row| rows.iter().map(|other| product(*row, *other)).chain([product(*row, unit)]).collect())
+            .map(|row| rows.iter().map(|other| product(row, other)).chain([product(row, unit)]).collect())
             .collect();
         let solved = solve(&mut equations);
         let rounded = solved.into_iter().map(|gain| {
@@ -125,11 +125,11 @@ impl Pursuit<'_> {
     }
 }
 
-fn product(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) -> f64 {
+fn product(a: &ArrayRef1<f32>, b: &ArrayRef1<f32>) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
-fn energy(values: ArrayView1<'_, f32>) -> f64 {
+fn energy(values: &ArrayRef1<f32>) -> f64 {
     product(values, values)
 }
 
@@ -194,8 +194,9 @@ mod tests {
     #[test]
     fn units_unlike_all_others_have_no_vectors() {
         let mut chance = fastrand::Rng::with_seed(5);
-        let (current, below) = (noise(64 * 16, &mut chance), noise(64 * 16, &mut chance));
-        assert_eq!(fit(&current, &below, ([64, 16], 0), 0.5), None);
-        assert_eq!(fit(&current, &vec![0.0; 64 * 16], ([64, 16], 0), 0.01), None, "there is nothing to be like");
+        // So long that none is like another by chance.
+        let (current, below) = (noise(64 * 256, &mut chance), noise(64 * 256, &mut chance));
+        assert_eq!(fit(&current, &below, ([64, 256], 0), 0.5), None);
+        assert_eq!(fit(&current, &vec![0.0; 64 * 256], ([64, 256], 0), 0.01), None, "there is nothing to be like");
     }
 }

@@ -301,12 +301,12 @@ impl Steps {
 /// Which columns of a tensor have steps of their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum ColumnScales {
-    /// Those of tensors whose inputs calibration knows, where a finer step for what is multiplied with strong inputs makes up
-    /// for more than its bits.
-    #[default]
-    Auto,
     /// None.
+    #[default]
     None,
+    /// Those of tensors whose inputs calibration knows, where by an estimate a finer step for what is multiplied with strong
+    /// inputs makes up for more than its bits. What it does to a model's outputs was not measured alone.
+    Auto,
     /// All, in proportion to the root mean square of the column: an ablation. At equal squared error it costs bits, as steps
     /// per row do.
     Energy,
@@ -450,7 +450,7 @@ impl Default for PackOptions {
 }
 
 /// A choice by its name on the command line.
-fn name_of(choice: impl clap::ValueEnum) -> String {
+fn name_of(choice: &impl clap::ValueEnum) -> String {
     choice.to_possible_value().expect("every choice can be given").get_name().to_owned()
 }
 
@@ -558,7 +558,7 @@ impl PackOptions {
             Target::RelativeSquaredError(error) => format!("--max-rel-mse {error}"),
         };
         let mut add = |text: String| arguments.push_str(&text);
-        add(format!(" --effort {}", name_of(self.effort)));
+        add(format!(" --effort {}", name_of(&self.effort)));
         for rule in &self.keep {
             add(format!(" --keep '{rule}'"));
         }
@@ -571,23 +571,23 @@ impl PackOptions {
                 " --keyframe-interval {} --alignment {} --predictor {} --steps {} --column-scales {} --quantization {} \
                  --entropy-model {} --embedding-refinement {}",
                 self.keyframe_interval,
-                name_of(self.alignment),
-                name_of(self.predictor),
-                name_of(self.steps),
-                name_of(self.column_scales),
-                name_of(self.quantization),
-                name_of(self.entropy_model),
+                name_of(&self.alignment),
+                name_of(&self.predictor),
+                name_of(&self.steps),
+                name_of(&self.column_scales),
+                name_of(&self.quantization),
+                name_of(&self.entropy_model),
                 self.embedding_refinement
             ));
             // What is rarely chosen is named where it is.
             if self.assignment != Assignment::Auto {
-                add(format!(" --assignment {}", name_of(self.assignment)));
+                add(format!(" --assignment {}", name_of(&self.assignment)));
             }
             if let Some(seed) = self.alignment_seed {
                 add(format!(" --alignment-seed {seed}"));
             }
             if self.permutations != Permutations::Auto {
-                add(format!(" --permutations {}", name_of(self.permutations)));
+                add(format!(" --permutations {}", name_of(&self.permutations)));
             }
             if self.force_prediction {
                 add(" --force-prediction".to_owned());

@@ -185,6 +185,12 @@ impl PartQuantizer {
         self.scales.as_ref().map_or(step, |scales| step * scale_multiplier(scales[run]))
     }
 
+    /// The mean square of what columns multiply the step by.
+    pub fn mean_column_square(&self) -> f64 {
+        let Some(columns) = self.column_multipliers() else { return 1.0 };
+        sum_of_squares(&columns) / columns.len().max(1) as f64
+    }
+
     /// The finest step of any element.
     pub fn least_step(&self) -> f32 {
         let least =

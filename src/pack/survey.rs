@@ -439,9 +439,8 @@ impl SurveyedPart<'_> {
                 if let (Some(own), Fineness::Rate(_), Settling::Settle) = (own, *fineness, settling) {
                     own.step = own.search.next(own.step, bits);
                 }
-                let step = f64::from(tried.quantizer.choice.step);
-                let squared_error =
-                    scale * (tried.counts.squared_error - step * step * tried.counts.classes.centroid_gain());
+                let unit = f64::from(tried.quantizer.choice.step).powi(2) * tried.quantizer.mean_column_square();
+                let squared_error = scale * (tried.counts.squared_error - unit * tried.counts.classes.centroid_gain());
                 let decision = Decision::Quantized(tried.quantizer.choice);
                 let follows_step = matches!(fineness, Fineness::Times(_));
                 ProbedPart { decision, follows_step, elements, bits, squared_error }

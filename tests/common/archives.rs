@@ -78,7 +78,7 @@ pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "lossy-column-scales",
         must_contain: &["column scales"],
-        options: &["--max-rel-mse", "0.01", "--column-scales", "energy"],
+        options: &["--bpp", "4", "--column-scales", "energy"],
         tensors: || {
             Bert { layers: 2, hidden: 64, ffn_units: 64, drift: 0.1, dtype: "F16", seed: 15, ..Bert::default() }
                 .tensors()

@@ -17,8 +17,15 @@ use crate::pack::encode::Progress;
 pub(in crate::cli) struct Bar {
     pub(in crate::cli) bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
-    /// What is going on since when, and what was before it.
-    phases: Mutex<(Option<(String, Instant)>, Vec<Phase>)>,
+    /// What took how long.
+    phases: Mutex<Phases>,
+}
+
+/// What is going on, and what was before it.
+#[derive(Default)]
+struct Phases {
+    current: Option<(String, Instant)>,
+    ended: Vec<Phase>,
 }
 
 /// What took how long.
@@ -51,18 +58,20 @@ impl Bar {
     /// The phases since the last call, the one that is going on among them.
     pub(super) fn take_phases(&self) -> Vec<Phase> {
         let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
-        end_phase(&mut phases);
-        std::mem::take(&mut phases.1)
+        phases.end();
+        std::mem::take(&mut phases.ended)
     }
 }
 
-/// Adds what is going on to what was; a phase that comes again is one.
-fn end_phase((current, ended): &mut (Option<(String, Instant)>, Vec<Phase>)) {
-    let Some((phase, since)) = current.take() else { return };
-    let seconds = since.elapsed().as_secs_f64();
-    match ended.iter_mut().find(|before| before.phase == phase) {
-        Some(before) => before.seconds += seconds,
-        None => ended.push(Phase { phase, seconds }),
+impl Phases {
+    /// Adds what is going on to what was; a phase that comes again is one.
+    fn end(&mut self) {
+        let Some((phase, since)) = self.current.take() else { return };
+        let seconds = since.elapsed().as_secs_f64();
+        match self.ended.iter_mut().find(|before| before.phase == phase) {
+            Some(before) => before.seconds += seconds,
+            None => self.ended.push(Phase { phase, seconds }),
+        }
     }
 }
 
@@ -73,8 +82,8 @@ impl Progress for Bar {
         self.bar.set_message(name.to_owned());
         log::debug!("phase: {name}");
         let mut phases = self.phases.lock().unwrap_or_else(PoisonError::into_inner);
-        end_phase(&mut phases);
-        phases.0 = Some((name.to_owned(), Instant::now()));
+        phases.end();
+        phases.current = Some((name.to_owned(), Instant::now()));
     }
 
     fn advance(&self, bytes: u64) {

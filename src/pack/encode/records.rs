@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::super::calibration::{Calibration, ColumnInputs};
+use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
 use super::super::evaluation::{Evaluation, EvaluationReport};
 use super::super::part::{EncodedPart, SelfCheckError};
@@ -36,6 +36,8 @@ use crate::tensor::TensorInfo;
 
 /// Steps of training that take about as long as quantizing everything in a closed loop.
 const STEPS_AS_LONG_AS_ENCODING: u64 = 8;
+/// What says in the provenance how weights were trained.
+pub(super) const TRAINING: &str = "training";
 /// How far off a rate of its own a part may be, relative, before it is coded once more.
 const OWN_RATE_TOLERANCE: f64 = 0.002;
 /// What a weight saves, in bits, where its step is doubled: nearly one at all rates that matter.
@@ -140,7 +142,7 @@ impl Encoder<'_> {
         if steps > 0
             && let Some(trainer) = &trainer
         {
-            written.index.provenance.push(("training".to_owned(), trainer.schedule().description()));
+            written.index.provenance.push((TRAINING.to_owned(), trainer.schedule().description()));
         }
         let plan_files = self.checkpoint.plan_files();
         let mut contexts: BTreeMap<BlockType, Context> = BTreeMap::new();
@@ -171,7 +173,7 @@ impl Encoder<'_> {
             let activations = statistics.as_ref().and_then(|statistics| statistics.activations(record, &source));
             let moves = match trainer.as_ref().filter(|_| steps > 0) {
                 Some(trainer) => source.iter().map(|(tensor, _)| trainer.moves(&tensor.name)).collect(),
-                None => moves_of(&source, &inputs),
+                None => vec![None; source.len()],
             };
             let feedback: Vec<_> = inputs.into_iter().map(|inputs| inputs.map(|inputs| inputs.feedback)).collect();
             move_values(&mut drafts, &moves);
@@ -207,20 +209,14 @@ impl Encoder<'_> {
             written.parts.push(parts);
 
             let is_reference = self.may_be_a_reference(record);
-            let decoded = match is_reference || statistics.is_some() {
+            let decoded = match is_reference || trainer.is_some() {
                 true => self.decode_record(record, &source, &drafts, &encoded, context.as_ref(), pools)?,
                 false => Vec::new(),
             };
-            if let Some(statistics) = &mut statistics {
+            if let Some(trainer) = &mut trainer {
                 for (&(tensor, _), bytes) in source.iter().zip(&decoded) {
-                    let values = bytes.as_ref().map(|bytes| values_of(&tensor.dtype, bytes));
-                    if let Some(trainer) = &mut trainer {
-                        // What turned out to be bit-exact is as it was.
-                        trainer.settle(&tensor.name, values.clone());
-                    }
-                    if let Some(values) = values {
-                        statistics.deploy(record, tensor, values);
-                    }
+                    // What turned out to be bit-exact is as it was.
+                    trainer.settle(&tensor.name, bytes.as_ref().map(|bytes| values_of(&tensor.dtype, bytes)));
                 }
             }
             if is_reference {
@@ -382,14 +378,6 @@ fn quantized_layouts<'a>(
         _ => None,
     };
     source.iter().zip(drafts).map(|(&(tensor, _), draft)| (tensor, layout(draft))).collect()
-}
-
-/// How far the values of each tensor are to be moved for what is wrong with their inputs.
-fn moves_of(source: &[(&TensorInfo, &[u8])], inputs: &[Option<ColumnInputs>]) -> Vec<Option<Vec<f32>>> {
-    let moves = source.iter().zip(inputs).map(|(&(tensor, bytes), inputs)| {
-        inputs.as_ref().and_then(|inputs| inputs.correction(&values_of(&tensor.dtype, bytes)))
-    });
-    moves.collect()
 }
 
 /// Moves the values of drafts, but for those that would get values without codes.

@@ -62,7 +62,7 @@ pub(super) fn compare_logits(before: &Outputs, after: &Outputs, targets: &[Optio
         let (p, q) = (before.rows(range.clone()), after.rows(range.clone()));
         let rows: Vec<ComparedRow> = (0..range.len())
             .into_par_iter()
-            .map(|row| compare_row(p.row(row), q.row(row), targets[start + row]))
+            .map(|row| compare_row(&p.row(row), &q.row(row), targets[start + row]))
             .collect();
         for (row, target) in rows.iter().zip(&targets[range]) {
             found.divergences.push(row.divergence);
@@ -75,7 +75,7 @@ pub(super) fn compare_logits(before: &Outputs, after: &Outputs, targets: &[Optio
     }
 }
 
-fn compare_row(p: ArrayView1<'_, f32>, q: ArrayView1<'_, f32>, target: Option<usize>) -> ComparedRow {
+fn compare_row(p: &ArrayView1<'_, f32>, q: &ArrayView1<'_, f32>, target: Option<usize>) -> ComparedRow {
     let (p_normalizer, q_normalizer) = (log_sum_exp(p), log_sum_exp(q));
     let divergence: f64 = (p.iter().zip(q))
         .map(|(&p, &q)| {
@@ -90,14 +90,14 @@ fn compare_row(p: ArrayView1<'_, f32>, q: ArrayView1<'_, f32>, target: Option<us
     }
 }
 
-fn log_sum_exp(logits: ArrayView1<'_, f32>) -> f64 {
+fn log_sum_exp(logits: &ArrayView1<'_, f32>) -> f64 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
     f64::from(largest) + sum.ln()
 }
 
 /// The first of the largest.
-fn likeliest(logits: ArrayView1<'_, f32>) -> usize {
+fn likeliest(logits: &ArrayView1<'_, f32>) -> usize {
     let first = logits.iter().enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
     first.map_or(0, |(index, _)| index)
 }
@@ -141,7 +141,7 @@ mod tests {
     fn the_divergence_of_two_coins_is_what_it_is_by_hand() {
         // p = (1/2, 1/2), q = (1/4, 3/4): 0.5 ln 2 + 0.5 ln (2/3).
         let (p, q) = (array![1.0_f32, 1.0], array![0.0_f32, 3.0_f32.ln()]);
-        let row = compare_row(p.view(), q.view(), Some(1));
+        let row = compare_row(&p.view(), &q.view(), Some(1));
         assert!((row.divergence - 0.5 * (4.0_f64 / 3.0).ln()).abs() < 1e-7, "{}", row.divergence);
         assert_eq!(row.likeliest, [0, 1], "the first of equals");
         let [before, after] = row.loss.expect("a target");
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn the_same_logits_however_large_do_not_diverge() {
         let logits = array![1e4_f32, -3.0, 9_999.0];
-        assert_eq!(compare_row(logits.view(), logits.view(), None).divergence, 0.0);
+        assert_eq!(compare_row(&logits.view(), &logits.view(), None).divergence, 0.0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A trained network in eight bits: one scale for each group of numbers, the largest magnitude at 127.
 
-use ndarray::{Array2, ArrayView1};
+use ndarray::{Array2, ArrayRef1};
 
 use super::training::{Map, Samples, Trained, gelu};
 use super::{INPUT_RANGE, UNIT};
@@ -46,7 +46,7 @@ pub fn quantize(trained: &Trained, samples: &[Samples]) -> StoredNetwork {
         to_latent: requantization(input * of_inputs / latent),
         hidden,
         kinds: kinds.collect(),
-        layers: trained.layers.rows().into_iter().map(|layer| integers(layer, input * of_inputs)).collect(),
+        layers: trained.layers.rows().into_iter().map(|layer| integers(&layer, input * of_inputs)).collect(),
     }
 }
 
@@ -61,10 +61,10 @@ fn scale_of(largest: f32) -> f32 {
 
 fn map_of(map: &Map, scale: f32, of_sums: f32) -> StoredMap {
     let weights = map.weights.iter().map(|weight| (weight / scale).round_ties_even().clamp(-127.0, 127.0) as i8);
-    StoredMap { weights: weights.collect(), biases: integers(map.biases.row(0), of_sums) }
+    StoredMap { weights: weights.collect(), biases: integers(&map.biases.row(0), of_sums) }
 }
 
-fn integers(values: ArrayView1<'_, f32>, scale: f32) -> Vec<i32> {
+fn integers(values: &ArrayRef1<f32>, scale: f32) -> Vec<i32> {
     let most = limits::NETWORK_BIAS as f32;
     values.iter().map(|value| (value / scale).round_ties_even().clamp(-most, most) as i32).collect()
 }

@@ -1,6 +1,6 @@
 //! How far the student is from the teacher (Eq. 97): what the two say, softened, and a little of what their layers give.
 
-use ndarray::{Array2, ArrayView1, Axis};
+use ndarray::{Array2, ArrayRef1, Axis};
 use rayon::prelude::*;
 
 use crate::forward::Weights;
@@ -78,8 +78,8 @@ fn divergence(teacher: &Array2<f32>, student: &Array2<f32>, temperature: f32) ->
             for (index, mut gradient) in rows.rows_mut().into_iter().enumerate() {
                 let row = block * ROWS + index;
                 let (of_teacher, of_student) = (
-                    log_probabilities(teacher.row(row), temperature),
-                    log_probabilities(student.row(row), temperature),
+                    log_probabilities(&teacher.row(row), temperature),
+                    log_probabilities(&student.row(row), temperature),
                 );
                 for ((gradient, of_teacher), of_student) in gradient.iter_mut().zip(of_teacher).zip(of_student) {
                     let (p, q) = (of_teacher.exp(), of_student.exp());
@@ -93,7 +93,7 @@ fn divergence(teacher: &Array2<f32>, student: &Array2<f32>, temperature: f32) ->
     (sums.iter().sum::<f64>() * f64::from(temperature * scale), gradient)
 }
 
-fn log_probabilities(logits: ArrayView1<'_, f32>, temperature: f32) -> Vec<f32> {
+fn log_probabilities(logits: &ArrayRef1<f32>, temperature: f32) -> Vec<f32> {
     let greatest = logits.iter().fold(f32::NEG_INFINITY, |greatest, &logit| greatest.max(logit));
     let softened: Vec<f32> = logits.iter().map(|logit| (logit - greatest) / temperature).collect();
     let sum: f32 = softened.iter().map(|value| value.exp()).sum();
