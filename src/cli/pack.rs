@@ -263,6 +263,9 @@ pub enum PackCommandError {
          scalar or residual-vector), and no --steps per-group"
     )]
     Uncalibrated,
+    /// Calibration of a variant.
+    #[error("--calibration with --base: a variant is quantized by the error of its weights; expected one of the two")]
+    CalibratedVariant,
     /// Training without what it needs.
     #[error("--train on: expected --bpp, --calibration or --calibrate, and no --base")]
     Untrained,
@@ -401,6 +404,9 @@ fn check_options(args: &PackArgs, options: &PackOptions) -> Result<(), PackComma
         return Err(PackCommandError::Uncalibrated);
     }
     let is_calibrated = args.calibration.source().is_some();
+    if is_calibrated && args.base.is_some() {
+        return Err(PackCommandError::CalibratedVariant);
+    }
     let has_rate = matches!(options.target, Target::BitsPerParameter(_));
     if options.training == Training::On && !(has_rate && is_calibrated && args.base.is_none()) {
         return Err(PackCommandError::Untrained);
