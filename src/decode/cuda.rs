@@ -1,7 +1,7 @@
 //! Decoding on a CUDA device: one warp per strip, any strips of any parts in one launch.
 //!
 //! The kernel is C++ (`cuda/kernel`), checked in as source and as PTX side by side, so that neither building nor running
-//! needs a toolkit. The driver is asked for when a process wants it, and everything above [`Device`] works the same on
+//! needs a toolkit. The driver is asked for when a process wants it, and everything above [`device::Device`] works the same on
 //! one that is emulated, as tests do: the kernel's source runs on a CPU there, lane by lane.
 //!
 //! Checksums and headers are looked at here, before a launch. A part of a kind that the kernel does not know, a call that

@@ -181,7 +181,7 @@ impl<'a> InputStatistics<'a> {
 
     /// What the blocks of a record do on the inputs (section 4.2), `[groups, summary]`: what the map behind them is multiplied
     /// with in the original model. The paper's mean over all inputs is one number for an FFN unit, whose cosine is 1 or -1: here
-    /// it is the means over [`SPANS`] spans of the inputs. `None` where that map is not known, or blocks are members of groups.
+    /// it is the means over 64 spans of the inputs. `None` where that map is not known, or blocks are members of groups.
     /// The record is the one last asked for with [`Self::of_record`].
     pub fn activations(&self, record: &RecordPlan, tensors: &[(&TensorInfo, &[u8])]) -> Option<Array2<f32>> {
         let symmetry = record.symmetry.filter(|symmetry| symmetry.members == 1)?;
