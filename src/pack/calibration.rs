@@ -7,7 +7,7 @@
 //! GPTQ and LDLQ.
 //!
 //! [`Calibration`] has the inputs ([`inputs`]) and runs the model ([`crate::forward`]); [`InputStatistics`] gives the feedback
-//! of one tensor after another, with one layer's inputs in memory at a time. The inputs are those of the original model.
+//! of one tensor after another, with one layer's inputs in memory at a time.
 
 pub mod cholesky;
 pub mod feedback;
@@ -21,9 +21,8 @@ use std::path::{Path, PathBuf};
 use ndarray::Array2;
 
 use self::inputs::InputData;
-pub use self::statistics::{ColumnInputs, InputStatistics};
+pub use self::statistics::InputStatistics;
 pub(in crate::pack) use self::weights::CheckpointWeights;
-use self::weights::DeployedWeights;
 use super::source::Checkpoint;
 use crate::forward::inputs::Inputs;
 use crate::forward::model::Transformer;
@@ -73,7 +72,6 @@ const MOST_TOKENS: usize = 24_576;
 pub struct Calibration<'a> {
     model: Transformer,
     weights: CheckpointWeights<'a>,
-    deployed: DeployedWeights<'a>,
     data: InputData,
 }
 
@@ -106,8 +104,7 @@ impl<'a> Calibration<'a> {
     pub fn load(checkpoint: &'a Checkpoint, source: &CalibrationSource) -> Result<Self, CalibrationError> {
         let (model, weights, tokenizer) = open_model(checkpoint)?;
         let data = inputs::load(source, MOST_TOKENS, &model, &tokenizer)?;
-        let deployed = DeployedWeights::new(CheckpointWeights::new(checkpoint));
-        Ok(Self { model, weights, deployed, data })
+        Ok(Self { model, weights, data })
     }
 
     /// What was used, for reports and the archive's provenance.

@@ -25,14 +25,6 @@ fn damping(hessian: &Array2<f32>) -> f64 {
     (DAMPING * sum / hessian.ncols().max(1) as f64).max(f64::MIN_POSITIVE)
 }
 
-/// The Hessian as it is factorised.
-pub fn damped(hessian: &Array2<f32>) -> Array2<f64> {
-    let mut damped = hessian.mapv(f64::from);
-    let damping = damping(hessian);
-    damped.diag_mut().iter_mut().for_each(|value| *value += damping);
-    damped
-}
-
 /// The order in which a tensor's columns are quantized, and what their errors do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ColumnFeedback {

@@ -28,19 +28,6 @@ pub fn hessian(inputs: &Array2<f32>) -> Array2<f32> {
     hessian
 }
 
-/// The mean of x y^T over tokens, `[tokens, inputs]` each: `[inputs, inputs]`.
-pub fn cross_moments(left: &Array2<f32>, right: &Array2<f32>) -> Array2<f32> {
-    let columns = left.ncols();
-    let scale = 1.0 / left.nrows().max(1) as f32;
-    let mut moments = Array2::zeros((columns, right.ncols()));
-    let blocks: Vec<_> = moments.axis_chunks_iter_mut(Axis(0), COLUMNS).collect();
-    blocks.into_par_iter().enumerate().for_each(|(block, mut rows)| {
-        let of_rows = left.slice(s![.., block * COLUMNS..block * COLUMNS + rows.nrows()]);
-        general_mat_mul(scale, &of_rows.t(), right, 0.0, &mut rows);
-    });
-    moments
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,19 +1,13 @@
-//! What tensors are multiplied with, one record after another: in the model as it was, and in the model as it will be deployed,
-//! with everything quantized before as it decodes (as GPTQ does it, and GPTAQ's correction in closed form).
-//!
-//! With inputs X of the original and X' of the deployed model, a row w of weights is best replaced by the w' that minimizes
-//! |X w - X' w'|^2: w' = w + (X'^T X')^-1 X'^T (X - X') w. What the quantizer then adds to that costs as always, with the
-//! Hessian of X'.
+//! What tensors are multiplied with, one record after another, with one layer's inputs in memory at a time.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, Axis};
 
 use super::Calibration;
-use super::cholesky::Factor;
-use super::feedback::{ColumnFeedback, damped};
-use super::hessian::{cross_moments, hessian};
+use super::feedback::ColumnFeedback;
+use super::hessian::hessian;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::forward::ForwardError;
 use crate::forward::pass::Pass;
@@ -45,138 +39,53 @@ impl Stage {
 /// The inputs of one stage after another.
 pub struct InputStatistics<'a> {
     calibration: &'a Calibration<'a>,
-    /// The model as it was, and as it will be deployed, both before the stage.
-    original: Option<Pass<'a>>,
-    deployed: Option<Pass<'a>>,
+    /// The model before the stage.
+    pass: Option<Pass<'a>>,
     stage: Option<Stage>,
-    /// Of the stage, what the original model multiplies each tensor with; tensors with the same inputs share them.
-    inputs: BTreeMap<String, Arc<Array2<f32>>>,
-    /// The tensors before the first layer that were deployed: a head may share them.
-    embeddings: BTreeSet<String>,
-    /// Whether anything that comes before the stage, or in it, was deployed.
-    has_deployed: bool,
+    /// Of the stage, by tensor; tensors with the same inputs share them.
+    inputs: BTreeMap<String, Arc<StageInputs>>,
 }
 
-/// What is known of the inputs that a tensor is multiplied with.
-#[derive(Clone)]
-pub struct ColumnInputs {
-    /// How errors of columns move others.
-    pub feedback: Arc<ColumnFeedback>,
-    shared: Arc<Shared>,
-}
-
-/// What tensors with the same inputs share.
-struct Shared {
-    matrix: Array2<f32>,
-    /// Of the deployed model's inputs with how far the original's are from them; absent where they are the same.
-    moments: Option<Array2<f32>>,
+/// What some tensors are multiplied with, and what was made of it.
+struct StageInputs {
+    /// `[tokens, inputs]`.
+    rows: Array2<f32>,
+    hessian: Array2<f32>,
     /// By the number of lanes.
     feedback: Mutex<BTreeMap<usize, Arc<ColumnFeedback>>>,
-    factor: OnceLock<Factor>,
-}
-
-impl ColumnInputs {
-    /// How far the weights of a tensor are to be moved, row after row, to make up for what is wrong with their inputs; `None`
-    /// where nothing is.
-    pub fn correction(&self, weights: &[f32]) -> Option<Vec<f32>> {
-        let moments = self.shared.moments.as_ref()?;
-        let columns = moments.nrows();
-        let weights = ArrayView2::from_shape((weights.len() / columns, columns), weights).expect("whole rows");
-        let factor = self.shared.factor.get_or_init(|| Factor::new(damped(&self.shared.matrix)));
-        Some(factor.solve_rows(weights.dot(&moments.t())).into_raw_vec_and_offset().0)
-    }
 }
 
 impl<'a> InputStatistics<'a> {
     /// Before the first record.
     pub(super) fn new(calibration: &'a Calibration<'a>) -> Self {
-        calibration.deployed.retain(|_| false);
-        Self {
-            calibration,
-            original: None,
-            deployed: None,
-            stage: None,
-            inputs: BTreeMap::new(),
-            embeddings: BTreeSet::new(),
-            has_deployed: false,
-        }
+        Self { calibration, pass: None, stage: None, inputs: BTreeMap::new() }
     }
 
-    /// What is known of every tensor of a record that has a layout of runs, where its inputs are known and its runs are its
+    /// The feedback of every tensor of a record that has a layout of runs, where its inputs are known and its runs are its
     /// rows. Records come in the archive's order: the model is run up to theirs.
     ///
     /// # Errors
-    /// When the model cannot be run that far.
+    /// When the model cannot be run that far, or multiplies with what is not finite.
     pub fn of_record(
         &mut self,
         record: &RecordPlan,
         tensors: &[(&TensorInfo, Option<RunLayout>)],
-    ) -> Result<Vec<Option<ColumnInputs>>, ForwardError> {
-        let unknown = || vec![None; tensors.len()];
-        let Some(stage) = Stage::of(record) else { return Ok(unknown()) };
-        if tensors.iter().all(|(_, layout)| layout.is_none()) {
-            return Ok(unknown());
-        }
+    ) -> Result<Vec<Option<Arc<ColumnFeedback>>>, ForwardError> {
+        let stage = Stage::of(record).filter(|_| tensors.iter().any(|(_, layout)| layout.is_some()));
+        let Some(stage) = stage else { return Ok(vec![None; tensors.len()]) };
         self.run_to(stage)?;
-        let has_deployed = self.has_deployed && stage != Stage::Embedding;
-        if has_deployed {
-            self.run_deployed(stage)?;
+        Ok(tensors.iter().map(|&(tensor, layout)| self.feedback(tensor, layout?)).collect())
+    }
+
+    fn feedback(&self, tensor: &TensorInfo, layout: RunLayout) -> Option<Arc<ColumnFeedback>> {
+        let inputs = self.inputs.get(&tensor.name)?;
+        let columns = inputs.hessian.ncols();
+        if layout.run_elements != columns || !layout.elements.is_multiple_of(columns) {
+            return None;
         }
-        let wanted: BTreeSet<&str> = (tensors.iter())
-            .filter(|(tensor, layout)| layout.is_some() && self.inputs.contains_key(&tensor.name))
-            .map(|(tensor, _)| tensor.name.as_str())
-            .collect();
-        if wanted.is_empty() {
-            return Ok(unknown());
-        }
-        let mut shared: BTreeMap<String, Arc<Shared>> = BTreeMap::new();
-        let mut failed = None;
-        let inputs = &self.inputs;
-        let mut keep = |names: &[String], found: &Array2<f32>| {
-            if !names.iter().any(|name| wanted.contains(name.as_str())) {
-                return;
-            }
-            let original = &inputs[&names[0]];
-            let moments = (has_deployed && **original != *found).then(|| cross_moments(found, &(&**original - found)));
-            let matrix = hessian(found);
-            let is_finite = |matrix: &Array2<f32>| matrix.iter().all(|value| value.is_finite());
-            if !is_finite(&matrix) || !moments.as_ref().is_none_or(is_finite) {
-                failed.get_or_insert(names[0].clone());
-            }
-            let of_names = Arc::new(Shared { matrix, moments, feedback: Mutex::default(), factor: OnceLock::new() });
-            shared.extend(names.iter().map(|name| (name.clone(), Arc::clone(&of_names))));
-        };
-        match (&self.deployed, stage) {
-            // Nothing was deployed before: its inputs are the original's.
-            _ if !has_deployed => {
-                let mut groups: Vec<(Vec<String>, &Array2<f32>)> = Vec::new();
-                for (name, inputs) in &self.inputs {
-                    match groups.iter_mut().find(|(_, of_group)| std::ptr::eq(*of_group, &**inputs)) {
-                        Some((names, _)) => names.push(name.clone()),
-                        None => groups.push((vec![name.clone()], &**inputs)),
-                    }
-                }
-                groups.iter().for_each(|(names, inputs)| keep(names, inputs));
-            }
-            (Some(deployed), Stage::Layer(_)) => deployed.clone().layer(&mut keep)?,
-            (Some(deployed), _) => drop(deployed.clone().finish(&mut keep)?),
-            (None, _) => unreachable!("the deployed model has been run to the stage"),
-        }
-        if let Some(tensor) = failed {
-            return Err(ForwardError::NotFinite { tensor });
-        }
-        let known = |&(tensor, layout): &(&TensorInfo, Option<RunLayout>)| {
-            let (shared, layout) = (shared.get(&tensor.name)?, layout?);
-            let columns = shared.matrix.ncols();
-            if layout.run_elements != columns || !layout.elements.is_multiple_of(columns) {
-                return None;
-            }
-            let mut feedback = shared.feedback.lock().expect("making feedback does not panic");
-            let made = feedback.entry(layout.lanes);
-            let made = made.or_insert_with(|| Arc::new(ColumnFeedback::new(&shared.matrix, layout.lanes)));
-            Some(ColumnInputs { feedback: Arc::clone(made), shared: Arc::clone(shared) })
-        };
-        Ok(tensors.iter().map(known).collect())
+        let mut known = inputs.feedback.lock().expect("making feedback does not panic");
+        let made = known.entry(layout.lanes);
+        Some(Arc::clone(made.or_insert_with(|| Arc::new(ColumnFeedback::new(&inputs.hessian, layout.lanes)))))
     }
 
     /// What the blocks of a record do on the inputs (section 4.2), `[groups, summary]`: what the map behind them is multiplied
@@ -187,7 +96,7 @@ impl<'a> InputStatistics<'a> {
         let symmetry = record.symmetry.filter(|symmetry| symmetry.members == 1)?;
         record.parts.iter().zip(tensors).find_map(|(part, (tensor, _))| {
             let placement = part.placement.filter(|placement| placement.axis == 1 && tensor.shape.len() == 2)?;
-            let inputs = self.inputs.get(&tensor.name)?;
+            let inputs = &self.inputs.get(&tensor.name)?.rows;
             if inputs.ncols() as u64 != tensor.shape[1] {
                 return None;
             }
@@ -202,87 +111,49 @@ impl<'a> InputStatistics<'a> {
         })
     }
 
-    /// From now on a tensor of this record has these values, those that it decodes to.
-    pub fn deploy(&mut self, record: &RecordPlan, tensor: &TensorInfo, values: Vec<f32>) {
-        match Stage::of(record) {
-            Some(Stage::Embedding) => drop(self.embeddings.insert(tensor.name.clone())),
-            Some(Stage::Layer(_)) => (),
-            _ => return,
-        }
-        self.calibration.deployed.deploy(&tensor.name, values);
-        self.has_deployed = true;
-    }
-
-    /// Runs both models until they are before the stage, and keeps the original's inputs in it.
+    /// Runs the model until the stage's inputs have been seen.
     fn run_to(&mut self, stage: Stage) -> Result<(), ForwardError> {
         if self.stage == Some(stage) {
             return Ok(());
         }
-        let Calibration { model, weights, deployed, data } = self.calibration;
-        let inputs = &data.inputs;
-        let mut kept: BTreeMap<String, Arc<Array2<f32>>> = BTreeMap::new();
-        let mut ignore = |_: &[String], _: &Array2<f32>| ();
-        let mut keep = |names: &[String], inputs: &Array2<f32>| {
-            let inputs = Arc::new(inputs.clone());
-            kept.extend(names.iter().map(|name| (name.clone(), Arc::clone(&inputs))));
-        };
+        let Calibration { model, weights, data } = self.calibration;
         self.inputs.clear();
-        if stage == Stage::Embedding {
-            (self.original, self.deployed) = (None, None);
-            drop(Pass::new(model, weights, inputs, &mut keep)?);
-        } else {
-            if self.stage.is_none_or(|before| before > stage) {
-                (self.original, self.deployed) = (None, None);
-            }
-            if self.has_deployed {
-                self.run_deployed(stage)?;
-            }
-            let mut original = match self.original.take() {
-                Some(pass) => pass,
-                None => Pass::new(model, weights, inputs, &mut ignore)?,
-            };
-            while original.next_layer() < self.layers_before(stage) {
-                original.layer(&mut ignore)?;
-            }
-            match stage {
-                // Another stack than the model's has none.
-                Stage::Layer(layer) if layer < model.layers => {
-                    original.layer(&mut keep)?;
-                }
-                Stage::Head => drop(original.clone().finish(&mut keep)?),
-                _ => (),
-            }
-            self.original = Some(original);
-            let embeddings = &self.embeddings;
-            deployed.retain(|name| embeddings.contains(name)); // the layers before have been run
-        }
-        self.inputs = kept;
-        self.stage = Some(stage);
-        Ok(())
-    }
-
-    /// Runs the deployed model until it is before the stage.
-    fn run_deployed(&mut self, stage: Stage) -> Result<(), ForwardError> {
-        let Calibration { model, deployed, data, .. } = self.calibration;
-        let inputs = &data.inputs;
         let mut ignore = |_: &[String], _: &Array2<f32>| ();
-        let mut pass = match self.deployed.take() {
-            Some(pass) => pass,
-            None => Pass::new(model, deployed, inputs, &mut ignore)?,
+        let inputs = &mut self.inputs;
+        let mut keep = |names: &[String], rows: &Array2<f32>| {
+            let (hessian, feedback) = (hessian(rows), Mutex::default());
+            let shared = Arc::new(StageInputs { rows: rows.clone(), hessian, feedback });
+            inputs.extend(names.iter().map(|name| (name.clone(), Arc::clone(&shared))));
         };
-        while pass.next_layer() < self.layers_before(stage) {
+        let is_past = self.stage.is_none_or(|before| before > stage) || self.pass.is_none();
+        if is_past || stage == Stage::Embedding {
+            self.stage = None;
+            self.pass = Some(match stage {
+                Stage::Embedding => Pass::new(model, weights, &data.inputs, &mut keep)?,
+                Stage::Layer(_) | Stage::Head => Pass::new(model, weights, &data.inputs, &mut ignore)?,
+            });
+        }
+        let pass = self.pass.as_mut().expect("it was started");
+        let before = match stage {
+            Stage::Embedding => 0,
+            Stage::Layer(layer) => layer.min(model.layers),
+            Stage::Head => model.layers,
+        };
+        while pass.next_layer() < before {
             pass.layer(&mut ignore)?;
         }
-        self.deployed = Some(pass);
-        Ok(())
-    }
-
-    fn layers_before(&self, stage: Stage) -> usize {
         match stage {
-            Stage::Embedding => 0,
-            Stage::Layer(layer) => layer.min(self.calibration.model.layers),
-            Stage::Head => self.calibration.model.layers,
+            Stage::Embedding => (),
+            Stage::Layer(layer) if layer < model.layers => pass.layer(&mut keep)?,
+            Stage::Layer(_) => (), // another stack than the model's
+            Stage::Head => drop(self.pass.take().expect("it was started").finish(&mut keep)?),
         }
+        let is_finite = |inputs: &StageInputs| inputs.hessian.iter().all(|value| value.is_finite());
+        if let Some((tensor, _)) = self.inputs.iter().find(|(_, inputs)| !is_finite(inputs)) {
+            return Err(ForwardError::NotFinite { tensor: tensor.clone() });
+        }
+        self.stage = Some(stage);
+        Ok(())
     }
 }
 

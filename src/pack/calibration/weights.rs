@@ -1,7 +1,6 @@
-//! The weights that a model is run with: a checkpoint's own, or what is deployed of them.
+//! The weights that a model is run with: a checkpoint's own.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard};
 
 use crate::forward::Weights;
 use crate::pack::quantize::values_of;
@@ -45,47 +44,5 @@ impl Weights for CheckpointWeights<'_> {
 
     fn names(&self) -> Vec<String> {
         self.places.keys().map(|&name| name.to_owned()).collect()
-    }
-}
-
-/// A checkpoint's weights, some of them as they decode.
-pub(super) struct DeployedWeights<'a> {
-    original: CheckpointWeights<'a>,
-    decoded: Mutex<BTreeMap<String, Vec<f32>>>,
-}
-
-impl<'a> DeployedWeights<'a> {
-    /// Nothing is decoded yet.
-    pub(super) fn new(original: CheckpointWeights<'a>) -> Self {
-        Self { original, decoded: Mutex::default() }
-    }
-
-    /// From now on a tensor has these values.
-    pub(super) fn deploy(&self, name: &str, values: Vec<f32>) {
-        self.decoded().insert(name.to_owned(), values);
-    }
-
-    /// Forgets the decoded values of all tensors but these.
-    pub(super) fn retain(&self, is_kept: impl Fn(&str) -> bool) {
-        self.decoded().retain(|name, _| is_kept(name));
-    }
-
-    fn decoded(&self) -> MutexGuard<'_, BTreeMap<String, Vec<f32>>> {
-        self.decoded.lock().expect("nothing panics while it holds the lock")
-    }
-}
-
-impl Weights for DeployedWeights<'_> {
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.original.shape(name)
-    }
-
-    fn values(&self, name: &str) -> Option<Vec<f32>> {
-        let decoded = self.decoded().get(name).cloned();
-        decoded.or_else(|| self.original.values(name))
-    }
-
-    fn names(&self) -> Vec<String> {
-        self.original.names()
     }
 }

@@ -166,7 +166,7 @@ impl Encoder<'_> {
             let mut drafts = self.drafts(record, &source, planned, &step_factors)?;
             let context = (contexts.remove(&record.block_type))
                 .filter(|context| !self.is_keyframe(record) && record.follows(&context.plan, &plan_files));
-            let inputs = match &mut statistics {
+            let feedback = match &mut statistics {
                 Some(statistics) => statistics.of_record(record, &quantized_layouts(&source, &drafts))?,
                 None => Vec::new(),
             };
@@ -175,7 +175,6 @@ impl Encoder<'_> {
                 Some(trainer) => source.iter().map(|(tensor, _)| trainer.moves(&tensor.name)).collect(),
                 None => vec![None; source.len()],
             };
-            let feedback: Vec<_> = inputs.into_iter().map(|inputs| inputs.map(|inputs| inputs.feedback)).collect();
             move_values(&mut drafts, &moves);
             let mut encoded =
                 encoder.encode(record, &source, &drafts, &feedback, activations.as_ref(), context.as_ref());
