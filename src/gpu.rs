@@ -15,9 +15,6 @@
 //! Checksums are looked at on the way, and so is whatever else [`materialize`](crate::materialize) looks at. A chain is decoded
 //! one layer after another; of each layer of all chains together all strips are decoded at once. Tensors of a kind that no
 //! kernel knows are decoded by the CPU and copied.
-//!
-//! **Not to be used yet**: on the emulated device some tensors of archives with losses come out wrong; the ignored test of
-//! `tests/cuda.rs` shows it. The engine ([`crate::decode::cuda`]) is not concerned.
 
 mod load;
 

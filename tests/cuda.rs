@@ -54,7 +54,7 @@ fn engine_on(device: EmulatedDevice, memory_bytes: u64) -> CudaEngine {
 }
 
 #[test]
-fn archives_read_on_a_device_are_those_of_the_reference() {
+fn archives_read_on_a_device_and_decoded_into_it_are_those_of_the_reference() {
     let scratch = tempfile::tempdir().expect("a directory");
     let mut launches = 0;
     for path in archives(&scratch) {
@@ -64,17 +64,7 @@ fn archives_read_on_a_device_are_those_of_the_reference() {
         let engine = CudaEngine::new(of_engine, 1 << 28, Arc::new(CpuEngine::portable())).expect("enough memory");
         assert!(read_on(engine, &path) == expected, "{}: read", path.display());
         launches += device.launches();
-    }
-    assert!(launches > 0, "the device has decoded them");
-}
 
-#[test]
-#[ignore = "a known defect: tensors that are loaded straight into the device have wrong bytes (see mcwcfs::gpu)"]
-fn archives_decoded_into_a_device_are_those_of_the_reference() {
-    let scratch = tempfile::tempdir().expect("a directory");
-    for path in archives(&scratch) {
-        let expected: Vec<Vec<u8>> =
-            decode(&path, EngineChoice::Reference).into_iter().map(|(_, bytes)| bytes).collect();
         let archive = open_with_bases(&path).expect("a sound archive");
         let (_, device) = shared(EmulatedDevice::new(1 << 28));
         let loaded = Gpu::on(device).load(&archive).expect("a sound archive");
@@ -91,6 +81,7 @@ fn archives_decoded_into_a_device_are_those_of_the_reference() {
             }
         }
     }
+    assert!(launches > 300, "the device has decoded them: {launches}");
 }
 
 #[test]

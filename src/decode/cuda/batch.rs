@@ -124,10 +124,11 @@ pub fn room_bytes(part: &PreparedPart, strip: usize) -> usize {
     STATUS_BYTES + order
 }
 
-/// The elements that strips decode, counted in the part.
+/// The elements that strips decode, counted in the part; bytes where it is raw.
 fn elements_of(part: &PreparedPart, strips: Range<usize>) -> Range<usize> {
     let bytes = part.output_range(strips);
-    let element = |byte: u64| 8 * byte as usize / part.symbol_bits();
+    let bits = if matches!(part.kind(), PartKind::Raw) { 8 } else { part.symbol_bits() };
+    let element = |byte: u64| 8 * byte as usize / bits;
     element(bytes.start)..element(bytes.end)
 }
 
