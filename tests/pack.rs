@@ -117,8 +117,8 @@ fn residual_vectors_meet_a_rate_from_below_and_refuse_what_they_cannot() {
     assert!(fine < 0.2 * coarse, "{fine} and {coarse}");
     for (options, says) in [
         (["--max-rel-mse", "0.01"], "expected --bpp"),
-        (["--bpp", "1"], "vectors of 16 elements take"),
-        (["--bpp", "11"], "the shortest vectors take"),
+        (["--bpp", "1"], "or more: there are no longer vectors"),
+        (["--bpp", "11"], "or less: there are no shorter vectors"),
     ] {
         let mut arguments = arguments!["pack", &work.checkpoint, work.archive("refused")].to_vec();
         arguments.extend(options.iter().chain(&["--quantization", "residual-vector"]).map(Into::into));
@@ -238,7 +238,8 @@ fn statistics_name_every_stage_and_change_nothing() {
     for (stage, least) in [
         ("trellis-coded quantization", 0.05),
         ("entropy coding", 0.3),
-        ("alignment, where it pays", 0.3),
+        ("motion vectors", 0.2),
+        ("alignment, where it pays", 0.03),
         ("permutation coding", 0.0),
     ] {
         assert!(saved(stage) > least, "{stage}: {}", saved(stage));

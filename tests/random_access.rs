@@ -48,15 +48,23 @@ fn first_bytes_of_rows(archive: &Arc<Archive>, random: &mut Random) -> Vec<Read>
 }
 
 fn tensors_of_chain(archive: &Archive, address: PartAddress, part: &PreparedPart) -> usize {
-    match part.prediction() {
-        None => usize::from(archive.is_referenced(address.record)),
-        Some(prediction) => {
-            let below = archive.record(address.record).reference.expect("a predicted record has one");
-            let parts = prepare_record(archive, below).expect("a sound record");
-            let reference = PartAddress { record: below, part: prediction.reference_part };
-            1 + tensors_of_chain(archive, reference, &parts[prediction.reference_part as usize]).max(1)
+    if part.prediction().is_none() && !archive.is_referenced(address.record) {
+        return 0;
+    }
+    let mut chain = HashSet::new();
+    let mut left = vec![(address.record, address.part)];
+    while let Some((record, part)) = left.pop() {
+        if !chain.insert((record, part)) {
+            continue;
+        }
+        let parts = prepare_record(archive, record).expect("a sound record");
+        if let Some(prediction) = parts[part as usize].prediction() {
+            let below = |record| archive.record(record).reference.expect("a predicted record has one");
+            left.push((below(record), prediction.reference_part));
+            left.extend(prediction.second_part.map(|second| (below(below(record)), second)));
         }
     }
+    chain.len()
 }
 
 #[test]

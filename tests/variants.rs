@@ -326,11 +326,13 @@ fn a_merged_product_is_never_longer_with_losses_than_without() {
         let said = mcwcfs_ok(arguments.chain(options.iter().map(OsString::from)).chain(files));
         serde_json::from_str(&said).expect("JSON")
     };
-    let bits = |report: &serde_json::Value| report["bits_per_parameter"].as_f64().expect("a number");
-    let lossless = bits(&pack(&[]));
-    for target in [["--bpp", "8"], ["--max-rel-mse", "1e-9"], ["--bpp", &format!("{:.3}", lossless + 0.01)]] {
-        let lossy = bits(&pack(&target));
-        assert!(lossy <= lossless + 0.01, "{target:?}: {lossy} bits, {lossless} without losses");
+    let bytes = |report: &serde_json::Value| report["archive_bytes"].as_u64().expect("a number");
+    let lossless = pack(&[]);
+    let hardly_more = lossless["bits_per_parameter"].as_f64().expect("a number") + 0.06;
+    for target in [["--bpp", "8"], ["--max-rel-mse", "1e-9"], ["--bpp", &format!("{hardly_more:.3}")]] {
+        let lossy = bytes(&pack(&target));
+        // More options have a value, and all of them are written down.
+        assert!(lossy <= bytes(&lossless) + 200, "{target:?}: {lossy} bytes, {} without losses", bytes(&lossless));
     }
 }
 

@@ -80,7 +80,9 @@ impl Context {
 pub struct StageBits {
     /// All parts as keyframes.
     pub keyframe: f64,
-    /// Each part the cheaper of keyframe and prediction, nothing permuted; absent where nothing could be predicted.
+    /// Each part the cheaper of keyframe and prediction from what is in the same place.
+    pub same_place: f64,
+    /// The same with motion vectors tried as well, nothing permuted; absent where nothing could be predicted.
     pub unaligned: Option<f64>,
     /// The same with aligned blocks, without the permutation.
     pub aligned: Option<f64>,

@@ -114,7 +114,9 @@ pub struct StageStatistic {
 pub struct StageTotals {
     /// Had all their parts been keyframes.
     pub keyframe: f64,
-    /// With prediction, without alignment.
+    /// With prediction from what is in the same place.
+    pub same_place: f64,
+    /// With that or motion vectors, without alignment.
     pub unaligned: f64,
     /// With prediction and alignment, permutations not counted; unaligned where no permutation was found.
     pub aligned: f64,
@@ -133,6 +135,7 @@ impl StageTotals {
     pub fn add(&mut self, stages: &StageBits) {
         if let Some(unaligned) = stages.unaligned {
             self.keyframe += stages.keyframe;
+            self.same_place += stages.same_place;
             self.unaligned += unaligned;
             self.aligned += stages.aligned.unwrap_or(unaligned);
             self.permutation += stages.permutation.unwrap_or(0.0);

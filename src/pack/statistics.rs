@@ -38,10 +38,12 @@ pub fn measure(
         }
     }
     if stages.keyframe > 0.0 {
-        let is_predicted = stages.unaligned < stages.keyframe;
-        add("prediction", "every record a keyframe", stages.keyframe - stages.unaligned, is_predicted);
+        let saved = stages.keyframe - stages.same_place;
+        add("prediction", "every record a keyframe", saved, stages.unaligned < stages.keyframe);
+        let vectors = stages.same_place - stages.unaligned;
+        add("motion vectors", "prediction from what is in the same place", vectors, vectors > 0.0);
         let is_aligned = stages.chosen_permutation > 0.0;
-        let aligned = "prediction from the block in the same place";
+        let aligned = "prediction without a permutation";
         add("alignment, where it pays", aligned, stages.unaligned - stages.chosen, is_aligned);
         let everywhere = stages.unaligned - stages.aligned - stages.permutation;
         add("alignment, everywhere", aligned, everywhere, false);

@@ -147,14 +147,20 @@ impl PairStatistics {
 
     /// Explained variance (Eq. 106) of the best scaled copy; 0 where the mean block is all there is, as with one block.
     pub fn explained_variance(&self) -> f64 {
-        if self.energy_around_mean == 0.0 { 0.0 } else { 1.0 - self.residual() / self.energy_around_mean }
+        self.explained_by(self.residual())
+    }
+
+    fn explained_by(&self, residual: f64) -> f64 {
+        // Where all blocks are the mean, rounding still leaves something around it.
+        let is_all_mean = self.energy_around_mean <= 1e-10 * self.energy;
+        if is_all_mean { 0.0 } else { 1.0 - residual / self.energy_around_mean }
     }
 
     /// Explained variance with the gain that was the best for `fitted`: what a prediction is worth where it was not fitted.
     pub fn explained_variance_with_gain_of(&self, fitted: &Self) -> f64 {
         let gain = fitted.gain();
         let residual = self.energy - 2.0 * gain * self.product + gain * gain * self.reference_energy;
-        if self.energy_around_mean == 0.0 { 0.0 } else { 1.0 - residual / self.energy_around_mean }
+        self.explained_by(residual)
     }
 
     /// Factor of the scaled copy with the least residual.

@@ -27,7 +27,7 @@ pub(super) struct Steering {
 }
 
 /// What is held to a budget, and what is left of it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum Aim {
     Bits(f64),
     SquaredError(f64),
@@ -114,6 +114,45 @@ impl Sums {
     }
 }
 
+/// The encodings nearest to the target on both sides of it.
+#[derive(Debug, Default)]
+pub(super) struct Bracket {
+    last: Option<Point>,
+    above: Option<Point>,
+    below: Option<Point>,
+}
+
+/// One encoding: its mean step, and the bits by which it missed.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    octaves: f64,
+    excess: f64,
+}
+
+impl Bracket {
+    /// Bits that a weight saves per octave of step from the last encoding to the target, which was missed by `excess`: by the
+    /// encodings on both sides of it, or the last two where all were on one. `None` where that says nothing.
+    pub(super) fn slope_after(&mut self, written: &[Vec<ProbedPart>], excess: f64) -> Option<f64> {
+        let steps = written.iter().flatten().filter(|part| part.follows_step).filter_map(|part| match part.decision {
+            Decision::Quantized(choice) => Some((part.elements as f64, f64::from(choice.step).log2())),
+            _ => None,
+        });
+        let (elements, octaves) =
+            steps.fold((0.0, 0.0), |(sum, mean), (elements, step)| (sum + elements, mean + elements * step));
+        if elements == 0.0 {
+            return None;
+        }
+        let now = Point { octaves: octaves / elements, excess };
+        let side = if excess > 0.0 { &mut self.above } else { &mut self.below };
+        *side = Some(now);
+        let pair = self.above.zip(self.below).or_else(|| self.last.map(|last| (last, now)));
+        self.last = Some(now);
+        let (one, other) = pair?;
+        let slope = (one.excess - other.excess) / ((other.octaves - one.octaves) * elements);
+        (slope.is_finite() && slope > 0.0).then_some(slope.clamp(0.1, 16.0))
+    }
+}
+
 /// What was written, as a plan for another encoding: with one step for all that follow it, chosen so that `budget` is met.
 /// `slope` is as in [`Steering::new`].
 pub(super) fn replan(
@@ -177,6 +216,27 @@ mod tests {
         ProbedPart { decision: Decision::Raw, follows_step: true, elements: 1000, bits, squared_error: 1.0 }
     }
 
+    fn quantized(step: f32, bits: f64, squared_error: f64) -> ProbedPart {
+        let rounding = Rounding { trellis: None, lambda: 0.0, own_table: None };
+        let choice = QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square: 1.0, vectors: None };
+        ProbedPart { decision: Decision::Quantized(choice), bits, squared_error, ..part(0.0) }
+    }
+
+    #[test]
+    fn a_bracket_closes_on_a_bent_curve_that_the_survey_knew_nothing_of() {
+        // Bits fall slowly, then all at once, as where a prediction begins to pay.
+        let bits_at = |octaves: f64| 1000.0 * (4.0 - octaves - 3.0 / (1.0 + (-20.0 * (octaves - 0.5)).exp()));
+        let (wanted, mut octaves, mut slope) = (2000.0, 0.0, 1.0);
+        let mut bracket = Bracket::default();
+        for _ in 0..8 {
+            let excess = bits_at(octaves) - wanted;
+            let written = quantized(octaves.exp2() as f32, bits_at(octaves), 1.0);
+            slope = bracket.slope_after(&[vec![written]], excess).unwrap_or(slope);
+            octaves += excess / (slope * 1000.0);
+        }
+        assert!((bits_at(octaves) / wanted - 1.0).abs() < 0.01, "{}", bits_at(octaves));
+    }
+
     /// Ten records that each take so much more than planned; every octave of step saves them a thousand bits.
     fn total(excess: f64) -> f64 {
         let planned: Vec<Vec<ProbedPart>> = (0..10).map(|_| vec![part(4000.0)]).collect();
@@ -207,11 +267,6 @@ mod tests {
 
     #[test]
     fn another_encoding_has_one_step_for_all_that_meets_the_budget() {
-        let quantized = |step, bits, squared_error| {
-            let rounding = Rounding { trellis: None, lambda: 0.0, own_table: None };
-            let choice = QuantizerChoice { step, raw_bits: 0, rounding, root_mean_square: 1.0, vectors: None };
-            ProbedPart { decision: Decision::Quantized(choice), bits, squared_error, ..part(0.0) }
-        };
         let planned = [vec![quantized(1.0, 5000.0, 1.0), quantized(0.5, 5000.0, 0.25)]];
         // The first with twice its step, the second with its own.
         let written = [vec![quantized(2.0, 3000.0, 4.0), quantized(0.5, 4000.0, 0.25)]];

@@ -11,13 +11,13 @@ use super::super::train::Schedule;
 use super::super::treatment::{Fineness, Treatment};
 use super::compare::Compared;
 use super::records::{WriteError, Written, write_index};
-use super::steering::{Steering, replan};
+use super::steering::{Bracket, Steering, replan};
 use super::{Encoder, PackError, quantized_tensors};
 
 /// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
 const MOST_BITS: f64 = 12.0;
 /// Encodings of the whole checkpoint until the target must be met.
-const ENCODINGS: usize = 5;
+const ENCODINGS: usize = 8;
 /// Steps tried on the survey. Most targets need three.
 const PROBES: usize = 7;
 /// Bits that are left for a weight at least, where any is quantized.
@@ -208,7 +208,7 @@ impl Encoder<'_> {
         let parameters = self.checkpoint.parameters() as f64;
         let tolerance = self.options.effort.tolerance();
         let is_steered = plan.probe.parts.iter().flatten().any(|part| part.follows_step);
-        let mut bits_before = None;
+        let mut bracket = Bracket::default();
         for attempt in 1.. {
             file.set_len(0).map_err(output)?;
             let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
@@ -238,13 +238,12 @@ impl Encoder<'_> {
                         let compared = self.compare(file, out, &written.parts)?;
                         return Ok((written, compared, missed));
                     }
-                    // Where records are predicted, bits can follow the step faster than the survey says.
-                    let found = 8.0 * written.bytes as f64;
-                    if let Some(before) = bits_before.replace(found) {
-                        plan.slope *= ((found - before) / (plan.budget - before)).clamp(0.5, 4.0);
-                    }
                     // What is known now instead of estimated: the index, and every part.
                     plan.budget = wanted * parameters - 8.0 * (bytes - written.bytes) as f64;
+                    // Where records are predicted, bits can follow the step faster than the survey says.
+                    if let Some(slope) = bracket.slope_after(&written.parts, bits - wanted * parameters) {
+                        plan.slope = slope;
+                    }
                 }
                 Target::RelativeSquaredError(wanted) => {
                     let compared = self.compare(file, out, &written.parts)?;

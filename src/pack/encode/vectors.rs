@@ -121,14 +121,14 @@ impl Encoder<'_> {
         };
         let Some(long) = range.clone().find(|&length| bits_at(length) <= left) else {
             let least = rate_with(bits_at(longest) - left);
-            return Err(refused(format!("expected --bpp {least:.2} at least: longer vectors there are none")));
+            return Err(refused(format!("expected --bpp {least:.2} or more: there are no longer vectors")));
         };
         left -= bits_at(long);
         let elements: f64 =
             samples.iter().filter(|&sample| following(sample)).map(|sample| sample.layout.elements as f64).sum();
         if long == shortest && left > 0.1 * elements {
             let most = rate_with(-left);
-            return Err(refused(format!("expected --bpp {most:.2} at most: shorter vectors there are none")));
+            return Err(refused(format!("expected --bpp {most:.2} or less: there are no shorter vectors")));
         }
         for (_, length) in samples.iter().zip(&mut lengths).filter(|(sample, _)| following(sample)) {
             *length = long;

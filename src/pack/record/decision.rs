@@ -92,7 +92,7 @@ impl RecordEncoder<'_> {
             permutation_raw: coded_bits(PermutationCoding::Raw),
             ..StageBits::default()
         };
-        let (mut unaligned_bits, mut aligned_bits) = (0.0, 0.0);
+        let (mut same_place_bits, mut unaligned_bits, mut aligned_bits) = (0.0, 0.0, 0.0);
         let (mut unaligned, mut aligned) = (Vec::new(), Vec::new());
         for (ordinal, draft) in drafts.iter().enumerate() {
             let (mut in_place, mut with_motion) = (None, None);
@@ -118,7 +118,9 @@ impl RecordEncoder<'_> {
                 };
                 let keyframe = part.candidate.keyframe_bits(self.pool);
                 let pays = |tried: &Tried| self.options.force_prediction || tried.bits < keyframe;
-                in_place = self.in_place(plan, &part, bytes, context).filter(pays);
+                let same_place = self.same_place(plan, &part, context).filter(pays);
+                let vectors = self.motion_vectors(&part, bytes).filter(pays);
+                in_place = cheapest(same_place.iter().cloned().chain(vectors));
                 let moved = permutation.as_ref().and_then(|permutation| self.moved(plan, &part, context, permutation));
                 with_motion = match moved.filter(pays) {
                     Some(moved) if self.options.force_prediction => Some(moved),
@@ -126,12 +128,14 @@ impl RecordEncoder<'_> {
                 };
                 let bits = |tried: &Option<Tried>| tried.as_ref().map_or(keyframe, |tried| tried.bits);
                 stages.keyframe += keyframe;
+                same_place_bits += bits(&same_place);
                 unaligned_bits += bits(&in_place);
                 aligned_bits += bits(&with_motion);
             }
             unaligned.push(in_place.map(|tried| tried.prediction));
             aligned.push(with_motion.map(|tried| tried.prediction));
         }
+        stages.same_place = same_place_bits;
         stages.unaligned = Some(unaligned_bits);
         stages.aligned = stages.permutation.map(|_| aligned_bits);
         // Alignment is kept only where what it saves exceeds what its permutation costs.
@@ -149,12 +153,11 @@ impl RecordEncoder<'_> {
         }
     }
 
-    /// The cheapest prediction without a permutation.
-    fn in_place(&self, plan: &RecordPlan, part: &Part<'_>, bytes: &[u8], context: &Context) -> Option<Tried> {
+    /// The cheapest prediction from what is in the same place one layer below.
+    fn same_place(&self, plan: &RecordPlan, part: &Part<'_>, context: &Context) -> Option<Tried> {
         let elementwise = self.elementwise(part, &part.decoded, false);
-        let vectors = self.motion_vectors(part, bytes);
         let network = self.network_prediction(plan, part, context, None);
-        cheapest(elementwise.into_iter().chain(vectors).chain(network))
+        cheapest(elementwise.into_iter().chain(network))
     }
 
     /// The cheapest prediction with one, where it moves the part.
