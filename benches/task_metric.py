@@ -75,7 +75,8 @@ def encoder_table(folder, model, mcwcfs, results):
     with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
         ours = OnTask(mcwcfs, results, Evaluation(folder, model, Path(work)), folder, model)
         for rate in ENCODER_RATES:
-            cells = [point.outcome.words() if point else None for point in ours.encoder(rate)]
+            found = ours.encoder(rate)
+            cells = [f"{bits[0]:.2f}, {bits[1].outcome.words()}" if bits else None for bits in found]
             rows.append([f"{rate:g}", *cells])
             say(f"{model.name}, encoder alone at {rate:g}: {cells}")
     return page.table([f"{model.name}: bits per encoder weight", "mcwcfs", "mcwcfs calibrated"], rows)

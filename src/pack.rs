@@ -31,6 +31,7 @@ pub mod quantized_symbols;
 pub mod rate;
 pub mod record;
 pub mod report;
+pub mod sensitivity;
 pub mod source;
 pub mod split_symbols;
 pub mod statistics;

@@ -99,7 +99,9 @@ fn outputs_are_nearer_with_calibration_at_the_same_rate() {
     };
     let (plain, calibrated) = (error("plain", &[]), error("calibrated", &["--calibration", calibration]));
     assert!(calibrated < 0.5 * plain, "{calibrated} and {plain}");
-    let sizes = ["plain", "calibrated"]
+    let alike = error("alike", &["--calibration", calibration, "--bit-allocation", "weights"]);
+    assert!(calibrated < 0.97 * alike, "{calibrated} with bits where outputs need them, {alike} with one step for all");
+    let sizes = ["plain", "calibrated", "alike"]
         .map(|name| fs::metadata(work.path(&format!("{name}.packed/model.mcwc"))).expect("an archive").len() as f64);
     assert!((sizes[0] / sizes[1] - 1.0).abs() < 0.01, "{sizes:?}");
 }

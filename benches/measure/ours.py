@@ -1,6 +1,8 @@
 """mcwcfs, through its command line: packs a checkpoint, takes it apart again and measures what came back."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,7 +100,8 @@ class Mcwcfs:
         return results.points(f"{model.name}/mcwcfs/{' '.join(options)}", made_with, measure)[0]
 
 
-ENCODER_MATRICES = ("encoder.layer.*.dense.weight", "encoder.layer.*.self.*.weight")
+BESIDE_THE_ENCODER = ("embeddings.*=lossless", "pooler.*=lossless")
+ENCODER_MATRICES = re.compile(r"encoder\.layer\..*\.(dense|query|key|value)\.weight")
 
 
 class OnTask:
@@ -125,10 +128,23 @@ class OnTask:
         return self.at_calibrated("mcwcfs calibrated", f"{rate:g}", "--bpp", f"{rate:g}")
 
     def encoder(self, rate):
-        """Only the matrices of a BERT encoder at `rate` bits each, all else bit-exact: uncalibrated and calibrated."""
-        keep = [argument for pattern in ENCODER_MATRICES for argument in ("--keep", f"{pattern}={rate:g}")]
-        uncalibrated = self.at("mcwcfs, encoder alone", f"{rate:g}", *keep)
-        return uncalibrated, self.at_calibrated("mcwcfs calibrated, encoder alone", f"{rate:g}", *keep)
+        """The matrices of a BERT encoder at `rate` bits, all else bit-exact: uncalibrated and calibrated, and their bits."""
+        keep = [argument for rule in BESIDE_THE_ENCODER for argument in ("--keep", rule)]
+        weights, others, parameters = self.bits_beside_the_encoder()
+        whole_file = f"{(others + rate * weights) / parameters:.4f}"
+        of_encoder = lambda point: (point.bits * parameters - others) / weights
+        for codec, at in (("mcwcfs", self.at), ("mcwcfs calibrated", self.at_calibrated)):
+            point = at(f"{codec}, encoder alone", f"{rate:g}", "--bpp", whole_file, *keep)
+            yield point and (of_encoder(point), point)
+
+    def bits_beside_the_encoder(self):
+        """Matrix weights of the encoder, bits of all else in a bit-exact archive, and parameters."""
+        with tempfile.TemporaryDirectory(prefix="mcwcfs-bench-") as work:
+            report = self.mcwcfs.pack(self.model.directory, Path(work) / "packed", "--lossless")
+        found = [tensor for tensor in report["tensors"] if ENCODER_MATRICES.fullmatch(tensor["name"])]
+        elements = [math.prod(tensor["shape"]) for tensor in found]
+        taken = sum(count * tensor["bits_per_element"] for count, tensor in zip(elements, found))
+        return sum(elements), 8 * report["archive_bytes"] - taken, report["parameters"]
 
     def trained(self, rate):
         """Calibrated and trained through the decoded model."""

@@ -22,8 +22,8 @@ use crate::pack::encode::{Encoder, PackError};
 use crate::pack::evaluation::Evaluation;
 use crate::pack::keep::KeepRule;
 use crate::pack::options::{
-    AlignmentChoice, Assignment, ColumnScales, Effort, EntropyModel, PackOptions, Permutations, PredictorChoice,
-    Quantization, Steps, Target, TrellisStates,
+    AlignmentChoice, Assignment, BitAllocation, ColumnScales, Effort, EntropyModel, PackOptions, Permutations,
+    PredictorChoice, Quantization, Steps, Target, TrellisStates,
 };
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::Checkpoint;
@@ -83,6 +83,9 @@ pub struct PackArgs {
     /// Where quantizer steps are set.
     #[arg(long, value_enum, default_value_t)]
     steps: Steps,
+    /// What bits are spent for, with calibration.
+    #[arg(long, value_enum, default_value_t)]
+    bit_allocation: BitAllocation,
     /// Which columns have steps of their own.
     #[arg(long, value_enum, default_value_t, help_heading = "Ablations")]
     column_scales: ColumnScales,
@@ -335,7 +338,7 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
         encoder = encoder.with_evaluation(evaluation);
     }
     if let Some(calibration) = calibration {
-        encoder = encoder.with_calibration(calibration);
+        encoder = encoder.with_calibration(calibration).map_err(PackError::from)?;
     }
     if args.dry_run {
         return dry_run(args, &encoder, &progress);
@@ -380,6 +383,7 @@ fn options(args: &PackArgs) -> Result<Vec<PackOptions>, PackCommandError> {
         predictor: args.predictor,
         force_prediction: args.force_prediction,
         steps: args.steps,
+        bit_allocation: args.bit_allocation,
         column_scales: args.column_scales,
         quantization: args.quantization,
         entropy_model: args.entropy_model,

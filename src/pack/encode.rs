@@ -23,17 +23,18 @@ pub use self::error::PackError;
 pub use self::finished::{Finished, hidden_file};
 use self::training::Settled;
 use super::base::{Base, BaseError};
-use super::calibration::Calibration;
+use super::calibration::{Calibration, CalibrationError};
 use super::evaluation::Evaluation;
 use super::keep::{Keep, kept};
 use super::low_rank::{FoundProduct, add_product};
 use super::network::FittedNetwork;
-use super::options::{AlignmentChoice, PackOptions, PredictorChoice, Quantization};
+use super::options::{AlignmentChoice, BitAllocation, PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
-use super::statistics;
 use super::survey::{ProbedPart, Survey};
-use super::treatment::{BasedChoice, Decision, Start, Treatment, is_already_quantized, is_near};
+use super::symbols::RunLayout;
+use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment, is_already_quantized, is_near};
+use super::{sensitivity, statistics};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
@@ -177,10 +178,42 @@ impl<'a> Encoder<'a> {
         Ok(Some(Start { reference: based.reference, predicted, low_rank }))
     }
 
-    /// Quantizes in a closed loop, with the inputs that the weights are multiplied with.
-    #[must_use]
-    pub fn with_calibration(self, calibration: Calibration<'a>) -> Self {
-        Self { calibration: Some(calibration), ..self }
+    /// Quantizes in a closed loop, with the inputs that the weights are multiplied with, and most finely what the model's
+    /// outputs hang on.
+    ///
+    /// # Errors
+    /// When the model cannot be run.
+    pub fn with_calibration(mut self, calibration: Calibration<'a>) -> Result<Self, CalibrationError> {
+        if self.options.bit_allocation == BitAllocation::Outputs && self.has_quantized() {
+            self.allocate(&calibration)?;
+        }
+        Ok(Self { calibration: Some(calibration), ..self })
+    }
+
+    /// Gives every tensor that follows the checkpoint's step the fineness that the outputs ask for.
+    fn allocate(&mut self, calibration: &Calibration<'a>) -> Result<(), CalibrationError> {
+        self.progress.phase("weighing", 0);
+        let follows = |treatment: &Treatment| matches!(treatment, Treatment::Quantized(Fineness::Times(_)));
+        let tensors = |record: &RecordPlan, treatments: &[Treatment]| {
+            let parts = record.parts.iter().zip(treatments).map(|(part, treatment)| {
+                let tensor = self.tensor(part.file, part.tensor).0;
+                let layout = || RunLayout::of_shape(&tensor.shape, self.options.steps.group());
+                (tensor, follows(treatment).then(layout))
+            });
+            parts.collect()
+        };
+        let records: Vec<sensitivity::RecordTensors<'_>> = (self.plan.records.iter().zip(&self.treatments))
+            .map(|(record, treatments)| (record, tensors(record, treatments)))
+            .collect();
+        let finenesses = sensitivity::finenesses(calibration, &records, self.options.seed)?;
+        for (treatments, (_, tensors)) in self.treatments.iter_mut().zip(&records) {
+            for (treatment, (tensor, layout)) in treatments.iter_mut().zip(tensors) {
+                if let (Some(_), Some(&fineness)) = (layout, finenesses.get(&tensor.name)) {
+                    *treatment = Treatment::Quantized(Fineness::Times(fineness));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Compares what the decoded model says with the original.

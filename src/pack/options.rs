@@ -302,14 +302,24 @@ impl Steps {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum ColumnScales {
     /// None.
-    #[default]
     None,
     /// Those of tensors whose inputs calibration knows, where by an estimate a finer step for what is multiplied with strong
-    /// inputs makes up for more than its bits. What it does to a model's outputs was not measured alone.
+    /// inputs makes up for more than its bits.
+    #[default]
     Auto,
     /// All, in proportion to the root mean square of the column: an ablation. At equal squared error it costs bits, as steps
     /// per row do.
     Energy,
+}
+
+/// What bits are spent for where calibration says what each tensor is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum BitAllocation {
+    /// The least distance of the model's outputs: tensors that these hang on have finer steps.
+    #[default]
+    Outputs,
+    /// The least squared error of the weights: all have one step, but for embeddings and output heads.
+    Weights,
 }
 
 /// What the symbols are coded with (Table 15 of the paper).
@@ -392,6 +402,8 @@ pub struct PackOptions {
     pub force_prediction: bool,
     /// Where steps are set.
     pub steps: Steps,
+    /// What bits are spent for, with calibration.
+    pub bit_allocation: BitAllocation,
     /// Which columns have steps of their own.
     pub column_scales: ColumnScales,
     /// How values become codes.
@@ -433,6 +445,7 @@ impl Default for PackOptions {
             predictor: PredictorChoice::default(),
             force_prediction: false,
             steps: Steps::default(),
+            bit_allocation: BitAllocation::default(),
             column_scales: ColumnScales::default(),
             quantization: Quantization::default(),
             entropy_model: EntropyModel::default(),
@@ -594,6 +607,9 @@ impl PackOptions {
             }
             if let Some(states) = self.trellis_states {
                 add(format!(" --trellis-states {states}"));
+            }
+            if self.bit_allocation != BitAllocation::default() {
+                add(format!(" --bit-allocation {}", name_of(&self.bit_allocation)));
             }
             if !self.rate_aware_rounding {
                 add(" --no-rate-aware-rounding".to_owned());

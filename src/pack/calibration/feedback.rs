@@ -37,6 +37,8 @@ pub struct ColumnFeedback {
     pub moves: Array2<f32>,
     /// What a squared error in each column counts, once moved, in their order; 1 in the mean.
     pub weights: Vec<f32>,
+    /// What errors count once moved, over what they count where they stay.
+    pub left: f64,
 }
 
 impl ColumnFeedback {
@@ -69,7 +71,8 @@ impl ColumnFeedback {
         let weights: Vec<f64> = (0..columns).map(|column| upper(column, column).powi(2)).collect();
         let mean = weights.iter().sum::<f64>() / columns.max(1) as f64;
         let weights = weights.iter().map(|weight| (weight / mean) as f32).collect();
-        Self { order, lanes: ranges, moves, weights }
+        let diagonal: f64 = (0..columns).map(diagonal).sum::<f64>() / columns.max(1) as f64;
+        Self { order, lanes: ranges, moves, weights, left: mean / (diagonal + damping) }
     }
 
     /// Scale integers, by column, for steps in proportion to the weights of errors to the power of minus half `strength`: with
@@ -99,7 +102,7 @@ impl ColumnFeedback {
             self.weights.iter().enumerate().map(|(place, weight)| weight * of_place(place).powi(2)).collect();
         let mean = self.mean_weight(multipliers) as f32;
         let weights = weights.into_iter().map(|weight| weight / mean).collect();
-        Self { order: self.order.clone(), lanes: self.lanes.clone(), moves, weights }
+        Self { order: self.order.clone(), lanes: self.lanes.clone(), moves, weights, left: self.left }
     }
 
     /// The mean of what a squared error of one step counts, with steps times these multipliers of their columns.
@@ -179,7 +182,7 @@ mod tests {
     #[test]
     fn inputs_that_were_never_seen_have_feedback_all_the_same() {
         let feedback = ColumnFeedback::new(&Array2::zeros((6, 6)), 2);
-        assert!(feedback.moves.iter().all(|&value| value == 0.0));
+        assert!(feedback.moves.iter().all(|&value| value == 0.0) && (feedback.left - 1.0).abs() < 1e-6);
         assert!(feedback.weights.iter().all(|&weight| (weight - 1.0).abs() < 1e-6));
     }
 }

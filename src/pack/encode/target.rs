@@ -16,6 +16,8 @@ use super::{Encoder, PackError, quantized_tensors};
 
 /// Finest rate of the quantizer: 61 coded positions above eight raw bits, less what tails need.
 const MOST_BITS: f64 = 12.0;
+/// Rate of the first step tried: where bit-exact tensors take most of a file, what is left for the others is not known yet.
+const MOST_FIRST_BITS: f64 = 6.0;
 /// Encodings of the whole checkpoint until the target must be met.
 const ENCODINGS: usize = 8;
 /// Steps tried on the survey. Most targets need three.
@@ -103,12 +105,9 @@ impl Encoder<'_> {
         rms: f64,
         following: f64,
     ) -> Result<StepPlan, PackError> {
-        if wanted > MOST_BITS {
-            let reason = format!("more than the {MOST_BITS} that quantization offers; pack it --lossless");
-            return Err(PackError::Rate { wanted, reason });
-        }
         let parameters = self.checkpoint.parameters() as f64;
-        let first_step = |rms: f64, following: f64| gaussian_step(rms, wanted * parameters / following);
+        let first_step =
+            |rms: f64, following: f64| gaussian_step(rms, (wanted * parameters / following).min(MOST_FIRST_BITS));
         let mut step = first_step(rms, following);
         let mut coarser = 1.0;
         let mut probe = survey.probe(step, None);
@@ -148,6 +147,12 @@ impl Encoder<'_> {
                 }
                 let needed = (wanted * parameters - budget + fixed + least) / parameters;
                 return Err(PackError::Rate { wanted, reason: self.unreachable_because(&probe, needed) });
+            }
+            if budget - fixed > MOST_BITS * now_following as f64 {
+                let reason = format!(
+                    "it leaves more than the {MOST_BITS} bits that quantization offers to a weight; pack it --lossless"
+                );
+                return Err(PackError::Rate { wanted, reason });
             }
             let excess = bits + fixed - budget;
             let is_enough = attempt >= self.options.effort.least_probes();
