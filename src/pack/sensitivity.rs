@@ -22,8 +22,8 @@ use crate::tensor::TensorInfo;
 
 /// Tokens of a batch, about.
 const BATCH_TOKENS: usize = 1024;
-/// Parameters times tokens that gradients are taken of: half a minute on one core.
-const PARAMETER_TOKENS: f64 = 1e11;
+/// Parameters times tokens that gradients are taken of: some ten seconds on one core.
+const PARAMETER_TOKENS: f64 = 4e10;
 /// Most batches: the mean square over a whole tensor is steady long before.
 const MOST_BATCHES: usize = 16;
 /// Share of the octaves that the quadratic asks for. It holds for small errors; at 2.9 bits all-MiniLM-L6-v2 is nearest to the
