@@ -25,18 +25,19 @@
 //! | keyframes K | `--keyframe-interval K` |
 //! | step sizes, quantizer, entropy model | `--steps`, `--quantization`, `--entropy-model` |
 
-use std::fmt;
-use std::path::PathBuf;
-use std::str::FromStr;
+mod prediction;
+mod quantization;
 
-use super::align::{Alignment, Method, Solver};
+use std::path::PathBuf;
+
+pub use self::prediction::{AlignmentChoice, Assignment, Permutations, PredictorChoice};
+pub use self::quantization::{BitAllocation, ColumnScales, EntropyModel, Quantization, Steps, TrellisStates};
+use super::align::Method;
 use super::entropy_model::OwnTable;
 use super::keep::KeepRule;
-use super::network::{Embeddings, NetworkShape};
 use super::quantized_symbols::Rounding;
 use super::train::{Schedule, Training};
 use crate::codec::permutation::PermutationCoding;
-use crate::format::limits::TRELLIS_STATE_BITS;
 use crate::format::part::{StoredTrellis, TrellisTables};
 
 /// How close the decoded weights must be to the original.
@@ -137,243 +138,6 @@ impl Effort {
     /// Whether records may be predicted.
     pub fn predicts(self) -> bool {
         self != Self::Fast
-    }
-}
-
-/// How blocks are matched between layers (Tables 14 and 15 of the paper).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum AlignmentChoice {
-    /// Wherever it pays, by weight similarity.
-    #[default]
-    Weights,
-    /// Nowhere.
-    None,
-    /// FFN units only.
-    Ffn,
-    /// Attention heads only.
-    Heads,
-    /// At random: the ablation's control, kept like any other only where it pays.
-    Random,
-    /// By what blocks do on the calibration inputs. Needs `--calibration` or `--calibrate`.
-    Activations,
-    /// By both, weights counting 0.7. Needs `--calibration` or `--calibrate`.
-    Hybrid,
-    /// For the least energy of what a scaled copy leaves.
-    ResidualEnergy,
-    /// By weights, two neighbouring blocks moved together.
-    Coarse,
-}
-
-/// How the assignment of blocks is solved (Table 15 of the paper).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Assignment {
-    /// Exactly up to 256 blocks, screened above.
-    #[default]
-    Auto,
-    /// Exactly: cubic in the number of blocks.
-    Exact,
-    /// Greedily among 16 candidates of each block, with one pass of swaps.
-    Screened,
-    /// Greedily among 8 candidates of each block.
-    ScreenedUnrefined,
-}
-
-impl Assignment {
-    fn solver(self) -> Solver {
-        match self {
-            Self::Auto => Solver::Auto,
-            Self::Exact => Solver::Exact,
-            Self::Screened => Solver::SCREENED,
-            Self::ScreenedUnrefined => Solver::Screened { candidates: 8, is_refined: false },
-        }
-    }
-}
-
-/// How permutations are written (Table 15 of the paper).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Permutations {
-    /// Whichever is shortest, record by record.
-    #[default]
-    Auto,
-    /// Entries of fixed width.
-    Raw,
-    /// Lehmer digits.
-    Lehmer,
-    /// Differences of Lehmer digits across depth.
-    Delta,
-}
-
-/// Seed of the random permutations where none is given: the ablation is the same every time.
-const RANDOM_SEED: u64 = 1;
-/// What weights count in the hybrid similarity (alpha in section 4.2).
-const HYBRID_WEIGHT: f32 = 0.7;
-
-impl AlignmentChoice {
-    /// How permutations are found.
-    fn alignment(self, seed: Option<u64>) -> Alignment {
-        match self {
-            Self::Weights | Self::Activations | Self::Hybrid | Self::ResidualEnergy | Self::Coarse => {
-                Alignment::Similarity
-            }
-            Self::None => Alignment::None,
-            Self::Ffn => Alignment::FfnOnly,
-            Self::Heads => Alignment::HeadsOnly,
-            Self::Random => Alignment::Random { seed: seed.unwrap_or(RANDOM_SEED) },
-        }
-    }
-
-    /// What weights count beside activations; `None` where activations do not count.
-    pub fn weight_of_weights(self) -> Option<f32> {
-        match self {
-            Self::Activations => Some(0.0),
-            Self::Hybrid => Some(HYBRID_WEIGHT),
-            _ => None,
-        }
-    }
-}
-
-/// Which predictors may be chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum PredictorChoice {
-    /// The cheapest by measured bits, none included.
-    #[default]
-    Auto,
-    /// None: every record is a keyframe.
-    None,
-    /// The scaled copy, where it pays.
-    ScaledCopy,
-    /// The affine map per row, where it pays.
-    RowAffine,
-    /// Up to four vectors for each unit, where they pay.
-    MotionVectors,
-    /// The paper's network of width 256, where it pays for its parameters.
-    Network,
-    /// The same of width 128.
-    NetworkNarrow,
-    /// A linear one of width 256: no hidden layer.
-    NetworkLinear,
-    /// The one of width 256 without embeddings.
-    NetworkBare,
-    /// The one of width 256 with an embedding of the kind of tensor alone.
-    NetworkTypeOnly,
-    /// The one of width 256, which looks at two layers.
-    NetworkTwoStep,
-}
-
-impl PredictorChoice {
-    /// The network's shape, where it is one.
-    pub fn network(self) -> Option<NetworkShape> {
-        let full = NetworkShape { width: 256, has_hidden: true, embeddings: Embeddings::LayerAndKind, contexts: 1 };
-        match self {
-            Self::Auto | Self::None | Self::ScaledCopy | Self::RowAffine | Self::MotionVectors => None,
-            Self::Network => Some(full),
-            Self::NetworkNarrow => Some(NetworkShape { width: 128, ..full }),
-            Self::NetworkLinear => Some(NetworkShape { has_hidden: false, ..full }),
-            Self::NetworkBare => Some(NetworkShape { embeddings: Embeddings::None, ..full }),
-            Self::NetworkTypeOnly => Some(NetworkShape { embeddings: Embeddings::Kind, ..full }),
-            Self::NetworkTwoStep => Some(NetworkShape { contexts: 2, ..full }),
-        }
-    }
-}
-
-/// Where quantizer steps are set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Steps {
-    /// One step per tensor, tables follow the scale of each row.
-    #[default]
-    Shared,
-    /// A step per row in proportion to its scale, as in the paper.
-    PerRun,
-    /// A step per 128 columns of a row, as in most 4-bit formats.
-    PerGroup,
-}
-
-/// Columns that share a step where steps are set per group.
-const GROUP_COLUMNS: usize = 128;
-
-impl Steps {
-    /// Columns of a run, where runs are groups of columns.
-    pub fn group(self) -> Option<usize> {
-        (self == Self::PerGroup).then_some(GROUP_COLUMNS)
-    }
-}
-
-/// Which columns of a tensor have steps of their own.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum ColumnScales {
-    /// None.
-    None,
-    /// Those of tensors whose inputs calibration knows, where by an estimate a finer step for what is multiplied with strong
-    /// inputs makes up for more than its bits.
-    #[default]
-    Auto,
-    /// All, in proportion to the root mean square of the column: an ablation. At equal squared error it costs bits, as steps
-    /// per row do.
-    Energy,
-}
-
-/// What bits are spent for where calibration says what each tensor is worth.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum BitAllocation {
-    /// The least distance of the model's outputs: tensors that these hang on have finer steps.
-    #[default]
-    Outputs,
-    /// The least squared error of the weights: all have one step, but for embeddings and output heads.
-    Weights,
-}
-
-/// What the symbols are coded with (Table 15 of the paper).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum EntropyModel {
-    /// Each row has the table that suits it best, of a family fitted to the checkpoint.
-    #[default]
-    Contextual,
-    /// One table per tensor, fitted to it.
-    Iid,
-    /// All codes of a tensor take the same number of bits.
-    FixedLength,
-}
-
-/// How values become codes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Quantization {
-    /// Trellis-coded; at the lowest rates an entropy table for each of the two quantizers.
-    #[default]
-    Trellis,
-    /// Trellis-coded, both quantizers with the same entropy table at every rate.
-    TrellisShared,
-    /// One quantizer, as in the paper.
-    Scalar,
-    /// Residual vector quantization in two stages, indices of fixed length: the paper's ablation. Vectors of 2 to 16 elements
-    /// and two codebooks of 1024 reach 1.25 to 10 bits per weight, fewer codewords in small checkpoints less. Needs `--bpp`,
-    /// which is met from below as near as vectors of two lengths allow.
-    ResidualVector,
-}
-
-/// Number of states of the trellis: more take longer to search, not to decode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TrellisStates(u16);
-
-impl TrellisStates {
-    /// Two to this power are so many.
-    pub fn state_bits(self) -> u8 {
-        self.0.ilog2() as u8
-    }
-}
-
-impl FromStr for TrellisStates {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let is_one = |states: &u16| states.is_power_of_two() && TRELLIS_STATE_BITS.contains(&(states.ilog2() as u8));
-        let states = text.parse().ok().filter(is_one).map(Self);
-        states.ok_or_else(|| format!("{text:?} is not 8, 16, 32, 64, 128 or 256"))
-    }
-}
-
-impl fmt::Display for TrellisStates {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(formatter)
     }
 }
 
