@@ -183,14 +183,7 @@ pub fn class_of(magnitude: u32, shift: u32, offset: i32) -> u8 {
 /// assert_eq!(coded_order(&[2, 0, 2, 1]), [1, 3, 0, 2]);
 /// ```
 pub fn coded_order(classes: &[u8]) -> Vec<u32> {
-    let mut next = [0; CLASSES];
-    for &class in classes {
-        next[usize::from(class)] += 1;
-    }
-    let mut first = 0;
-    for next in &mut next {
-        first += std::mem::replace(next, first);
-    }
+    let mut next = first_places(classes);
     let mut order = vec![0; classes.len()];
     for (element, &class) in classes.iter().enumerate() {
         let place = &mut next[usize::from(class)];
@@ -198,6 +191,25 @@ pub fn coded_order(classes: &[u8]) -> Vec<u32> {
         *place += 1;
     }
     order
+}
+
+/// Where in the coded order the elements of each class begin.
+pub fn first_places(classes: &[u8]) -> [u32; CLASSES] {
+    // Several tallies: neighbours of one class, as most are, need not wait for one another.
+    let mut tallies = [[0; CLASSES]; 4];
+    let (fours, rest) = classes.as_chunks::<4>();
+    for classes in fours {
+        for (tally, &class) in tallies.iter_mut().zip(classes) {
+            tally[usize::from(class)] += 1;
+        }
+    }
+    rest.iter().for_each(|&class| tallies[0][usize::from(class)] += 1);
+    let mut first = 0;
+    std::array::from_fn(|class| {
+        let elements: u32 = tallies.iter().map(|tally| tally[class]).sum();
+        first += elements;
+        first - elements
+    })
 }
 
 #[cfg(test)]

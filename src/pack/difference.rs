@@ -1,31 +1,30 @@
 //! A variant's tensor as differences to its base: which parameters code it shortest, and its strips (SPEC.md sections 4.3
 //! and 7.7; `codec::difference` has what encoder and decoder share).
 
+mod run;
+
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+use self::run::{RUN_ELEMENTS, Run, class_of_run};
 use super::entropy_model::{ClassHistograms, StreamKind, TablePool};
-use super::histogram::Histogram;
+use super::low_rank::{Work, run};
 use super::part::{EncodedPart, EncodedStrip, strip_bytes};
 use super::symbols::{Placed, RunLayout};
-use super::treatment::changes;
-use crate::codec::difference::{Bits, CLASSES, Classes, coded_order};
+use crate::codec::difference::{Bits, CLASSES, Classes, first_places};
 use crate::codec::integers::{self, Integers};
 use crate::format::difference::{BaseTensor, BasedInfo, StoredDifference, StoredLowRank};
 use crate::format::part::Coding;
+use crate::numerics::{f32_from_bf16, f32_from_f16};
 use crate::tensor::{Dtype, TensorInfo};
 
-/// Elements of a run: classes begin anywhere in the coded order, and a run that two share fits neither.
-const RUN_ELEMENTS: usize = 256;
-/// Strips looked at to choose parameters.
+/// Strips looked at to choose parameters: one of so many, and so many at most.
+const SAMPLED_STRIPS_OF: usize = 4;
 const SAMPLED_STRIPS: usize = 4;
-/// Of the elements of a run, one in so many may lie beyond the codes of a table before more of their bits become raw.
-const BEYOND: usize = 128;
-/// Where runs are coded, from none to one in so many is tried.
-const MOST_BEYOND: usize = 32;
-/// Codes on either side of zero that a table holds.
-const REACH: u32 = 28;
+/// Strips of a part counted before tables are fitted, at most.
+const COUNTED_STRIPS: usize = 64;
 /// Bits that a run must save to leave the table of the run before it: what the step takes.
 const STEP_BITS: f64 = 5.0;
 /// Bits per element that offsets by row, or finer classes, must save.
@@ -45,6 +44,17 @@ pub struct DifferenceChoice {
     by_row: bool,
     zero_bits: u8,
     has_few_lanes: bool,
+}
+
+/// A tensor's differences as they are counted before tables are fitted.
+#[derive(Clone, Debug, Default)]
+pub struct CountedDifferences {
+    /// Their symbols.
+    pub classes: ClassHistograms,
+    /// Raw bits below all of them.
+    pub raw_bits: f64,
+    /// Strips of the part.
+    pub strips: usize,
 }
 
 /// What all choices of parameters begin with, found out once.
@@ -93,12 +103,26 @@ pub fn mean_distance(elements: &[f64], others: &[f64]) -> f64 {
     if distance == 0.0 { 0.0 } else { distance / spread }
 }
 
-impl DifferenceChoice {
-    /// The parameters that code the tensor shortest, and bits of the part with tables of its own. `None` where differences are
-    /// not coded: elements of other widths.
-    pub fn choose(pair: Pair<'_>) -> Option<(Self, f64)> {
+/// A search for the parameters that code a tensor shortest.
+pub struct DifferenceSearch<'a> {
+    pair: Pair<'a>,
+    mantissa_bits: u8,
+    /// Whether classes may follow how much each row changed.
+    follows_rows: bool,
+    facts: Facts,
+    strips: usize,
+    /// Strips that are looked at.
+    sampled: Vec<usize>,
+    best: DifferenceChoice,
+    /// Bits per element with the best so far.
+    least: f64,
+}
+
+impl<'a> DifferenceSearch<'a> {
+    /// Begins with the plainest parameters. `None` where differences are not coded: elements of other widths.
+    pub fn new(pair: Pair<'a>) -> Option<Self> {
         let width = match pair.tensor.dtype.bits() {
-            Some(bits @ (8 | 16 | 32)) => bits as u32,
+            Some(bits @ (8 | 16 | 32)) => bits as u8,
             _ => return None,
         };
         let mantissa_bits = match pair.tensor.dtype {
@@ -109,40 +133,72 @@ impl DifferenceChoice {
             Dtype::F8_E5M2 => 2,
             _ => width - 1,
         };
-        let zero_bits = common_zero_bits(pair);
-        let follows_rows = pair.tensor.shape.len() >= 2 && pair.is_float();
-        let facts = Facts::of(pair, follows_rows);
-        let plain = Self::plain(mantissa_bits, zero_bits);
-        let strips = DifferencePart::with_facts(pair, plain, &facts).layout.strips();
-        let sampled: Vec<usize> = (0..strips).step_by(strips.div_ceil(SAMPLED_STRIPS)).collect();
-        let cost = |choice: Self| {
-            let part = DifferencePart::with_facts(pair, choice, &facts);
-            let (classes, raw_bits) = part.count(&sampled);
-            let elements: usize = sampled.iter().map(|&strip| part.layout.strip_elements(strip)).sum();
-            let offsets =
-                if choice.by_row { 8.0 * part.offsets().0.len() as f64 / pair.elements() as f64 } else { 0.0 };
-            (classes.bits(&classes.fit()) + raw_bits) / elements.max(1) as f64 + offsets
+        let best = DifferenceChoice {
+            class_shift: mantissa_bits,
+            by_row: false,
+            zero_bits: common_zero_bits(pair),
+            has_few_lanes: false,
         };
-        let mut best = plain;
-        let mut least = cost(best);
-        for (finer, by_row) in [(0, true), (1, false), (2, false), (2, true)] {
-            let class_shift = (mantissa_bits as u8).saturating_sub(finer);
-            let choice = Self { class_shift, by_row, ..best };
-            if by_row && !follows_rows {
-                continue;
-            }
-            let bits = cost(choice);
-            if bits < least - CLASS_GAIN {
-                (best, least) = (choice, bits);
-            }
-        }
-        best.has_few_lanes = least < FEW_LANES_BITS;
-        let overhead = 32.0 * if best.has_few_lanes { FEW_LANES as f64 } else { 32.0 };
-        Some((best, least * pair.elements() as f64 + strips as f64 * overhead))
+        let follows_rows = pair.tensor.shape.len() >= 2 && pair.is_float();
+        let facts = Facts::of(pair, false);
+        let strips = RunLayout::of_runs(pair.elements(), RUN_ELEMENTS).strips();
+        let sampled = spread_strips(strips, strips.div_ceil(SAMPLED_STRIPS_OF).min(SAMPLED_STRIPS));
+        let mut search = Self { pair, mantissa_bits, follows_rows, facts, strips, sampled, best, least: 0.0 };
+        search.least = search.cost(best);
+        Some(search)
     }
 
-    fn plain(mantissa_bits: u32, zero_bits: u8) -> Self {
-        Self { class_shift: mantissa_bits as u8, by_row: false, zero_bits, has_few_lanes: false }
+    /// Tries all others.
+    #[must_use]
+    pub fn refined(mut self) -> Self {
+        if self.follows_rows {
+            self.facts.row_octaves = row_octaves(self.pair);
+            self.attempt(DifferenceChoice { by_row: true, ..self.best });
+        }
+        for finer in [1, 2] {
+            let class_shift = self.mantissa_bits.saturating_sub(finer);
+            if !self.attempt(DifferenceChoice { class_shift, ..self.best }) {
+                break;
+            }
+        }
+        self
+    }
+
+    /// Takes parameters that are better than the best so far; whether these are.
+    fn attempt(&mut self, choice: DifferenceChoice) -> bool {
+        let bits = self.cost(choice);
+        let is_better = bits < self.least - CLASS_GAIN;
+        if is_better {
+            (self.best, self.least) = (choice, bits);
+        }
+        is_better
+    }
+
+    /// Bits of the part with tables of its own and the best parameters so far.
+    pub fn bits(&self) -> f64 {
+        let lanes = if self.has_few_lanes() { FEW_LANES as f64 } else { 32.0 };
+        self.least * self.pair.elements() as f64 + self.strips as f64 * 32.0 * lanes
+    }
+
+    /// The best parameters so far, and the symbols that they give.
+    pub fn found(&self) -> (DifferenceChoice, CountedDifferences) {
+        let choice = DifferenceChoice { has_few_lanes: self.has_few_lanes(), ..self.best };
+        let part = DifferencePart::with_facts(self.pair, choice, &self.facts);
+        (choice, part.count_some())
+    }
+
+    fn has_few_lanes(&self) -> bool {
+        self.least < FEW_LANES_BITS
+    }
+
+    /// Bits per element of the sampled strips with these parameters.
+    fn cost(&self, choice: DifferenceChoice) -> f64 {
+        let part = DifferencePart::with_facts(self.pair, choice, &self.facts);
+        let (classes, raw_bits) = part.count(&self.sampled);
+        let elements: usize = self.sampled.iter().map(|&strip| part.layout.strip_elements(strip)).sum();
+        let offsets =
+            if choice.by_row { 8.0 * part.offsets().0.len() as f64 / self.pair.elements() as f64 } else { 0.0 };
+        (classes.bits(&classes.fit()) + raw_bits) / elements.max(1) as f64 + offsets
     }
 }
 
@@ -174,20 +230,67 @@ impl Pair<'_> {
 
 impl Facts {
     fn of(pair: Pair<'_>, follows_rows: bool) -> Self {
-        let highest = pair.for_width(&Highest(pair.predicted));
-        if !follows_rows {
-            return Self { highest, row_octaves: Vec::new() };
+        let row_octaves = if follows_rows { row_octaves(pair) } else { Vec::new() };
+        Self { highest: pair.for_width(&Highest(pair.predicted)), row_octaves }
+    }
+}
+
+/// By row, octaves of the root mean square change; `None` where nothing changed.
+fn row_octaves(pair: Pair<'_>) -> Vec<Option<f64>> {
+    let columns = pair.columns();
+    let row_bytes = columns * pair.element_bytes();
+    let rows = pair.bytes.par_chunks(row_bytes).zip(pair.predicted.par_chunks(row_bytes));
+    let octaves = rows.map(|(row, predicted)| {
+        let octaves = 0.5 * (squared_change(&pair.tensor.dtype, row, predicted) / columns as f64).log2();
+        octaves.is_finite().then_some(octaves)
+    });
+    octaves.collect()
+}
+
+/// Sum of the squares of what elements of a float type differ by.
+fn squared_change(dtype: &Dtype, elements: &[u8], predicted: &[u8]) -> f64 {
+    let mut sum = 0.0;
+    run(SquaredChange { dtype, elements, predicted, sum: &mut sum });
+    sum
+}
+
+struct SquaredChange<'a> {
+    dtype: &'a Dtype,
+    elements: &'a [u8],
+    predicted: &'a [u8],
+    sum: &'a mut f64,
+}
+
+impl Work for SquaredChange<'_> {
+    #[inline(always)]
+    fn run(self) {
+        *self.sum = match self.dtype {
+            Dtype::BF16 => self.sum_of(|element| f32_from_bf16(u16::from_le_bytes(element))),
+            Dtype::F16 => self.sum_of(|element| f32_from_f16(u16::from_le_bytes(element))),
+            _ => self.sum_of(f32::from_le_bytes),
+        };
+    }
+}
+
+impl SquaredChange<'_> {
+    /// Several sums at once, always the same: additions need not wait for one another.
+    #[inline(always)]
+    fn sum_of<const BYTES: usize>(&self, value: impl Fn([u8; BYTES]) -> f32) -> f64 {
+        const SUMS: usize = 32;
+        let square = |element, before| {
+            let change = f64::from(value(element) - value(before));
+            change * change
+        };
+        let (elements, rest) = self.elements.as_chunks().0.as_chunks::<SUMS>();
+        let (predicted, rest_predicted) = self.predicted.as_chunks().0.as_chunks::<SUMS>();
+        let mut sums = [0.0; SUMS];
+        for (elements, predicted) in elements.iter().zip(predicted) {
+            for index in 0..SUMS {
+                sums[index] += square(elements[index], predicted[index]);
+            }
         }
-        let columns = pair.columns();
-        let row_bytes = columns * pair.element_bytes();
-        let rows = pair.bytes.par_chunks(row_bytes).zip(pair.predicted.par_chunks(row_bytes));
-        let row_octaves = rows.map(|(row, predicted)| {
-            let changes = changes(pair.tensor, row, predicted);
-            let squares: f64 = changes.into_iter().map(|change| f64::from(change) * f64::from(change)).sum();
-            let octaves = 0.5 * (squares / columns as f64).log2();
-            octaves.is_finite().then_some(octaves)
-        });
-        Self { highest, row_octaves: row_octaves.collect() }
+        let rest = rest.iter().zip(rest_predicted).map(|(&element, &before)| square(element, before));
+        sums.into_iter().chain(rest).sum()
     }
 }
 
@@ -221,12 +324,6 @@ pub struct DifferencePart<'a> {
     choice: DifferenceChoice,
     classes: Classes,
     layout: RunLayout,
-}
-
-/// A run's differences as symbols above raw bits.
-struct RunSymbols {
-    raw_bits: u8,
-    histogram: Histogram,
 }
 
 impl<'a> DifferencePart<'a> {
@@ -303,17 +400,18 @@ impl<'a> DifferencePart<'a> {
     }
 
     /// Counts the symbols of strips by kind and class; and raw bits.
-    pub fn count(&self, strips: &[usize]) -> (ClassHistograms, f64) {
+    fn count(&self, strips: &[usize]) -> (ClassHistograms, f64) {
         let counted: Vec<(ClassHistograms, f64)> = strips
             .par_iter()
             .map(|&strip| {
                 let (mut classes, mut raw_bits) = (ClassHistograms::default(), 0.0);
                 for run in self.strip(strip).chunks(RUN_ELEMENTS) {
-                    let symbols =
-                        self.symbols_of(run, fitting_raw_bits(run, self.choice.zero_bits, run.len() / BEYOND));
-                    raw_bits += f64::from(symbols.raw_bits) * run.len() as f64;
-                    let kind = StreamKind::Difference { raw_bits: symbols.raw_bits };
-                    classes.add(kind, class_of_run(&symbols.histogram), &symbols.histogram, 1);
+                    let (elements, run) = (run.len() as f64, Run::new(run, self.choice.zero_bits));
+                    let raw_bits_of_run = run.raw_bits();
+                    raw_bits += f64::from(raw_bits_of_run) * elements;
+                    let counted = run.count(raw_bits_of_run);
+                    let kind = StreamKind::Difference { raw_bits: raw_bits_of_run };
+                    classes.add(kind, class_of_run(&counted), &counted, 1);
                 }
                 (classes, raw_bits)
             })
@@ -327,30 +425,14 @@ impl<'a> DifferencePart<'a> {
         (all, raw_bits)
     }
 
-    /// Counts all strips, or with many of them every so many so often.
-    pub fn count_all(&self, most_elements: usize) -> (ClassHistograms, f64) {
-        let every = (self.layout.elements / most_elements).max(1);
-        let strips: Vec<usize> = (0..self.layout.strips()).step_by(every).collect();
-        let (counted, raw_bits) = self.count(&strips);
-        let weight = self.layout.strips() as f64 / strips.len().max(1) as f64;
-        let mut all = ClassHistograms::default();
-        (0..weight.round().max(1.0) as usize).for_each(|_| all.merge(&counted));
-        (all, raw_bits * weight)
-    }
-
-    fn symbols_of(&self, run: &[i32], raw_bits: u8) -> RunSymbols {
-        let shift = u32::from(raw_bits) + u32::from(self.choice.zero_bits);
-        let symbols: Vec<i32> = run
-            .iter()
-            .map(|&difference| i64::from(difference) >> shift)
-            .map(|s| s.clamp(-32_768, 32_767) as i32)
-            .collect();
-        RunSymbols { raw_bits, histogram: Histogram::of(&symbols) }
-    }
-
-    /// How many strips there are.
-    pub fn strips(&self) -> usize {
-        self.layout.strips()
+    /// Counts all strips, of a large part some that stand for all.
+    fn count_some(&self) -> CountedDifferences {
+        let strips = self.layout.strips();
+        let counted = spread_strips(strips, COUNTED_STRIPS);
+        let weight = strips as f64 / counted.len().max(1) as f64;
+        let (classes, raw_bits) = self.count(&counted);
+        let times = weight.round().max(1.0) as u64;
+        CountedDifferences { classes: classes.times(times), raw_bits: raw_bits * weight, strips }
     }
 
     /// Encodes all strips.
@@ -392,18 +474,18 @@ impl<'a> DifferencePart<'a> {
         let differences = self.strip(strip);
         let mut tables: Vec<(u8, usize)> = Vec::with_capacity(differences.len().div_ceil(RUN_ELEMENTS));
         for run in differences.chunks(RUN_ELEMENTS) {
+            let elements = run.len() as f64;
+            let run = Run::new(run, self.choice.zero_bits);
+            let candidates = run.candidates();
             let mut best: Option<(f64, (u8, usize))> = None;
-            let fitting = |beyond| fitting_raw_bits(run, self.choice.zero_bits, beyond);
-            let (least, most) = (fitting(run.len() / MOST_BEYOND), fitting(0));
-            for raw_bits in least.saturating_sub(1)..=most.min(least + 4) {
-                let symbols = self.symbols_of(run, raw_bits);
-                let kind = StreamKind::Difference { raw_bits };
-                let class = class_of_run(&symbols.histogram);
-                let Some((table, bits)) = pool.choose(kind, class, &symbols.histogram) else { continue };
-                let bits = bits + f64::from(raw_bits) * run.len() as f64 + STEP_BITS;
-                if best.is_none_or(|(least, _)| bits < least) {
-                    best = Some((bits, (raw_bits, table)));
+            for (raw_bits, histogram) in &candidates {
+                let kind = StreamKind::Difference { raw_bits: *raw_bits };
+                let Some((table, bits)) = pool.choose_near(kind, class_of_run(histogram), histogram) else { continue };
+                let bits = bits + f64::from(*raw_bits) * elements + STEP_BITS;
+                if best.is_some_and(|(least, _)| bits >= least) {
+                    break; // more raw bits save no more
                 }
+                best = Some((bits, (*raw_bits, table)));
             }
             let best = match best {
                 Some(best) => best,
@@ -411,8 +493,10 @@ impl<'a> DifferencePart<'a> {
             };
             let chosen = match tables.last() {
                 Some(&(raw_bits, table)) => {
-                    let symbols = self.symbols_of(run, raw_bits);
-                    let stay = pool.table(table).cost(&symbols.histogram) + f64::from(raw_bits) * run.len() as f64;
+                    let counted = candidates.iter().find(|candidate| candidate.0 == raw_bits);
+                    let counted =
+                        counted.map_or_else(|| Cow::Owned(run.count(raw_bits)), |(_, counted)| Cow::Borrowed(counted));
+                    let stay = pool.table(table).cost(&counted) + f64::from(raw_bits) * elements;
                     if stay <= best.0 { (raw_bits, table) } else { best.1 }
                 }
                 None => best.1,
@@ -420,21 +504,25 @@ impl<'a> DifferencePart<'a> {
             tables.push(chosen);
         }
         let mut placed = Placed::default();
+        placed.positions.reserve(differences.len());
+        placed.raw.reserve(differences.len());
         let zero_bits = u32::from(self.choice.zero_bits);
         for (run, &(raw_bits, table)) in differences.chunks(RUN_ELEMENTS).zip(&tables) {
             let table = pool.table(table);
-            for &difference in run {
-                let shifted = i64::from(difference) >> zero_bits;
-                let symbol = shifted >> raw_bits;
-                let is_even = shifted << zero_bits == i64::from(difference);
-                let position = i32::try_from(symbol).ok().filter(|_| is_even).and_then(|symbol| table.position(symbol));
-                placed.positions.push(position.unwrap_or_else(|| {
+            let (first, symbol_shift, raw_mask) =
+                (placed.raw.len(), u32::from(raw_bits).min(31), (1_u64 << raw_bits) - 1);
+            let exceptions = &mut placed.exceptions;
+            placed.positions.extend(run.iter().enumerate().map(|(index, &difference)| {
+                let shifted = difference >> zero_bits;
+                let is_even = shifted << zero_bits == difference;
+                let position = table.position(shifted >> symbol_shift).filter(|_| is_even);
+                position.unwrap_or_else(|| {
                     let value = difference.to_le_bytes()[..self.pair.element_bytes()].to_vec();
-                    placed.exceptions.push((placed.raw.len() as u16, value));
+                    exceptions.push(((first + index) as u16, value));
                     table.filler()
-                }));
-                placed.raw.push(shifted as u64 & ((1 << raw_bits) - 1));
-            }
+                })
+            }));
+            placed.raw.extend(run.iter().map(|&difference| (difference >> zero_bits) as u64 & raw_mask));
         }
         let coding_tables: Vec<_> = tables.iter().map(|&(_, table)| &*pool.table(table).coding).collect();
         let raw_bits_of_run = |run: usize| (u32::from(tables[run].0), 0);
@@ -453,7 +541,21 @@ struct Highest<'a>(&'a [u8]);
 
 impl ForWidth<u32> for Highest<'_> {
     fn of<T: Bits>(&self) -> u32 {
-        T::chunks(self.0).iter().map(|&raw| T::from_raw(raw).magnitude()).max().unwrap_or(0)
+        let mut highest = 0;
+        run(HighestOf::<T> { elements: T::chunks(self.0), highest: &mut highest });
+        highest
+    }
+}
+
+struct HighestOf<'a, T: Bits> {
+    elements: &'a [T::Raw],
+    highest: &'a mut u32,
+}
+
+impl<T: Bits> Work for HighestOf<'_, T> {
+    #[inline(always)]
+    fn run(self) {
+        *self.highest = self.elements.iter().fold(0, |highest, &raw| highest.max(T::from_raw(raw).magnitude()));
     }
 }
 
@@ -471,45 +573,26 @@ impl ForWidth<Vec<i32>> for StripOf<'_> {
         let mut of_elements = Vec::new();
         classes.of::<T>(first, predicted, &mut of_elements);
         let (elements, predicted) = (T::chunks(bytes), T::chunks(predicted));
-        let difference = |(&before, &element)| T::from_raw(before).difference(T::from_raw(element)).signed();
-        let differences: Vec<i32> = predicted.iter().zip(elements).map(difference).collect();
-        coded_order(&of_elements).into_iter().map(|element| differences[element as usize]).collect()
+        let mut next = first_places(&of_elements);
+        let mut differences = vec![0; of_elements.len()];
+        for ((&class, &before), &element) in of_elements.iter().zip(predicted).zip(elements) {
+            let place = &mut next[usize::from(class)];
+            differences[*place as usize] = T::from_raw(before).difference(T::from_raw(element)).signed();
+            *place += 1;
+        }
+        differences
     }
 }
 
-/// The fewest raw bits with which all symbols of a run but `most_beyond` are codes that a table can hold.
-fn fitting_raw_bits(run: &[i32], zero_bits: u8, most_beyond: usize) -> u8 {
-    let mut lengths = [0_usize; 34];
-    for &difference in run {
-        let magnitude = (i64::from(difference) >> zero_bits).unsigned_abs() as u32;
-        lengths[(32 - magnitude.leading_zeros()) as usize] += 1;
-    }
-    let reach_bits = 32 - REACH.leading_zeros();
-    let mut beyond = 0;
-    let longest = (reach_bits..=33).rev().find(|&length| {
-        beyond += lengths[length as usize];
-        beyond > most_beyond
-    });
-    longest.map_or(0, |length| (length - reach_bits) as u8)
-}
-
-/// A quarter octave of the mean magnitude of a run's symbols, which for rare changes says how rare they are.
-fn class_of_run(run: &Histogram) -> i32 {
-    let sum: f64 = run.occurring().map(|(symbol, count)| f64::from(symbol.unsigned_abs().min(64)) * count as f64).sum();
-    let mean = sum / run.symbols().max(1) as f64;
-    (4.0 * (mean + 1e-4).log2()).round() as i32
+/// So many of a part's strips at most, spread over it, the first among them: the last may be short.
+fn spread_strips(strips: usize, sampled: usize) -> Vec<usize> {
+    let sampled = sampled.clamp(1, strips.max(1));
+    (0..sampled.min(strips)).map(|number| number * strips / sampled).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn raw_bits_grow_with_the_differences() {
-        let run = |scale: i32| (0..256).map(|i| (i % 17 - 8) * scale).collect::<Vec<_>>();
-        let raw_bits: Vec<u8> = [1, 2, 8, 64].into_iter().map(|scale| fitting_raw_bits(&run(scale), 0, 0)).collect();
-        assert!(raw_bits.is_sorted() && raw_bits[0] == 0 && raw_bits[3] > 3, "{raw_bits:?}");
-    }
 
     #[test]
     fn a_tensor_is_near_itself_and_far_from_others() {

@@ -26,14 +26,14 @@ use super::base::{Base, BaseError};
 use super::calibration::{Calibration, CalibrationError};
 use super::evaluation::Evaluation;
 use super::keep::{Keep, kept};
-use super::low_rank::{FoundProduct, add_product};
+use super::low_rank::add_product;
 use super::network::FittedNetwork;
 use super::options::{AlignmentChoice, BitAllocation, PackOptions, PredictorChoice, Quantization};
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::survey::{ProbedPart, Survey};
 use super::symbols::RunLayout;
-use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment, is_already_quantized, is_near};
+use super::treatment::{Decision, ExactStart, Fineness, Start, Treatment, is_already_quantized, is_near};
 use super::{sensitivity, statistics};
 use crate::archive::{Archive, content_id};
 use crate::codec::architecture::{CheckpointPlan, RecordPlan};
@@ -70,13 +70,6 @@ struct BasedTensor {
     exact: Option<ExactStart>,
     /// Whether it is so near that what changed is quantized where the tensor is to be.
     is_near: bool,
-}
-
-#[derive(Debug)]
-struct ExactStart {
-    choice: BasedChoice,
-    /// What is added to the reference.
-    product: Option<FoundProduct>,
 }
 
 /// A checkpoint on its way into an archive.
@@ -287,10 +280,8 @@ impl<'a> Encoder<'a> {
             for (part, &treatment) in record.parts.iter().zip(treatments) {
                 let (tensor, bytes) = self.tensor(part.file, part.tensor);
                 let is_quantized = matches!(treatment, Treatment::Quantized(_));
-                let start = self.start(part.file, part.tensor, is_quantized)?;
+                let start = if is_quantized { self.start(part.file, part.tensor, true)? } else { None };
                 let exact = self.based.get(&(part.file, part.tensor)).and_then(|based| based.exact.as_ref());
-                let exact_start = if is_quantized { self.start(part.file, part.tensor, false)? } else { None };
-                let exact = exact.zip(exact_start.as_ref()).map(|(exact, start)| (exact.choice, start));
                 survey.add(treatment, (tensor, bytes), start.as_ref(), exact, share);
                 self.finish_part(part.file, part.tensor);
             }
@@ -463,8 +454,7 @@ impl BasedTensor {
             other => other,
         };
         let is_whole = base.tensor(reference).shape == tensor.shape;
-        let exact = BasedChoice::choose(alone, reference, is_whole, tensor, bytes, decoded);
-        let exact = exact.map(|(choice, product)| ExactStart { choice, product });
+        let exact = ExactStart::choose(alone, reference, is_whole, tensor, bytes, decoded);
         Self { reference, exact, is_near: is_near(treatment, tensor, bytes, decoded) }
     }
 }

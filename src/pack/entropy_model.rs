@@ -97,6 +97,16 @@ impl ClassHistograms {
         }
     }
 
+    /// The same, each symbol counted so many times.
+    #[must_use]
+    pub fn times(&self, weight: u64) -> Self {
+        let mut all = Self::default();
+        for (&(kind, class), histogram) in &self.0 {
+            all.add(kind, class, histogram, weight);
+        }
+        all
+    }
+
     /// Whether symbols of this kind were counted.
     pub fn has(&self, kind: StreamKind) -> bool {
         self.0.range((kind, i32::MIN)..=(kind, i32::MAX)).next().is_some()
@@ -259,13 +269,34 @@ impl FittedTable {
 
     /// Bits that coding everything counted takes.
     pub fn cost(&self, counted: &Histogram) -> f64 {
-        counted.occurring().map(|(code, count)| count as f64 * f64::from(self.bits(code))).sum()
+        self.cost_of(&Counts::of(counted))
+    }
+
+    fn cost_of(&self, counted: &Counts) -> f64 {
+        const SUMS: usize = 4;
+        let place = |code: i32| (code - counted.low).clamp(0, counted.counts.len() as i32) as usize;
+        let inside = place(self.low)..place(self.low + self.bits.len() as i32);
+        let (before, after) = (&counted.counts[..inside.start], &counted.counts[inside.end..]);
+        let first = (counted.low - self.low).max(0) as usize;
+        let (counts, rest) = counted.counts[inside].as_chunks::<SUMS>();
+        let (bits, rest_bits) = self.bits[first.min(self.bits.len())..].as_chunks::<SUMS>();
+        // Several sums at once, always the same: additions need not wait for one another.
+        let mut sums = [0.0; SUMS];
+        for (counts, bits) in counts.iter().zip(bits) {
+            for (sum, (count, &bits)) in sums.iter_mut().zip(counts.iter().zip(bits)) {
+                *sum += count * f64::from(bits);
+            }
+        }
+        let bits_after = bits[counts.len()..].as_flattened().iter().chain(rest_bits);
+        let rest: f64 = rest.iter().zip(bits_after).map(|(count, &bits)| count * f64::from(bits)).sum();
+        let outside: f64 = before.iter().chain(after).sum();
+        sums.into_iter().sum::<f64>() + rest + outside * f64::from(self.exception_bits)
     }
 
     /// The position of `code`, or `None` if it must become an exception.
     #[inline]
     pub fn position(&self, code: i32) -> Option<u8> {
-        self.position.get((code - self.low) as usize).copied().flatten()
+        self.position.get(code.wrapping_sub(self.low) as u32 as usize).copied().flatten()
     }
 
     /// How far the point of a position lies from its code, in steps.
@@ -277,6 +308,19 @@ impl FittedTable {
     /// The position to code in place of an exception.
     pub fn filler(&self) -> u8 {
         self.filler
+    }
+}
+
+/// A histogram's counts as numbers to be multiplied.
+struct Counts {
+    low: i32,
+    counts: Vec<f64>,
+}
+
+impl Counts {
+    fn of(counted: &Histogram) -> Self {
+        let (low, counts) = counted.by_symbol();
+        Self { low, counts: counts.iter().map(|&count| count as f64).collect() }
     }
 }
 
@@ -339,10 +383,30 @@ impl TablePool {
     pub fn choose(&self, kind: StreamKind, class: i32, run: &Histogram) -> Option<(usize, f64)> {
         let below = self.by_class.range((kind, i32::MIN)..(kind, class)).rev().take(NEIGHBOURS as usize);
         let above = self.by_class.range((kind, class)..=(kind, i32::MAX)).take(NEIGHBOURS as usize + 1);
+        let counts = Counts::of(run);
         below
             .chain(above)
-            .map(|(_, &number)| (number, self.tables[number].cost(run)))
+            .map(|(_, &number)| (number, self.tables[number].cost_of(&counts)))
             .min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))
+    }
+
+    /// Nearly the cheapest table for a run: from the run's own class on, upwards and downwards as long as tables get cheaper.
+    pub fn choose_near(&self, kind: StreamKind, class: i32, run: &Histogram) -> Option<(usize, f64)> {
+        let counts = Counts::of(run);
+        let cheapest = |numbers: &mut dyn Iterator<Item = &usize>| {
+            let mut best: Option<(usize, f64)> = None;
+            for &number in numbers {
+                let bits = self.tables[number].cost_of(&counts);
+                if best.is_some_and(|(_, least)| bits >= least) {
+                    break;
+                }
+                best = Some((number, bits));
+            }
+            best
+        };
+        let below = cheapest(&mut self.by_class.range((kind, i32::MIN)..(kind, class)).rev().map(|(_, number)| number));
+        let above = cheapest(&mut self.by_class.range((kind, class)..=(kind, i32::MAX)).map(|(_, number)| number));
+        below.into_iter().chain(above).min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))
     }
 }
 

@@ -91,6 +91,22 @@ impl Histogram {
         gains.map(|(offset, &count)| offset * offset / count as f64).sum()
     }
 
+    /// The smallest symbol there is room for, and the counts of all from it on.
+    pub fn by_symbol(&self) -> (i32, &[u64]) {
+        (self.low, &self.counts)
+    }
+
+    /// The histogram of the same symbols without their lowest bit: two neighbours, the even one first, become one.
+    #[must_use]
+    pub fn halved(&self) -> Self {
+        let low = self.low >> 1;
+        let mut counts = vec![0; (self.counts.len() + 2) / 2];
+        for (slot, &count) in self.counts.iter().enumerate() {
+            counts[(((self.low + slot as i32) >> 1) - low) as usize] += count;
+        }
+        Self { low, counts, offsets: Vec::new(), symbols: self.symbols }
+    }
+
     /// Symbols that occur, with their counts.
     pub fn occurring(&self) -> impl Iterator<Item = (i32, u64)> + '_ {
         let codes = self.counts.iter().enumerate().map(|(index, &count)| (self.low + index as i32, count));
@@ -325,6 +341,14 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_halved_histogram_is_that_of_shifted_symbols(symbols in prop::collection::vec(-50..50_i32, 1..90)) {
+            let shifted: Vec<i32> = symbols.iter().map(|symbol| symbol >> 1).collect();
+            let (halved, counted) = (Histogram::of(&symbols).halved(), Histogram::of(&shifted));
+            prop_assert!(halved.occurring().eq(counted.occurring()));
+            prop_assert_eq!(halved.symbols(), counted.symbols());
+        }
+
         #[test]
         fn every_histogram_gives_a_valid_table(counts in prop::collection::vec((-200..200_i32, 0..5000_u64), 1..120)) {
             let histogram = histogram(&counts);

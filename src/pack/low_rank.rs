@@ -11,9 +11,9 @@ mod matrix;
 
 use rayon::prelude::*;
 
-use self::levels::{Work, run};
+pub use self::levels::{Work, run};
 use self::matrix::{Approach, LANES, Matrix, Vector, eigen};
-use super::difference::{DifferenceChoice, Pair};
+use super::difference::{CountedDifferences, DifferenceChoice, DifferenceSearch, Pair};
 use super::quantize::values_of;
 use crate::codec::difference::Bits;
 use crate::codec::integers;
@@ -33,6 +33,12 @@ const SAMPLED_DIRECTIONS: usize = 24;
 const MORE_DIRECTIONS: usize = 8;
 /// A singular value counts if it is so many times the largest of noise.
 const ABOVE_NOISE: f64 = 1.1;
+/// Share of a sample that must lie about as near to its directions as rounding moves it where a product explains it.
+const EXPLAINED: f64 = 0.7;
+/// About as near: the directions of a sample are inexact themselves.
+const NEARNESS: f32 = 1.25;
+/// Bits that a number of a factor takes, about.
+const FACTOR_BITS: f64 = 5.0;
 /// Rounds of taking the rounding back.
 const ROUNDS: usize = 6;
 /// How far a change is moved towards its interval, where 1 is its edge.
@@ -55,6 +61,8 @@ pub struct FoundProduct {
     pub product: LowRank,
     /// How what is left is coded; absent where nothing is.
     pub difference: Option<DifferenceChoice>,
+    /// What is left, counted.
+    pub counted: CountedDifferences,
     /// Bits of factors and differences, about.
     pub bits: f64,
 }
@@ -70,23 +78,72 @@ pub fn find_product(tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> Option
     if rows.min(columns) < LEAST_EXTENT {
         return None;
     }
-    let (values, base) = (values_of(&tensor.dtype, bytes), values_of(&tensor.dtype, decoded));
-    if !values.iter().chain(&base).all(|value| value.is_finite()) {
+    let pair = Pair { tensor, bytes, predicted: decoded };
+    let Sample { change, half_units } = Sample::of(pair, rows, columns)?;
+    let energy = change.energy();
+    let (rank, left) = rank_of_sample(change)?;
+    // Nothing is left of a change that rounding explains beside the product; otherwise the product takes off so much.
+    if left.share_within(&half_units) < EXPLAINED {
+        let saved = 0.5 * (energy / left.energy()).log2() * tensor.elements() as f64;
+        if saved < FACTOR_BITS * (rank * (rows + columns)) as f64 {
+            return None;
+        }
+    }
+    let (values, mut changes) = (values_of(&tensor.dtype, bytes), values_of(&tensor.dtype, decoded));
+    changes.iter_mut().zip(&values).for_each(|(before, value)| *before = value - *before);
+    if !changes.iter().all(|change| change.is_finite()) {
         return None;
     }
-    let change = Matrix::of(rows, columns, |row, column| {
-        let element = row * columns + column;
-        values[element] - base[element]
-    });
-    let extent = (rows.min(columns) / OVER_SAMPLE).clamp(SAMPLED_EXTENT.0, SAMPLED_EXTENT.1);
-    let directions = change.directions(rank_of_sample(change.sample(extent))?)?;
+    let change = Matrix::of_numbers(rows, columns, &changes);
+    drop(changes);
+    let directions = change.directions(rank)?;
     let intervals = Intervals::new(&tensor.dtype, &change, &values);
     let (left, right) = refined(change, directions, &intervals);
-    quantized(Pair { tensor, bytes, predicted: decoded }, &left, &right)
+    quantized(pair, &left, &right)
 }
 
-/// How many directions of a sample stand out of its noise. `None` where none does, or nearly all do.
-fn rank_of_sample(mut sample: Matrix) -> Option<usize> {
+/// What is looked at first.
+struct Sample {
+    /// The change of rows and columns spread over a tensor.
+    change: Matrix,
+    /// How far rounding alone may have moved each.
+    half_units: Matrix,
+}
+
+impl Sample {
+    /// `None` where any of it is no number.
+    fn of(pair: Pair<'_>, rows: usize, columns: usize) -> Option<Self> {
+        let extent = (rows.min(columns) / OVER_SAMPLE).clamp(SAMPLED_EXTENT.0, SAMPLED_EXTENT.1);
+        let (sampled_rows, sampled_columns) = (rows.min(extent), columns.min(extent));
+        let (row_bytes, dtype) = (pair.bytes.len() / rows, &pair.tensor.dtype);
+        let mut changes = Vec::with_capacity(sampled_rows * sampled_columns);
+        let mut half_units = Vec::with_capacity(changes.capacity());
+        for row in (0..sampled_rows).map(|row| row * rows / sampled_rows) {
+            let row = row * row_bytes..(row + 1) * row_bytes;
+            let (values, base) = (values_of(dtype, &pair.bytes[row.clone()]), values_of(dtype, &pair.predicted[row]));
+            for column in (0..sampled_columns).map(|column| column * columns / sampled_columns) {
+                changes.push(values[column] - base[column]);
+                half_units.push(half_unit(dtype, values[column]));
+            }
+        }
+        let are_numbers = changes.iter().all(|change| change.is_finite());
+        let matrix = |numbers: &[f32]| Matrix::of_numbers(sampled_rows, sampled_columns, numbers);
+        are_numbers.then(|| Self { change: matrix(&changes), half_units: matrix(&half_units) })
+    }
+}
+
+/// Half a unit in the last place of a value; 0 where a type has so many that rounding does not matter.
+fn half_unit(dtype: &Dtype, value: f32) -> f32 {
+    match dtype {
+        Dtype::BF16 => f32::from_bits(value.to_bits() & 0x7f80_0000) / 256.0,
+        Dtype::F16 => f32::from_bits(value.to_bits() & 0x7f80_0000).max(6.1e-5) / 2048.0,
+        _ => 0.0,
+    }
+}
+
+/// How many directions of a sample stand out of its noise, and what is left beside them. `None` where none does, or nearly all
+/// do.
+fn rank_of_sample(mut sample: Matrix) -> Option<(usize, Matrix)> {
     let most = sample.rows.min(sample.columns) / 2;
     let mut found = 0;
     while found < most {
@@ -95,7 +152,8 @@ fn rank_of_sample(mut sample: Matrix) -> Option<usize> {
         let rank = sample.rank_above_noise(&singular_values);
         found += rank;
         if rank < wanted {
-            return (found > 0).then_some(found);
+            sample.remove(&directions.first_rows(rank));
+            return (found > 0).then_some((found, sample));
         }
         sample.remove(&directions);
     }
@@ -129,15 +187,16 @@ fn quantized(pair: Pair<'_>, left: &Matrix, right: &Matrix) -> Option<FoundProdu
     let (_, (stored, product)) = best?;
     let mut predicted = pair.predicted.to_vec();
     add_product(&product, &pair.tensor.dtype, &mut predicted);
-    let (difference, bits) = match predicted == pair.bytes {
-        true => (None, 0.0),
+    let (difference, counted, bits) = match predicted == pair.bytes {
+        true => (None, CountedDifferences::default(), 0.0),
         false => {
-            let (choice, bits) = DifferenceChoice::choose(Pair { predicted: &predicted, ..pair })?;
-            (Some(choice), bits)
+            let search = DifferenceSearch::new(Pair { predicted: &predicted, ..pair })?.refined();
+            let (choice, counted) = search.found();
+            (Some(choice), counted, search.bits())
         }
     };
     let bits = bits + stored.bits();
-    Some(FoundProduct { stored, product, difference, bits })
+    Some(FoundProduct { stored, product, difference, counted, bits })
 }
 
 /// Bits of an element of some rows, about, that differs from its prediction with the product added.
@@ -205,16 +264,11 @@ struct Intervals {
 impl Intervals {
     /// Of the `change` of elements that became `values`.
     fn new(dtype: &Dtype, change: &Matrix, values: &[f32]) -> Self {
-        // Half a unit in the last place.
-        let half = |value: f32| match dtype {
-            Dtype::BF16 => f32::from_bits(value.to_bits() & 0x7f80_0000) / 256.0,
-            Dtype::F16 => f32::from_bits(value.to_bits() & 0x7f80_0000).max(6.1e-5) / 2048.0,
-            _ => 0.0,
-        };
         let edge = |sign: f32| {
-            Matrix::of(change.rows, change.columns, |row, column| {
-                change.row(row)[column] + sign * half(values[row * change.columns + column])
-            })
+            let rows = (0..change.rows).flat_map(|row| change.row(row).iter());
+            let edges: Vec<f32> =
+                rows.zip(values).map(|(change, &value)| change + sign * half_unit(dtype, value)).collect();
+            Matrix::of_numbers(change.rows, change.columns, &edges)
         };
         Self { low: edge(-1.0), high: edge(1.0) }
     }
@@ -296,6 +350,12 @@ impl Matrix {
         (rotation.times(&directions), squares.into_iter().map(|square| square.max(0.0).sqrt()).collect())
     }
 
+    /// The share of the numbers that are nearly as small as those of `most`.
+    fn share_within(&self, most: &Self) -> f64 {
+        let within = self.numbers().zip(most.numbers()).filter(|(number, most)| number.abs() <= NEARNESS * most);
+        within.count() as f64 / (self.rows * self.columns) as f64
+    }
+
     /// Takes off the rows what they have of orthonormal directions.
     fn remove(&mut self, directions: &Self) {
         let held = self.coordinates(directions).times(directions);
@@ -342,7 +402,8 @@ mod tests {
         let (base, variant) = merged(192, 256, 5);
         let found = find_product(&tensor, &variant, &base).expect("it is of low rank");
         assert_eq!(found.stored.rank, 5);
-        let (_, plain) = DifferenceChoice::choose(Pair { tensor: &tensor, bytes: &variant, predicted: &base }).unwrap();
+        let pair = Pair { tensor: &tensor, bytes: &variant, predicted: &base };
+        let plain = DifferenceSearch::new(pair).expect("it has 16 bits").refined().bits();
         assert!(found.bits < 0.5 * plain, "{} bits, {plain} without a product", found.bits);
         let mut predicted = base;
         add_product(&found.product, &Dtype::BF16, &mut predicted);

@@ -226,7 +226,8 @@ pub fn strip_bytes<'t>(
 ) -> EncodedStrip {
     let (states, words) = encode_lanes(&placed.positions, layout.run_elements, layout.lanes, table_of);
     let mut bytes: Vec<u8> = states.iter().flat_map(|state| state.to_le_bytes()).collect();
-    bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    bytes.reserve(2 * words.len() + placed.raw.len());
+    words.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
     for (run, raw) in placed.raw.chunks(layout.run_elements).enumerate() {
         let (raw_bits, zeros) = raw_bits_of_run(run);
         write_raw_bits(raw, raw_bits, zeros, &mut bytes);

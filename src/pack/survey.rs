@@ -10,15 +10,14 @@ use rayon::prelude::*;
 
 pub use self::sample::Sample;
 use super::counting::{PlacedCounts, count, count_placed, count_weighted, mean_raw_bits};
-use super::difference::{DifferencePart, Pair};
+use super::difference::CountedDifferences;
 use super::entropy_model::{ClassHistograms, TablePool};
 use super::lossless::Split;
 use super::options::{PackOptions, Quantization};
 use super::quantize::{LARGEST_CODE, PartQuantizer};
 use super::rate::{StepSearch, gaussian_step};
 use super::symbols::RunLayout;
-use super::treatment::{BasedChoice, Decision, Fineness, Start, Treatment, changes};
-use crate::format::difference::StoredLowRank;
+use super::treatment::{BasedChoice, Decision, ExactStart, Fineness, Start, Treatment, changes};
 use crate::tensor::{Dtype, TensorInfo};
 
 /// Bit-exact symbols counted per part; larger parts are sampled by whole runs.
@@ -159,13 +158,13 @@ impl<'a> Survey<'a> {
     }
 
     /// Looks at a part of the record begun last. `share` is the part of its weights that is to be sampled, `start` what it
-    /// starts from where it starts from a base, `exact` how it may start from there bit-exact where it is to be quantized.
+    /// starts from where it is quantized from a base, `exact` how it starts from there bit-exact, or may.
     pub fn add(
         &mut self,
         treatment: Treatment,
         (tensor, bytes): (&'a TensorInfo, &'a [u8]),
         start: Option<&Start>,
-        exact: Option<(BasedChoice, &Start)>,
+        exact: Option<&ExactStart>,
         share: f64,
     ) {
         let layout = RunLayout::of_shape(&tensor.shape, self.options.steps.group());
@@ -185,12 +184,9 @@ impl<'a> Survey<'a> {
             },
             Treatment::Split(split) => State::split(split, tensor, bytes),
             Treatment::Raw => State::Raw,
-            Treatment::Based(choice) => {
-                let start = start.expect("chosen with what it starts from at hand");
-                State::based(choice, (tensor, bytes), start)
-            }
+            Treatment::Based(_) => State::based(exact.expect("chosen by what is known of it")),
         };
-        let instead = exact.map(|(choice, start)| State::based(choice, (tensor, bytes), start));
+        let instead = exact.filter(|_| matches!(treatment, Treatment::Quantized(_))).map(State::based);
         let number = self.parts.iter().map(Vec::len).sum::<usize>() as u32;
         self.parts.last_mut().expect("a record was begun").push(SurveyedPart {
             tensor,
@@ -351,14 +347,10 @@ impl State {
         Self::Split { split, raw_bits: mean_raw_bits(&*symbols) * symbols.layout().elements as f64, counted }
     }
 
-    fn based(choice: BasedChoice, (tensor, bytes): (&TensorInfo, &[u8]), start: &Start) -> Self {
-        let side_bits = start.low_rank.as_ref().map_or(0.0, StoredLowRank::bits);
-        let Some(difference) = choice.difference else {
-            return Self::Based { choice, counted: ClassHistograms::default(), raw_bits: 0.0, side_bits, strips: 0 };
-        };
-        let part = DifferencePart::new(Pair { tensor, bytes, predicted: &start.predicted }, difference);
-        let (counted, raw_bits) = part.count_all(COUNTED_ELEMENTS);
-        Self::Based { choice, counted, raw_bits, side_bits, strips: part.strips() }
+    fn based(exact: &ExactStart) -> Self {
+        let CountedDifferences { classes, raw_bits, strips } = exact.counted.clone();
+        let side_bits = exact.product.as_ref().map_or(0.0, |found| found.stored.bits());
+        Self::Based { choice: exact.choice, counted: classes, raw_bits, side_bits, strips }
     }
 
     /// Bit-exact, as short as it gets.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::difference::{DifferenceChoice, Pair};
+use super::difference::{CountedDifferences, DifferenceChoice, DifferenceSearch, Pair};
 use super::keep::Keep;
 use super::lossless::Split;
 use super::low_rank::{FoundProduct, find_product};
@@ -250,9 +250,20 @@ impl<'a> Drafted<'a> {
     }
 }
 
-impl BasedChoice {
-    /// How a tensor starts from one of the base, and the product that is added, where that is shorter than `alone`, its treatment without a base. `decoded`
-    /// is the base's tensor, as many bytes; `is_whole` whether it has the same shape.
+/// How a part starts from a tensor of the base bit-exact, and what is known of it before tables are fitted.
+#[derive(Clone, Debug)]
+pub struct ExactStart {
+    /// How.
+    pub choice: BasedChoice,
+    /// What is added to the reference.
+    pub product: Option<FoundProduct>,
+    /// Differences, where there are any.
+    pub counted: CountedDifferences,
+}
+
+impl ExactStart {
+    /// How a tensor starts from one of the base where that is shorter than `alone`, its treatment without a base. `decoded` is
+    /// the base's tensor, as many bytes; `is_whole` whether it has the same shape.
     pub fn choose(
         alone: Treatment,
         reference: BaseTensor,
@@ -260,25 +271,41 @@ impl BasedChoice {
         tensor: &TensorInfo,
         bytes: &[u8],
         decoded: &[u8],
-    ) -> Option<(Self, Option<FoundProduct>)> {
+    ) -> Option<Self> {
         if is_whole && bytes == decoded {
-            return Some((Self { reference, difference: None }, None));
+            let choice = BasedChoice { reference, difference: None };
+            return Some(Self { choice, product: None, counted: CountedDifferences::default() });
         }
         let alone_bits = match alone {
             Treatment::Raw => 8.0 * bytes.len() as f64,
             Treatment::Split(split) => split.estimated_bits(tensor, bytes),
             Treatment::Quantized(_) | Treatment::Based(_) => return None,
         };
-        let (difference, bits) = DifferenceChoice::choose(Pair { tensor, bytes, predicted: decoded })?;
-        if is_whole
-            && bits > LEAST_FACTORED_BITS * tensor.elements() as f64
-            && let Some(found) = find_product(tensor, bytes, decoded)
-            && found.bits < bits.min(alone_bits)
+        let plain = DifferenceSearch::new(Pair { tensor, bytes, predicted: decoded })?;
+        let product = (is_whole && plain.bits() > LEAST_FACTORED_BITS * tensor.elements() as f64)
+            .then(|| find_product(tensor, bytes, decoded))
+            .flatten()
+            .filter(|found| found.bits < alone_bits);
+        let of_product = |mut found: FoundProduct| {
+            let (difference, counted) = (found.difference, std::mem::take(&mut found.counted));
+            Self { choice: BasedChoice { reference, difference }, product: Some(found), counted }
+        };
+        let product = match product {
+            // Refinement does not halve.
+            Some(found) if found.bits < 0.5 * plain.bits() => return Some(of_product(found)),
+            product => product,
+        };
+        let search = plain.refined();
+        if let Some(found) = product
+            && found.bits < search.bits()
         {
-            return Some((Self { reference, difference: found.difference }, Some(found)));
+            return Some(of_product(found));
         }
-        let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && bits < alone_bits;
-        is_shorter.then_some((Self { reference, difference: Some(difference) }, None))
+        let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && search.bits() < alone_bits;
+        is_shorter.then(|| {
+            let (difference, counted) = search.found();
+            Self { choice: BasedChoice { reference, difference: Some(difference) }, product: None, counted }
+        })
     }
 }
 

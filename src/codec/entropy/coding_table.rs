@@ -112,6 +112,7 @@ impl EntropyModel<PRECISION> for &CodingTable {
 }
 
 impl EncoderModel<PRECISION> for &CodingTable {
+    #[inline]
     fn left_cumulative_and_probability(&self, symbol: impl Borrow<u8>) -> Option<(u16, NonZeroU16)> {
         let position = usize::from(*symbol.borrow());
         let frequency = NonZeroU16::new(*self.table.frequencies.get(position)?)?;

@@ -48,6 +48,7 @@ struct SharedWords<'a>(&'a RefCell<Vec<u16>>);
 impl WriteWords<u16> for SharedWords<'_> {
     type WriteError = std::convert::Infallible;
 
+    #[inline]
     fn write(&mut self, word: u16) -> Result<(), Self::WriteError> {
         self.0.borrow_mut().push(word);
         Ok(())
@@ -69,9 +70,12 @@ pub fn encode_lanes<'t>(
     let mut coders: Vec<_> = (0..lanes).map(coder).collect();
     // A stack: what is encoded last is decoded first.
     for (run, symbols) in positions.chunks(run_elements).enumerate().rev() {
-        for (index, &position) in symbols.iter().enumerate().rev() {
-            let table = table_of(run, run * run_elements + index);
-            coders[index % lanes].encode_symbol(position, table).expect("every position is in its table");
+        for (round, symbols) in symbols.chunks(lanes).enumerate().rev() {
+            let first = run * run_elements + round * lanes;
+            for lane in (0..symbols.len()).rev() {
+                let table = table_of(run, first + lane);
+                coders[lane].encode_symbol(symbols[lane], table).expect("every position is in its table");
+            }
         }
     }
     let states = coders.into_iter().map(|lane| lane.into_raw_parts().1).collect();

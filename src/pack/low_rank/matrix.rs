@@ -54,6 +54,15 @@ impl Matrix {
         matrix
     }
 
+    /// Of its numbers, row by row.
+    pub fn of_numbers(rows: usize, columns: usize, numbers: &[f32]) -> Self {
+        let mut matrix = Self::zeros(rows, columns);
+        for (row, numbers) in numbers.chunks_exact(columns).take(rows).enumerate() {
+            matrix.row_mut(row).as_flattened_mut()[..columns].copy_from_slice(numbers);
+        }
+        matrix
+    }
+
     /// The numbers of a row.
     pub fn row(&self, row: usize) -> &[f32] {
         &self.row_vectors(row).as_flattened()[..self.columns]
@@ -77,12 +86,6 @@ impl Matrix {
     /// Sum of squares.
     pub fn energy(&self) -> f64 {
         self.vectors.as_flattened().iter().map(|&value| f64::from(value).powi(2)).sum()
-    }
-
-    /// Rows and columns spread over the matrix, `extent` of each at most.
-    pub fn sample(&self, extent: usize) -> Self {
-        let (rows, columns) = (self.rows.min(extent), self.columns.min(extent));
-        Self::of(rows, columns, |row, column| self.row(row * self.rows / rows)[column * self.columns / columns])
     }
 
     /// Vectors of whole groups of rows that make a piece.
@@ -253,9 +256,14 @@ impl Work for Gather<'_> {
         for (direction, &[of_a, of_b, of_c, of_d]) in self.coordinates.iter().enumerate() {
             let sums = self.sums.row_mut(direction);
             for ((((sums, a), b), c), d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-                for lane in 0..LANES {
-                    sums[lane] = sums[lane] + of_a * a[lane] + of_b * b[lane] + of_c * c[lane] + of_d * d[lane];
+                // By value, or compilers take the same lane of many vectors for one.
+                let mut sum = *sums;
+                for (of_row, row) in [(of_a, a), (of_b, b), (of_c, c), (of_d, d)] {
+                    for lane in 0..LANES {
+                        sum[lane] += of_row * row[lane];
+                    }
                 }
+                *sums = sum;
             }
         }
     }
