@@ -148,7 +148,7 @@ impl Encoder<'_> {
                 let needed = (wanted * parameters - budget + fixed + least) / parameters;
                 return Err(PackError::Rate { wanted, reason: self.unreachable_because(&probe, needed) });
             }
-            if budget - fixed > MOST_BITS * now_following as f64 {
+            if now_following > 0 && budget - fixed > MOST_BITS * now_following as f64 {
                 let reason = format!(
                     "it leaves more than the {MOST_BITS} bits that quantization offers to a weight; pack it --lossless"
                 );
