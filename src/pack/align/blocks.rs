@@ -193,18 +193,20 @@ impl<'a> BlockVectors<'a> {
 
     /// The vectors of these blocks: `[indices, width]`. Weights that are not finite count as 0.
     pub(super) fn rows(&self, level: Level, indices: &[u32]) -> Array2<f32> {
-        let mut rows = Array2::zeros((indices.len(), self.whole_width(level)));
+        let whole = self.whole_width(level);
+        let mut rows = Array2::zeros((indices.len(), whole));
         let mut start = 0;
         for (number, part) in self.parts(level).iter().enumerate() {
             let end = start + part.width();
-            let mut columns = rows.slice_mut(s![.., start..end]);
+            let elements = rows.as_slice_mut().expect("in rows");
             part.fill(indices, |row, offset, values| {
-                let mut target = columns.row_mut(row);
-                for (element, value) in target.slice_mut(s![offset..offset + values.len()]).iter_mut().zip(values) {
+                let target = &mut elements[row * whole + start + offset..][..values.len()];
+                for (element, value) in target.iter_mut().zip(values) {
                     *element = if value.is_finite() { *value } else { 0.0 };
                 }
             });
             if let Some(seed) = self.control {
+                let mut columns = rows.slice_mut(s![.., start..end]);
                 for (row, &index) in columns.rows_mut().into_iter().zip(indices) {
                     let stream = (number as u64) << 32 | u64::from(index);
                     replace_by_gaussian(row, fastrand::Rng::with_seed(mix(seed ^ mix(stream))));

@@ -1,6 +1,8 @@
 //! Mode decision for one record (Eq. 17): keyframe, prediction and aligned prediction of every part are measured, and the
 //! cheapest way to code the record is taken; or where the user forces it, the cheapest prediction.
 
+use std::sync::Arc;
+
 use ndarray::Array2;
 
 use super::super::align::{Alignment, BlockVectors, Method, align};
@@ -24,7 +26,7 @@ use crate::tensor::TensorInfo;
 pub(super) struct PartPrediction {
     pub(super) predictor: FittedPredictor,
     /// Reference values, motion applied; predictions where the predictor is composite.
-    pub(super) reference: Vec<f32>,
+    pub(super) reference: Arc<[f32]>,
     pub(super) moved: bool,
 }
 
@@ -179,14 +181,14 @@ impl RecordEncoder<'_> {
     fn elementwise(&self, part: &Part<'_>, reference: &[f32], moved: bool) -> Option<Tried> {
         let (choice, force) = (self.options.predictor(), self.options.force_prediction);
         let best = part.candidate.best_prediction(reference, choice, force, self.pool)?;
-        let prediction = PartPrediction { predictor: best.predictor, reference: reference.to_vec(), moved };
+        let prediction = PartPrediction { predictor: best.predictor, reference: reference.into(), moved };
         Some(Tried { prediction, bits: best.bits })
     }
 
     /// Predictions made of several reference values, with the decoder's arithmetic.
     fn composite(&self, part: &Part<'_>, predictor: FittedPredictor, predicted: Vec<f32>, moved: bool) -> Tried {
         let bits = part.candidate.predicted_bits(&predicted, &predictor, self.pool);
-        Tried { prediction: PartPrediction { predictor, reference: predicted, moved }, bits }
+        Tried { prediction: PartPrediction { predictor, reference: predicted.into(), moved }, bits }
     }
 
     fn motion_vectors(&self, part: &Part<'_>, bytes: &[u8]) -> Option<Tried> {
