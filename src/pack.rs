@@ -3,10 +3,12 @@
 //! [`encode`] is Algorithm 1's upper half over a whole checkpoint. It uses the decoder's own engine for its local decode loop
 //! and never repeats it.
 //!
-//! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]); a sample of it in the
-//! [`survey`], on which step and tables are found ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`],
-//! [`mode_decision`], [`align`]), its weights moved by what [`train`] says to those before it, or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`], strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`], which
-//! also has what the decoded model says beside the original where there is data for an [`mod@evaluation`].
+//! A tensor's way: a [`treatment`] from the tensor and the user's rules ([`options`], [`mod@keep`]), as fine as the model's
+//! [`sensitivity`] asks where there is [`calibration`]; a sample of it in the [`survey`], on which step and tables are found
+//! ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`], [`mode_decision`], [`align`]), its weights moved
+//! by what [`train`] says to those before it, or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`],
+//! strip by strip ([`mod@part`], [`symbols`]); and what it came to in the [`report`], which also has what the
+//! decoded model says beside the original where there is data for an [`mod@evaluation`].
 
 pub mod align;
 pub mod base;
