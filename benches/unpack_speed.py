@@ -10,6 +10,7 @@ of packing on one thread, the check by decoding included.
 
 import argparse
 import resource
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -42,12 +43,14 @@ def main():
             archive = work / f"{name}.mcwc"
             _, seconds = run(arguments.binary, "pack", source, archive, "--threads", "1", *options)
             print(f"pack, {name}: {seconds:.2f} s of processor time, {source.stat().st_size / seconds / 1e6:.0f} MB/s")
-            unpack = [arguments.binary, "unpack", "--force", archive, work / "unpacked"]
+            unpack = [arguments.binary, "unpack", archive, work / "unpacked"]
             lines += [(f"unpack, {name}", unpack), (f"unpack --skip-digests, {name}", [*unpack, "--skip-digests"])]
         seconds = {name: [] for name, _ in lines}
         for _ in range(arguments.rounds):
             for name, command in lines:
+                # Each makes a new file: no time goes into giving back the memory of the one before.
                 (work / "copy").unlink(missing_ok=True)
+                shutil.rmtree(work / "unpacked", ignore_errors=True)
                 seconds[name].append(run(*command)[0])
         copy = statistics.median(seconds["cp"])
         for name, times in seconds.items():

@@ -71,17 +71,21 @@ impl Pursuit<'_> {
         let floor = width * f64::from(self.step).powi(2) / 12.0;
         let octaves = |energy: f64| 0.5 * width * (energy + floor).log2();
         let vector_bits = (self.lengths.len() as f64).log2() + GAIN_BITS;
-        let mut left = units.clone();
         let mut chosen: Vec<Vec<u32>> = vec![Vec::new(); units.nrows()];
         let mut best: Vec<(f64, Vec<(u32, i32)>)> = vec![(0.0, Vec::new()); units.nrows()];
+        // Units whose last vector paid, and what is left of them: what remains is less like anything with every vector, so
+        // that a unit for which one does not pay is done with.
+        let mut followed: Vec<usize> = (0..units.nrows()).collect();
+        let mut left = units.clone();
         for count in 1..=MOTION_VECTORS as usize {
             let products = left.dot(&self.below.t());
-            for (row, products) in products.rows().into_iter().enumerate() {
+            let mut paying = Vec::new();
+            for (place, (&row, products)) in followed.iter().zip(products.rows()).enumerate() {
                 let chosen = &mut chosen[row];
                 let Some(source) = self.most_alike(&products, chosen) else { continue };
                 chosen.push(source);
                 let gains = self.gains(&units.row(row), chosen);
-                let mut rest = left.row_mut(row);
+                let mut rest = left.row_mut(place);
                 rest.assign(&units.row(row));
                 for (&source, &gain) in chosen.iter().zip(&gains) {
                     rest.scaled_add(-GAIN_STEP * gain as f32, &self.below.row(source as usize));
@@ -89,7 +93,13 @@ impl Pursuit<'_> {
                 let saved = octaves(energy(&units.row(row))) - octaves(energy(&rest)) - count as f64 * vector_bits;
                 if saved > best[row].0 {
                     best[row] = (saved, chosen.iter().copied().zip(gains).collect());
+                    paying.push(place);
                 }
+            }
+            left = left.select(Axis(0), &paying);
+            followed = paying.into_iter().map(|place| followed[place]).collect();
+            if followed.is_empty() {
+                break;
             }
         }
         best.into_iter().map(|(_, vectors)| vectors).collect()
@@ -126,7 +136,18 @@ impl Pursuit<'_> {
 }
 
 fn product(a: &ArrayRef1<f32>, b: &ArrayRef1<f32>) -> f64 {
-    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    // Eight sums side by side: one alone waits for itself.
+    let mut sums = [0.0_f64; 8];
+    let mut add = |a: &[f32], b: &[f32]| {
+        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += f64::from(a) * f64::from(b);
+        }
+    };
+    let [a, b] = [a, b].map(|row| row.as_slice().expect("rows lie in one piece"));
+    let ((eights_of_a, rest_of_a), (eights_of_b, rest_of_b)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    eights_of_a.iter().zip(eights_of_b).for_each(|(a, b)| add(a, b));
+    add(rest_of_a, rest_of_b);
+    sums.iter().sum()
 }
 
 fn energy(values: &ArrayRef1<f32>) -> f64 {

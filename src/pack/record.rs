@@ -6,6 +6,7 @@
 mod decision;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ndarray::Array2;
@@ -15,6 +16,7 @@ use super::calibration::feedback::ColumnFeedback;
 use super::columns::{ColumnSteps, choose_columns};
 use super::difference::{DifferencePart, Pair};
 use super::entropy_model::TablePool;
+use super::mode_decision::FittedPredictor;
 use super::network::FittedNetwork;
 use super::options::{ColumnScales, PackOptions};
 use super::part::{EncodedPart, SelfCheckError};
@@ -75,6 +77,26 @@ impl Context {
     }
 }
 
+/// What a record may be predicted from.
+pub struct Below<'a> {
+    /// The record one layer below.
+    pub context: &'a Context,
+    /// What the blocks of the record itself do on calibration inputs, `[groups, summary]`, where that is known.
+    pub activations: Option<&'a Array2<f32>>,
+    /// What was found of the record in earlier encodings, and then in this one.
+    pub found: &'a mut FoundMotion,
+}
+
+/// Where the blocks and units of a record were found in the layer below. Steps differ little from one encoding to the next, so
+/// that what was found once holds for all of them: looking again takes longer than everything else.
+#[derive(Debug, Default)]
+pub struct FoundMotion {
+    /// How blocks are aligned; absent inside where they are not.
+    permutation: Option<Option<GroupedPermutation>>,
+    /// Motion vectors of each part looked at; absent inside where none pays.
+    vectors: BTreeMap<usize, Option<FittedPredictor>>,
+}
+
 /// What mode decision measured for a record, in bits of the quantized parts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct StageBits {
@@ -122,19 +144,18 @@ pub struct RecordEncoder<'a> {
 
 impl RecordEncoder<'_> {
     /// Encodes one record. `source` is each part's tensor and its bytes, `drafts` what is made of them; `feedback` what is
-    /// known of the inputs that each is multiplied with, and `activations` what blocks do on them; `context` is the record below, where this one may be predicted from
-    /// it.
+    /// known of the inputs that each is multiplied with; `below` is there where the record may be predicted.
     pub fn encode(
         &self,
         plan: &RecordPlan,
         source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
         feedback: &[Option<Arc<ColumnFeedback>>],
-        activations: Option<&Array2<f32>>,
-        context: Option<&Context>,
+        below: Option<Below<'_>>,
     ) -> EncodedRecord {
-        let Decided { permutation, predictions, stages } = match context {
-            Some(context) => self.decide(plan, source, drafts, activations, context),
+        let context = below.as_ref().map(|below| below.context);
+        let Decided { permutation, predictions, stages } = match below {
+            Some(below) => self.decide(plan, source, drafts, below),
             None => Decided {
                 permutation: None,
                 predictions: drafts.iter().map(|_| None).collect(),

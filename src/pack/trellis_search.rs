@@ -60,6 +60,7 @@ impl Search {
                 let found = &mut by_odd_code[step * states..(step + 1) * states];
                 level.take(Step {
                     trellis,
+                    lanes,
                     targets: &targets,
                     prices,
                     branches: &mut branches[step],
@@ -67,9 +68,11 @@ impl Search {
                     next: &mut next,
                     by_odd_code: found,
                 });
-                // Lanes without a symbol stay where they are.
-                for (next, cost) in next.iter_mut().zip(&costs) {
-                    next.0[vector.len()..].copy_from_slice(&cost.0[vector.len()..]);
+                if vector.len() < lanes {
+                    // Lanes without a symbol stay where they are.
+                    for (next, cost) in next.iter_mut().zip(&costs) {
+                        next.0[vector.len()..lanes].copy_from_slice(&cost.0[vector.len()..lanes]);
+                    }
                 }
                 std::mem::swap(&mut costs, &mut next);
                 if step % STEPS_BETWEEN_REBASES == STEPS_BETWEEN_REBASES - 1 {

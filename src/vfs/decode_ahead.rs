@@ -36,7 +36,8 @@ pub enum DecodeAhead {
 const PIECE_BYTES: u64 = 1 << 20;
 /// How far ahead of a stream each thread is kept busy.
 const WINDOW_BYTES_PER_THREAD: u64 = 4 << 20;
-/// A read this far past a stream still belongs to it: threads that take turns are that far apart.
+/// A read this far from a stream still belongs to it: threads that take turns are that far apart. One further back begins a
+/// stream of its own: somebody reads the file again.
 const REACH_BYTES: u64 = 32 << 20;
 /// Streams that are followed at a time; the one that stood still longest makes room.
 const MOST_STREAMS: usize = 64;
@@ -100,7 +101,9 @@ impl Stream {
     }
 
     fn reaches(&self, inode: Inode, offset: u64) -> bool {
-        self.inode == inode && offset >= self.start && offset <= self.position().saturating_add(REACH_BYTES)
+        let position = self.position();
+        let near = position.saturating_sub(REACH_BYTES)..=position.saturating_add(REACH_BYTES);
+        self.inode == inode && offset >= self.start && near.contains(&offset)
     }
 
     /// Whether what was read is a good part of what lies between its first and last byte: a random reader's is not.

@@ -11,7 +11,7 @@ use super::super::entropy_model::TablePool;
 use super::super::evaluation::{Evaluation, EvaluationReport};
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::quantize::values_of;
-use super::super::record::{Context, EncodedRecord, RecordEncoder, decode_part};
+use super::super::record::{Below, Context, EncodedRecord, FoundMotion, RecordEncoder, decode_part};
 use super::super::report::StageTotals;
 use super::super::survey::{Probe, ProbedPart};
 use super::super::symbols::RunLayout;
@@ -107,13 +107,14 @@ impl From<SelfCheckError> for WriteError {
 
 impl Encoder<'_> {
     /// Writes all records from the start of `out` on, as `plan` has them, steps corrected by `steering`; with what `trainer`
-    /// makes of the weights, where there is one.
+    /// makes of the weights, where there is one. `found` has an entry per record.
     pub(super) fn write_records(
         &self,
         out: &mut (impl Write + Seek),
         plan: &Probe,
         mut steering: Steering,
         mut trainer: Option<&mut Trainer<'_>>,
+        found: &mut [FoundMotion],
     ) -> Result<Written, WriteError> {
         let step_bytes = self.source_bytes() / STEPS_AS_LONG_AS_ENCODING;
         let steps = trainer.as_ref().map_or(0, |trainer| trainer.schedule().steps as u64);
@@ -176,8 +177,15 @@ impl Encoder<'_> {
                 None => vec![None; source.len()],
             };
             move_values(&mut drafts, &moves);
-            let mut encoded =
-                encoder.encode(record, &source, &drafts, &feedback, activations.as_ref(), context.as_ref());
+            let mut encode = |drafts: &[Drafted<'_>]| {
+                let below = context.as_ref().map(|context| Below {
+                    context,
+                    activations: activations.as_ref(),
+                    found: &mut found[ordinal],
+                });
+                encoder.encode(record, &source, drafts, &feedback, below)
+            };
+            let mut encoded = encode(&drafts);
             if feedback.iter().any(Option::is_some)
                 && let Some(step_factors) =
                     own_step_factors(&self.treatments[ordinal], &drafts, &encoded, &step_factors)
@@ -185,7 +193,7 @@ impl Encoder<'_> {
                 // What a closed loop takes no sample shows.
                 drafts = self.drafts(record, &source, planned, &step_factors)?;
                 move_values(&mut drafts, &moves);
-                encoded = encoder.encode(record, &source, &drafts, &feedback, activations.as_ref(), context.as_ref());
+                encoded = encode(&drafts);
             }
             written.stages.add(&encoded.stages);
             written.predicted_records += u64::from(encoded.predicted);

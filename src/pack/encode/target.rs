@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::super::options::{Quantization, Target};
 use super::super::rate::{StepSearch, gaussian_step};
+use super::super::record::FoundMotion;
 use super::super::survey::{Probe, Survey};
 use super::super::train::Schedule;
 use super::super::treatment::{Fineness, Treatment};
@@ -214,12 +215,13 @@ impl Encoder<'_> {
         let tolerance = self.options.effort.tolerance();
         let is_steered = plan.probe.parts.iter().flatten().any(|part| part.follows_step);
         let mut bracket = Bracket::default();
+        let mut found: Vec<FoundMotion> = self.plan.records.iter().map(|_| FoundMotion::default()).collect();
         for attempt in 1.. {
             file.set_len(0).map_err(output)?;
             let mut buffered = BufWriter::with_capacity(1 << 20, &mut *file);
             let steering = Steering::new(self.options.target, plan.budget, plan.slope, &plan.probe.parts);
             let mut trainer = schedule.and_then(|schedule| self.trainer(&plan.probe, schedule, attempt));
-            let written = self.write_records(&mut buffered, &plan.probe, steering, trainer.as_mut());
+            let written = self.write_records(&mut buffered, &plan.probe, steering, trainer.as_mut(), &mut found);
             let written = written.map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),

@@ -1,6 +1,7 @@
 //! Mode decision for one record (Eq. 17): keyframe, prediction and aligned prediction of every part are measured, and the
 //! cheapest way to code the record is taken; or where the user forces it, the cheapest prediction.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ndarray::Array2;
@@ -12,7 +13,7 @@ use super::super::options::{AlignmentChoice, PredictorChoice};
 use super::super::quantize::values_of;
 use super::super::symbols::RunLayout;
 use super::super::treatment::Drafted;
-use super::{Context, RecordEncoder, StageBits, motion_of};
+use super::{Below, Context, RecordEncoder, StageBits, motion_of};
 use crate::codec::architecture::{PartPlan, RecordPlan};
 use crate::codec::permutation::{self, GroupedPermutation, PermutationCoding};
 use crate::codec::predictor::CompositePredictor;
@@ -77,14 +78,16 @@ impl RecordEncoder<'_> {
         plan: &RecordPlan,
         source: &[(&TensorInfo, &[u8])],
         drafts: &[Drafted<'_>],
-        activations: Option<&Array2<f32>>,
-        context: &Context,
+        Below { context, activations, found }: Below<'_>,
     ) -> Decided {
         let method = self.options.alignment_method();
         let may_align = self.options.predictor() != PredictorChoice::None && method.alignment != Alignment::None;
-        let permutation =
-            if may_align { self.align_record(plan, source, drafts, activations, context, method) } else { None };
-        let permutation = permutation.filter(|permutation| !permutation.is_identity());
+        let permutation = found.permutation.get_or_insert_with(|| {
+            let aligned =
+                if may_align { self.align_record(plan, source, drafts, activations, context, method) } else { None };
+            aligned.filter(|permutation| !permutation.is_identity())
+        });
+        let permutation = permutation.clone();
         let coded_bits = |coding| {
             let of = |permutation| permutation::encode(permutation, context.permutation.as_ref(), coding).len();
             permutation.as_ref().map(|permutation| 8.0 * of(permutation) as f64)
@@ -121,7 +124,7 @@ impl RecordEncoder<'_> {
                 let keyframe = part.candidate.keyframe_bits(self.pool);
                 let pays = |tried: &Tried| self.options.force_prediction || tried.bits < keyframe;
                 let same_place = self.same_place(plan, &part, context).filter(pays);
-                let vectors = self.motion_vectors(&part, bytes).filter(pays);
+                let vectors = self.motion_vectors(&part, bytes, &mut found.vectors).filter(pays);
                 in_place = cheapest(same_place.iter().cloned().chain(vectors));
                 let moved = permutation.as_ref().and_then(|permutation| self.moved(plan, &part, context, permutation));
                 with_motion = match moved.filter(pays) {
@@ -191,7 +194,13 @@ impl RecordEncoder<'_> {
         Tried { prediction: PartPrediction { predictor, reference: predicted.into(), moved }, bits }
     }
 
-    fn motion_vectors(&self, part: &Part<'_>, bytes: &[u8]) -> Option<Tried> {
+    /// Predictions by motion vectors, where any pay; those `found` before, if the part was looked at.
+    fn motion_vectors(
+        &self,
+        part: &Part<'_>,
+        bytes: &[u8],
+        found: &mut BTreeMap<usize, Option<FittedPredictor>>,
+    ) -> Option<Tried> {
         if !matches!(self.options.predictor(), PredictorChoice::Auto | PredictorChoice::MotionVectors) {
             return None;
         }
@@ -202,7 +211,8 @@ impl RecordEncoder<'_> {
             return None;
         }
         let PartCandidate { values, step_of_run, .. } = part.candidate;
-        let fitted = motion_vectors::fit(values, &part.decoded, (shape, axis), step_of_run(0))?;
+        let fit = || motion_vectors::fit(values, &part.decoded, (shape, axis), step_of_run(0));
+        let fitted = found.entry(part.ordinal).or_insert_with(fit).clone()?;
         let FittedPredictor::Vectors { gain_step, counts, sources, gains, .. } = &fitted else { return None };
         let vectors = MotionVectors::new(
             &part.tensor.shape,

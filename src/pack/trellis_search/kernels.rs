@@ -75,10 +75,16 @@ impl Level {
             Self::Portable => step.take(select_portable),
             // SAFETY: `all_of_this_cpu` has seen that the CPU has the instructions, here and below.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { avx2(step) },
+            Self::Avx2 if step.lanes <= LANES / 2 => unsafe { avx2::<{ LANES / 2 }>(step) },
             // SAFETY: see above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { avx512(step) },
+            Self::Avx2 => unsafe { avx2::<LANES>(step) },
+            // SAFETY: see above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 if step.lanes <= LANES / 2 => unsafe { avx512::<{ LANES / 2 }>(step) },
+            // SAFETY: see above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { avx512::<LANES>(step) },
         }
     }
 }
@@ -89,6 +95,8 @@ impl Level {
 pub struct Step<'a> {
     /// Which states lead to which.
     pub trellis: Trellis,
+    /// Lanes that matter: those after them may come out as anything.
+    pub lanes: usize,
     /// What is to be met, in steps.
     pub targets: &'a [f32; LANES],
     /// What codes cost.
@@ -119,30 +127,43 @@ impl Step<'_> {
     }
 }
 
-/// The cheapest multiple of each residue: the nearest, or the next one towards zero if its code is so much shorter.
+/// The cheapest multiple of each residue: the nearest, or the next one towards zero if its code is so much shorter. One
+/// simple loop over all lanes after the other: that becomes vector instructions, all in one loop does not.
 #[inline(always)]
 fn price(targets: &[f32; LANES], prices: &Prices, branches: &mut Branches) {
     for residue in 0..RESIDUES {
         let quantizer = residue & 1;
         let (least, greatest) = prices.bounds[quantizer];
-        let (below, of_code) = (prices.below[quantizer], &prices.of_code[quantizer]);
         let residue_steps = residue as i32;
-        let cost_of = |target: f32, multiple: i32| {
-            let error = target - multiple as f32;
-            let code = (multiple - quantizer as i32) >> 1;
-            let index = ((code >> prices.raw_bits) - below).clamp(0, PRICED as i32 - 1) as usize;
-            error * error + of_code[index % PRICED]
-        };
-        let (multiples, costs) = (&mut branches.multiples[residue], &mut branches.costs[residue].0);
-        for ((&target, multiple), cost) in targets.iter().zip(multiples).zip(costs) {
+        let (mut nearest, mut shorter) = ([0; LANES], [0; LANES]);
+        for ((nearest, shorter), &target) in nearest.iter_mut().zip(&mut shorter).zip(targets) {
             let inside = target.max(least).min(greatest);
-            let nearest = residue_steps + 4 * ((inside - residue_steps as f32) * 0.25).round_ties_even() as i32;
-            let shorter = nearest - 4 * nearest.signum();
-            let (of_nearest, of_shorter) = (cost_of(target, nearest), cost_of(target, shorter));
+            let fours = ((inside - residue_steps as f32) * 0.25).round_ties_even();
+            // SAFETY: bounds are numbers, so `inside` is one too, and they come from multiples of 32 bits: a fourth of them
+            // fits. The conversion that checks is no vector instruction.
+            *nearest = residue_steps + 4 * unsafe { fours.to_int_unchecked::<i32>() };
+            *shorter = *nearest - 4 * nearest.signum();
+        }
+        let [of_nearest, of_shorter] = [&nearest, &shorter].map(|multiples| {
+            let (below, of_code) = (prices.below[quantizer], &prices.of_code[quantizer]);
+            let index = multiples.map(|multiple| {
+                let code = (multiple - quantizer as i32) >> 1;
+                ((code >> prices.raw_bits) - below).clamp(0, PRICED as i32 - 1)
+            });
+            let mut costs = index.map(|index| of_code[index as usize % PRICED]);
+            for ((cost, &target), &multiple) in costs.iter_mut().zip(targets).zip(multiples) {
+                let error = target - multiple as f32;
+                *cost += error * error;
+            }
+            costs
+        });
+        let (multiples, costs) = (&mut branches.multiples[residue], &mut branches.costs[residue].0);
+        for lane in 0..LANES {
             // From 1 or 2 the next one towards zero is beyond it, and no shorter.
-            let is_better = shorter.abs() < nearest.abs() && of_shorter < of_nearest;
-            *multiple = if is_better { shorter } else { nearest };
-            *cost = if is_better { of_shorter } else { of_nearest };
+            let is_shorter = shorter[lane].abs() < nearest[lane].abs();
+            let is_better = is_shorter & (of_shorter[lane] < of_nearest[lane]);
+            multiples[lane] = if is_better { shorter[lane] } else { nearest[lane] };
+            costs[lane] = if is_better { of_shorter[lane] } else { of_nearest[lane] };
         }
     }
 }
@@ -163,11 +184,11 @@ fn select_portable(even: [&Costs; 2], odd: [&Costs; 2], next: &mut Costs) -> u32
 macro_rules! step_with_registers {
     ($name:ident, $features:literal, $lanes:literal, $load:ident, $add:ident, $min:ident, $store:ident, $is_less:expr) => {
         #[target_feature(enable = $features)]
-        fn $name(step: Step<'_>) {
+        fn $name<const IN_USE: usize>(step: Step<'_>) {
             step.take(|even, odd, next| {
                 let mut lanes = 0;
-                for first in (0..LANES).step_by($lanes) {
-                    // SAFETY: whole registers of lanes are all of them.
+                for first in (0..IN_USE).step_by($lanes) {
+                    // SAFETY: whole registers of lanes are all of them, or half.
                     let load = |costs: &Costs| unsafe { $load(costs.0.as_ptr().add(first)) };
                     let [by_even, by_odd] = [even, odd].map(|[from, branch]| $add(load(from), load(branch)));
                     // SAFETY: see above.

@@ -113,6 +113,20 @@ fn a_file_that_is_read_from_its_start_is_decoded_ahead_from_the_second_read_on()
 }
 
 #[test]
+fn a_file_that_is_read_again_is_decoded_ahead_again() {
+    let readers = Readers::new(DecodeAhead::File);
+    for _ in 0..2 {
+        let mut queued = Vec::new();
+        for read in 0..64 {
+            readers.read(INODE, read * MIB, MIB);
+            queued.extend(readers.queued());
+        }
+        let ahead: u64 = queued.iter().map(|(_, from, to)| to - from).sum();
+        assert_eq!(ahead, 62 * MIB, "all but what the first two reads asked for");
+    }
+}
+
+#[test]
 fn threads_that_take_turns_are_one_stream() {
     let readers = Readers::new(DecodeAhead::File);
     let mut queued = Vec::new();
