@@ -40,7 +40,7 @@ RATE = 4.2
 CALIBRATION = "CALIBRATION"
 """Stands for the file of calibration inputs in options."""
 PAPER_ORIGINAL = 15.31
-REPEATS = 9
+REPEATS = 3
 """Decodings of which the fastest counts."""
 
 

@@ -5,6 +5,8 @@
 //! layer with its table of a nonlinearity is added to them (Eq. 79); the output map's sums times a scale are the prediction
 //! (Eq. 80). A unit is some consecutive elements of a run. Training is `pack::predictor`.
 
+#[cfg(target_arch = "x86_64")]
+use core::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -39,21 +41,96 @@ impl Network {
 
     /// The output map's sums for one unit: `inputs` are `[contexts * unit]`, `outputs` `[unit]`.
     pub fn outputs(&self, kind: usize, layer: Option<usize>, inputs: &[i8], outputs: &mut [i32]) {
-        let Self(StoredNetwork { to_latent, hidden, kinds, layers, .. }) = self;
-        let embedding = layer.map(|layer| layers[layer].as_slice());
-        let mut latent: Vec<i8> = sums(&kinds[kind].input, inputs)
-            .enumerate()
-            .map(|(element, sum)| requantize(sum + embedding.map_or(0, |embedding| embedding[element]), *to_latent))
-            .collect();
-        if let Some(hidden) = hidden {
-            let activated: Vec<i8> = sums(&hidden.up, &latent)
-                .map(|sum| hidden.activation[(i32::from(requantize(sum, hidden.to_hidden)) + 128) as usize])
-                .collect();
-            let added = sums(&hidden.down, &activated).map(|sum| requantize(sum, hidden.to_latent));
-            latent = latent.iter().zip(added).map(|(&element, added)| cut(element.into(), added.into())).collect();
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the CPU has the instructions, here and below.
+            return unsafe { self.outputs_avx512(kind, layer, inputs, outputs) };
+        } else if is_x86_feature_detected!("avx2") {
+            // SAFETY: see above.
+            return unsafe { self.outputs_avx2(kind, layer, inputs, outputs) };
         }
-        for (output, sum) in outputs.iter_mut().zip(sums(&kinds[kind].output, &latent)) {
-            *output = sum;
+        self.outputs_with(kind, layer, inputs, outputs, product);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn outputs_avx512(&self, kind: usize, layer: Option<usize>, inputs: &[i8], outputs: &mut [i32]) {
+        self.outputs_with(kind, layer, inputs, outputs, |weights, inputs| {
+            let (blocks, rest) = weights.as_chunks::<32>();
+            let (blocks_of_inputs, rest_of_inputs) = inputs.as_chunks::<32>();
+            let mut sums = _mm512_setzero_si512();
+            for (weights, inputs) in blocks.iter().zip(blocks_of_inputs) {
+                // SAFETY: 32 numbers are half a register of bytes, and one of words.
+                let (weights, inputs) = unsafe {
+                    (_mm256_loadu_si256(weights.as_ptr().cast()), _mm512_loadu_si512(inputs.as_ptr().cast()))
+                };
+                let products = _mm512_madd_epi16(_mm512_cvtepi8_epi16(weights), inputs);
+                sums = _mm512_add_epi32(sums, products);
+            }
+            _mm512_reduce_add_epi32(sums) + product(rest, rest_of_inputs)
+        });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn outputs_avx2(&self, kind: usize, layer: Option<usize>, inputs: &[i8], outputs: &mut [i32]) {
+        self.outputs_with(kind, layer, inputs, outputs, |weights, inputs| {
+            let (blocks, rest) = weights.as_chunks::<16>();
+            let (blocks_of_inputs, rest_of_inputs) = inputs.as_chunks::<16>();
+            let mut sums = _mm256_setzero_si256();
+            for (weights, inputs) in blocks.iter().zip(blocks_of_inputs) {
+                // SAFETY: 16 numbers are half a register of bytes, and one of words.
+                let (weights, inputs) =
+                    unsafe { (_mm_loadu_si128(weights.as_ptr().cast()), _mm256_loadu_si256(inputs.as_ptr().cast())) };
+                let products = _mm256_madd_epi16(_mm256_cvtepi8_epi16(weights), inputs);
+                sums = _mm256_add_epi32(sums, products);
+            }
+            let halves = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+            let quarters = _mm_add_epi32(halves, _mm_shuffle_epi32::<0b00_00_11_10>(halves));
+            let sum = _mm_add_epi32(quarters, _mm_shuffle_epi32::<0b00_00_00_01>(quarters));
+            _mm_cvtsi128_si32(sum) + product(rest, rest_of_inputs)
+        });
+    }
+
+    /// Written once, with the inner product of each instruction set. Loops and no iterators that collect: those would not
+    /// become part of the function that has the instructions.
+    #[inline(always)]
+    fn outputs_with(
+        &self,
+        kind: usize,
+        layer: Option<usize>,
+        inputs: &[i8],
+        outputs: &mut [i32],
+        product: impl Fn(&[i8], &[i16]) -> i32,
+    ) {
+        let Self(StoredNetwork { to_latent, hidden, kinds, layers, .. }) = self;
+        let sum = |map: &StoredMap, row: usize, inputs: &[i16]| {
+            map.biases[row] + product(&map.weights[row * inputs.len()..][..inputs.len()], inputs)
+        };
+        // Eight-bit numbers in sixteen bits, as products take them: they are all used once per row of a map.
+        let mut wide = vec![0; inputs.len()];
+        for (wide, &input) in wide.iter_mut().zip(inputs) {
+            *wide = i16::from(input);
+        }
+        let kind = &kinds[kind];
+        let mut latent = vec![0; kind.input.biases.len()];
+        for (row, element) in latent.iter_mut().enumerate() {
+            let embedding = layer.map_or(0, |layer| layers[layer][row]);
+            *element = i16::from(requantize(sum(&kind.input, row, &wide) + embedding, *to_latent));
+        }
+        if let Some(hidden) = hidden {
+            let mut activated = vec![0; hidden.up.biases.len()];
+            for (row, element) in activated.iter_mut().enumerate() {
+                let index = i32::from(requantize(sum(&hidden.up, row, &latent), hidden.to_hidden)) + 128;
+                *element = i16::from(hidden.activation[index as usize]);
+            }
+            for (row, element) in latent.iter_mut().enumerate() {
+                let added = requantize(sum(&hidden.down, row, &activated), hidden.to_latent);
+                *element = (*element + i16::from(added)).clamp(-127, 127);
+            }
+        }
+        for (row, output) in outputs.iter_mut().enumerate().take(kind.output.biases.len()) {
+            *output = sum(&kind.output, row, &latent);
         }
     }
 }
@@ -83,19 +160,11 @@ pub fn requantize(sum: i32, Requantization { multiplier, shift }: Requantization
     rounded.clamp(-127, 127) as i8
 }
 
-fn cut(element: i32, added: i32) -> i8 {
-    (element + added).clamp(-127, 127) as i8
-}
-
-/// The sums of a map, biases included. They stay below 2^27: at most 2,048 products below 2^14 and a bias up to 2^24.
-fn sums<'m>(map: &'m StoredMap, inputs: &'m [i8]) -> impl Iterator<Item = i32> + 'm {
-    let rows = map.weights.chunks_exact(inputs.len());
-    rows.zip(&map.biases).map(|(row, &bias)| bias + product(row, inputs))
-}
-
-/// Inner product, in a form that compilers vectorize.
-fn product(a: &[i8], b: &[i8]) -> i32 {
-    a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
+/// Inner product, in a form that compilers vectorize. Sums of a map, its bias included, stay below 2^27: at most 2,048
+/// products below 2^14 and a bias up to 2^24.
+#[inline(always)]
+fn product(weights: &[i8], inputs: &[i16]) -> i32 {
+    weights.iter().zip(inputs).map(|(&weight, &input)| i32::from(weight) * i32::from(input)).sum()
 }
 
 /// A network at work on one part.
@@ -167,8 +236,12 @@ mod tests {
         StoredMap { weights, biases: (0..rows).map(|_| chance.i32(-(1 << 24)..=1 << 24)).collect() }
     }
 
-    fn network(hidden: usize, contexts: u8, chance: &mut fastrand::Rng) -> StoredNetwork {
-        let (unit, width) = (5, 7);
+    fn network(
+        (unit, width): (usize, usize),
+        hidden: usize,
+        contexts: u8,
+        chance: &mut fastrand::Rng,
+    ) -> StoredNetwork {
         let mut requantization = || Requantization { multiplier: chance.u16(1..), shift: chance.u8(18..30) };
         let [to_latent, to_hidden, back] = [requantization(), requantization(), requantization()];
         StoredNetwork {
@@ -228,13 +301,27 @@ mod tests {
     fn outputs_are_those_of_the_specification() {
         let mut chance = fastrand::Rng::with_seed(5);
         for round in 0..200 {
-            let (hidden, contexts) = (round % 3 * 9, 1 + (round % 2) as u8);
-            let stored = network(hidden, contexts, &mut chance);
-            let inputs: Vec<i8> = (0..usize::from(contexts) * 5).map(|_| chance.i8(-127..=127)).collect();
+            let (hidden, contexts) = (round % 3 * 29, 1 + (round % 2) as u8);
+            // Shorter than a register, and several of them with some left over.
+            let unit = [5, 70][round / 2 % 2];
+            let stored = network((unit, unit + 2), hidden, contexts, &mut chance);
+            let inputs: Vec<i8> = (0..usize::from(contexts) * unit).map(|_| chance.i8(-127..=127)).collect();
             let (kind, layer) = (chance.usize(..2), chance.bool().then_some(0));
-            let mut outputs = [0; 5];
-            Network::new(stored.clone()).outputs(kind, layer, &inputs, &mut outputs);
-            assert_eq!(outputs.map(i64::from).to_vec(), by_the_letter(&stored, kind, layer, &inputs));
+            let mut outputs = [vec![0; unit], vec![0; unit]];
+            let network = Network::new(stored.clone());
+            network.outputs(kind, layer, &inputs, &mut outputs[0]);
+            network.outputs_with(kind, layer, &inputs, &mut outputs[1], product);
+            let expected = by_the_letter(&stored, kind, layer, &inputs);
+            for outputs in outputs {
+                assert_eq!(outputs.into_iter().map(i64::from).collect::<Vec<_>>(), expected);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                let mut outputs = vec![0; unit];
+                // SAFETY: the CPU has the instructions.
+                unsafe { network.outputs_avx2(kind, layer, &inputs, &mut outputs) };
+                assert_eq!(outputs.into_iter().map(i64::from).collect::<Vec<_>>(), expected);
+            }
         }
     }
 
@@ -246,7 +333,7 @@ mod tests {
         let references = References::new(&Dtype::F32, &values, elements);
         let motion = Motion::new(&[4, 11], 1, (0..11).rev().collect());
         let predictor = NetworkPredictor {
-            network: Arc::new(Network::new(network(4, 2, &mut chance))),
+            network: Arc::new(Network::new(network((5, 7), 4, 2, &mut chance))),
             kind: 1,
             layer: Some(0),
             input_scale: 250.0,

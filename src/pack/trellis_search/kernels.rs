@@ -8,6 +8,7 @@ use core::arch::x86_64::*;
 use super::{PRICED, Prices};
 use crate::codec::trellis::Trellis;
 use crate::format::strip::LANES;
+use crate::numerics::nearest_integer;
 
 /// The residues of a multiple modulo 4: `2 parity of its code + quantizer`.
 const RESIDUES: usize = 4;
@@ -138,10 +139,7 @@ fn price(targets: &[f32; LANES], prices: &Prices, branches: &mut Branches) {
         let (mut nearest, mut shorter) = ([0; LANES], [0; LANES]);
         for ((nearest, shorter), &target) in nearest.iter_mut().zip(&mut shorter).zip(targets) {
             let inside = target.max(least).min(greatest);
-            let fours = ((inside - residue_steps as f32) * 0.25).round_ties_even();
-            // SAFETY: bounds are numbers, so `inside` is one too, and they come from multiples of 32 bits: a fourth of them
-            // fits. The conversion that checks is no vector instruction.
-            *nearest = residue_steps + 4 * unsafe { fours.to_int_unchecked::<i32>() };
+            *nearest = residue_steps + 4 * nearest_integer((inside - residue_steps as f32) * 0.25);
             *shorter = *nearest - 4 * nearest.signum();
         }
         let [of_nearest, of_shorter] = [&nearest, &shorter].map(|multiples| {
