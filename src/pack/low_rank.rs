@@ -89,17 +89,41 @@ pub fn find_product(tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> Option
             return None;
         }
     }
-    let (values, mut changes) = (values_of(&tensor.dtype, bytes), values_of(&tensor.dtype, decoded));
-    changes.iter_mut().zip(&values).for_each(|(before, value)| *before = value - *before);
-    if !changes.iter().all(|change| change.is_finite()) {
-        return None;
-    }
-    let change = Matrix::of_numbers(rows, columns, &changes);
-    drop(changes);
+    let (change, values) = change_of(pair, rows, columns)?;
     let directions = change.directions(rank)?;
     let intervals = Intervals::new(&tensor.dtype, &change, &values);
     let (left, right) = refined(change, directions, &intervals);
     quantized(pair, &left, &right)
+}
+
+/// The product of a tensor that is of the rank and fineness of an earlier variant's: neither is looked for. `None` where its
+/// change is of no low rank.
+pub fn find_product_like(
+    known: &LowRank,
+    tensor: &TensorInfo,
+    bytes: &[u8],
+    decoded: &[u8],
+) -> Option<(StoredLowRank, LowRank)> {
+    let pair = Pair { tensor, bytes, predicted: decoded };
+    let (change, values) = change_of(pair, known.left.len() / known.rank, known.columns)?;
+    let (directions, singular_values) = change.range(known.rank);
+    let rank = change.rank_above_noise(&singular_values);
+    if rank == 0 {
+        return None;
+    }
+    let intervals = Intervals::new(&tensor.dtype, &change, &values);
+    let (left, right) = refined(change, directions.first_rows(rank), &intervals);
+    let magnitude = known.left.iter().chain(&known.right).map(|integer| integer.unsigned_abs()).max().unwrap_or(0);
+    Some(with_factors(&left, &right, magnitude.max(1).into()))
+}
+
+/// The change of a matrix and what it became; `None` where any of it is no number.
+fn change_of(pair: Pair<'_>, rows: usize, columns: usize) -> Option<(Matrix, Vec<f32>)> {
+    let dtype = &pair.tensor.dtype;
+    let (values, mut changes) = (values_of(dtype, pair.bytes), values_of(dtype, pair.predicted));
+    changes.iter_mut().zip(&values).for_each(|(before, value)| *before = value - *before);
+    let are_numbers = changes.iter().all(|change| change.is_finite());
+    are_numbers.then(|| (Matrix::of_numbers(rows, columns, &changes), values))
 }
 
 /// What is looked at first.
@@ -133,6 +157,7 @@ impl Sample {
 }
 
 /// Half a unit in the last place of a value; 0 where a type has so many that rounding does not matter.
+#[inline(always)]
 fn half_unit(dtype: &Dtype, value: f32) -> f32 {
     match dtype {
         Dtype::BF16 => f32::from_bits(value.to_bits() & 0x7f80_0000) / 256.0,
@@ -162,22 +187,10 @@ fn rank_of_sample(mut sample: Matrix) -> Option<(usize, Matrix)> {
 
 /// Stores the factors as finely as pays.
 fn quantized(pair: Pair<'_>, left: &Matrix, right: &Matrix) -> Option<FoundProduct> {
-    let most = left.numbers().chain(right.numbers()).fold(0.0_f32, |most, value| most.max(value.abs()));
-    let integers = |magnitude: i32| {
-        let step = most / magnitude as f32;
-        let integers =
-            |matrix: &Matrix| -> Vec<i32> { matrix.numbers().map(|value| (value / step).round() as i32).collect() };
-        let narrow = |integers: &[i32]| integers.iter().map(|&integer| integer as i16).collect();
-        let (rank, columns, scale) = (left.columns, right.columns, step * step);
-        let (left, right) = (integers(left), integers(right));
-        let product = LowRank { rank, columns, scale, left: narrow(&left), right: narrow(&right) };
-        let (left, right) = (integers::encode(&left), integers::encode(&right));
-        (StoredLowRank { rank: rank as u32, scale, left, right }, product)
-    };
     let elements = pair.tensor.elements() as f64;
     let mut best: Option<(f64, _)> = None;
     for magnitude in MAGNITUDES {
-        let found = integers(magnitude);
+        let found = with_factors(left, right, magnitude);
         let bits = found.0.bits() + elements * bits_beside(pair, &found.1);
         if best.as_ref().is_some_and(|(least, _)| *least <= bits) {
             break; // finer factors cost more than they save from here on
@@ -197,6 +210,20 @@ fn quantized(pair: Pair<'_>, left: &Matrix, right: &Matrix) -> Option<FoundProdu
     };
     let bits = bits + stored.bits();
     Some(FoundProduct { stored, product, difference, counted, bits })
+}
+
+/// The product of integer factors of which the largest has this magnitude, as it is stored and as it is computed.
+fn with_factors(left: &Matrix, right: &Matrix, magnitude: i32) -> (StoredLowRank, LowRank) {
+    let most = left.numbers().chain(right.numbers()).fold(0.0_f32, |most, value| most.max(value.abs()));
+    let step = most / magnitude as f32;
+    let integers =
+        |matrix: &Matrix| -> Vec<i32> { matrix.numbers().map(|value| (value / step).round() as i32).collect() };
+    let narrow = |integers: &[i32]| integers.iter().map(|&integer| integer as i16).collect();
+    let (rank, columns, scale) = (left.columns, right.columns, step * step);
+    let (left, right) = (integers(left), integers(right));
+    let product = LowRank { rank, columns, scale, left: narrow(&left), right: narrow(&right) };
+    let (left, right) = (integers::encode(&left), integers::encode(&right));
+    (StoredLowRank { rank: rank as u32, scale, left, right }, product)
 }
 
 /// Bits of an element of some rows, about, that differs from its prediction with the product added.
@@ -264,13 +291,33 @@ struct Intervals {
 impl Intervals {
     /// Of the `change` of elements that became `values`.
     fn new(dtype: &Dtype, change: &Matrix, values: &[f32]) -> Self {
-        let edge = |sign: f32| {
-            let rows = (0..change.rows).flat_map(|row| change.row(row).iter());
-            let edges: Vec<f32> =
-                rows.zip(values).map(|(change, &value)| change + sign * half_unit(dtype, value)).collect();
-            Matrix::of_numbers(change.rows, change.columns, &edges)
-        };
-        Self { low: edge(-1.0), high: edge(1.0) }
+        let zeros = || Matrix::zeros(change.rows, change.columns);
+        let mut intervals = Self { low: zeros(), high: zeros() };
+        run(Edges { dtype, change, values, intervals: &mut intervals });
+        intervals
+    }
+}
+
+/// Fills in where intervals begin and end.
+struct Edges<'a> {
+    dtype: &'a Dtype,
+    change: &'a Matrix,
+    values: &'a [f32],
+    intervals: &'a mut Intervals,
+}
+
+impl Work for Edges<'_> {
+    #[inline(always)]
+    fn run(self) {
+        for (row, values) in self.values.chunks_exact(self.change.columns).enumerate() {
+            let change = self.change.row(row);
+            let Intervals { low, high } = &mut *self.intervals;
+            let edges = low.numbers_mut(row).iter_mut().zip(high.numbers_mut(row));
+            for (((low, high), change), &value) in edges.zip(change).zip(values) {
+                let half_unit = half_unit(self.dtype, value);
+                (*low, *high) = (change - half_unit, change + half_unit);
+            }
+        }
     }
 }
 
@@ -409,6 +456,25 @@ mod tests {
         add_product(&found.product, &Dtype::BF16, &mut predicted);
         let same = predicted.as_chunks::<2>().0.iter().zip(variant.as_chunks::<2>().0).filter(|(a, b)| a == b).count();
         assert!(same > 192 * 256 * 9 / 10, "{same} elements are predicted to the bit");
+    }
+
+    #[test]
+    fn a_product_like_one_that_is_known_has_its_fineness_and_no_more_rank_than_the_change() {
+        let tensor = matrix_tensor(192, 256);
+        let (base, variant) = merged(192, 256, 5);
+        for rank in [5, 8] {
+            let known =
+                LowRank { rank, columns: 256, scale: 1.0, left: vec![90; 192 * rank], right: vec![-127; rank * 256] };
+            let (stored, product) = find_product_like(&known, &tensor, &variant, &base).expect("it is of low rank");
+            assert_eq!(stored.rank, 5);
+            let largest = product.left.iter().chain(&product.right).map(|integer| integer.unsigned_abs()).max();
+            assert_eq!(largest, Some(127));
+            let mut predicted = base.clone();
+            add_product(&product, &Dtype::BF16, &mut predicted);
+            let same =
+                predicted.as_chunks::<2>().0.iter().zip(variant.as_chunks::<2>().0).filter(|(a, b)| a == b).count();
+            assert!(same > 192 * 256 * 8 / 10, "{same} elements are predicted to the bit");
+        }
     }
 
     #[test]

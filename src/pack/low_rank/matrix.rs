@@ -63,6 +63,12 @@ impl Matrix {
         matrix
     }
 
+    /// The numbers of a row, to be written.
+    pub fn numbers_mut(&mut self, row: usize) -> &mut [f32] {
+        let columns = self.columns;
+        &mut self.row_mut(row).as_flattened_mut()[..columns]
+    }
+
     /// The numbers of a row.
     pub fn row(&self, row: usize) -> &[f32] {
         &self.row_vectors(row).as_flattened()[..self.columns]
@@ -227,17 +233,18 @@ impl Work for Measure<'_> {
     fn run(self) {
         let [a, b, c, d] = rows_of(self.group);
         for (direction, coordinates) in self.coordinates.iter_mut().enumerate() {
-            let mut sums = [[0.0; LANES]; GROUP];
+            // Each of its own, or compilers keep them in memory.
+            let [mut of_a, mut of_b, mut of_c, mut of_d] = [[0.0; LANES]; GROUP];
             let direction = self.directions.row_vectors(direction);
             for ((((direction, a), b), c), d) in direction.iter().zip(a).zip(b).zip(c).zip(d) {
                 for lane in 0..LANES {
-                    sums[0][lane] += direction[lane] * a[lane];
-                    sums[1][lane] += direction[lane] * b[lane];
-                    sums[2][lane] += direction[lane] * c[lane];
-                    sums[3][lane] += direction[lane] * d[lane];
+                    of_a[lane] += direction[lane] * a[lane];
+                    of_b[lane] += direction[lane] * b[lane];
+                    of_c[lane] += direction[lane] * c[lane];
+                    of_d[lane] += direction[lane] * d[lane];
                 }
             }
-            *coordinates = sums.map(|sums| sums.into_iter().sum());
+            *coordinates = [of_a, of_b, of_c, of_d].map(|sums| sums.into_iter().sum());
         }
     }
 }
@@ -254,16 +261,11 @@ impl Work for Gather<'_> {
     fn run(self) {
         let [a, b, c, d] = rows_of(self.group);
         for (direction, &[of_a, of_b, of_c, of_d]) in self.coordinates.iter().enumerate() {
-            let sums = self.sums.row_mut(direction);
-            for ((((sums, a), b), c), d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-                // By value, or compilers take the same lane of many vectors for one.
-                let mut sum = *sums;
-                for (of_row, row) in [(of_a, a), (of_b, b), (of_c, c), (of_d, d)] {
-                    for lane in 0..LANES {
-                        sum[lane] += of_row * row[lane];
-                    }
-                }
-                *sums = sum;
+            // Number by number, or compilers take the same lane of many vectors for one.
+            let sums = self.sums.row_mut(direction).as_flattened_mut();
+            let [a, b, c, d] = [a, b, c, d].map(<[Vector]>::as_flattened);
+            for ((((sum, a), b), c), d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                *sum = *sum + of_a * a + of_b * b + of_c * c + of_d * d;
             }
         }
     }
