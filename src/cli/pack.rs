@@ -25,6 +25,7 @@ use crate::pack::options::{
     AlignmentChoice, Assignment, BitAllocation, ColumnScales, Effort, EntropyModel, PackOptions, Permutations,
     PredictorChoice, Quantization, Steps, Target, TrellisStates,
 };
+use crate::pack::profile::Profile;
 use crate::pack::report::{PackReport, TensorReport};
 use crate::pack::source::Checkpoint;
 use crate::pack::train::Training;
@@ -56,6 +57,11 @@ pub struct PackArgs {
     /// by its content.
     #[arg(long, value_name = "BASE")]
     base: Option<PathBuf>,
+    /// An earlier variant of the base that was packed losslessly: its archive, or a directory with one. Tensors that changed as
+    /// they did there are coded as they were there, without a look at what else would do, so that packing takes less time. The
+    /// others are decided as ever. The profile is not needed to read the result.
+    #[arg(long, value_name = "VARIANT", requires = "base", conflicts_with_all = ["bpp", "max_rel_mse", "sweep"])]
+    profile: Option<PathBuf>,
     /// How much time packing may take.
     #[arg(long, value_enum, default_value_t)]
     effort: Effort,
@@ -328,7 +334,11 @@ fn pack(args: &PackArgs) -> Result<ExitCode, PackCommandError> {
     if let Some(base) = &base {
         check_base(base, &options[0], &outputs)?;
     }
-    let mut encoder = Encoder::with_base(&checkpoint, &options[0], base.as_ref(), &progress)?;
+    let profile = match (&args.profile, &base) {
+        (Some(path), Some(base)) => Some(Profile::open(path, base).map_err(PackError::from)?),
+        _ => None,
+    };
+    let mut encoder = Encoder::with_profile(&checkpoint, &options[0], base.as_ref(), profile.as_ref(), &progress)?;
     let calibration = match args.calibration.source() {
         Some(source) => Some(Calibration::load(&checkpoint, &source).map_err(PackError::from)?),
         None => None,

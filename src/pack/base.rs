@@ -62,7 +62,11 @@ impl Base {
     /// # Errors
     /// When it is none of these, or does not stand alone.
     pub fn open(path: &Path) -> Result<Self, BaseError> {
-        let packed = packed_at(path)?;
+        let mut packed = packed_in(path)?;
+        if packed.len() > 1 {
+            return Err(BaseError::Several { path: path.to_owned(), found: packed.len() });
+        }
+        let packed = packed.pop();
         let is_packed = packed.is_some();
         let archive = match packed {
             Some(archive) => Archive::open(&archive)?,
@@ -223,20 +227,14 @@ fn ends_alike(a: &str, b: &str) -> bool {
     long.strip_suffix(short).is_some_and(|prefix| prefix.is_empty() || prefix.ends_with('.'))
 }
 
-/// The archive at `path` or the one in it; `None` where it is no packed one.
-fn packed_at(path: &Path) -> Result<Option<PathBuf>, BaseError> {
+/// The archive at `path`, or those in the directory that it is; none where it is no packed one.
+pub(super) fn packed_in(path: &Path) -> Result<Vec<PathBuf>, ArchiveError> {
     let is_archive = |path: &Path| path.file_name().is_some_and(is_archive_name);
     if !path.is_dir() {
-        return Ok(is_archive(path).then(|| path.to_owned()));
+        return Ok(is_archive(path).then(|| path.to_owned()).into_iter().collect());
     }
     let entries = std::fs::read_dir(path).map_err(|source| ArchiveError::Io { path: path.to_owned(), source })?;
-    let archives: Vec<PathBuf> =
-        (entries.flatten().map(|entry| entry.path())).filter(|path| is_archive(path)).collect();
-    match archives.len() {
-        0 => Ok(None),
-        1 => Ok(archives.into_iter().next()),
-        found => Err(BaseError::Several { path: path.to_owned(), found }),
-    }
+    Ok(entries.flatten().map(|entry| entry.path()).filter(|path| is_archive(path)).collect())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A variant's tensor as differences to its base: which parameters code it shortest, and its strips (SPEC.md sections 4.3
 //! and 7.7; `codec::difference` has what encoder and decoder share).
 
+mod known;
 mod run;
 mod search;
 
@@ -9,6 +10,8 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+pub use self::known::KnownDifferences;
+use self::known::{is_alike, is_as_short};
 use self::run::{RUN_ELEMENTS, Run, class_of_run};
 pub use self::search::DifferenceSearch;
 use super::entropy_model::{ClassHistograms, StreamKind, TablePool};
@@ -30,6 +33,10 @@ const STEP_BITS: f64 = 5.0;
 const UNEVEN: usize = 2000;
 /// Lanes where the states of all would cost more than symbols do.
 const FEW_LANES: usize = 4;
+/// Strips of a part that are coded as an earlier variant's were, to see whether they changed alike: one of so many, and so many
+/// at most.
+const TRIED_STRIPS_OF: usize = 16;
+const TRIED_STRIPS: usize = 4;
 
 /// Parameters of a coded difference.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -220,12 +227,23 @@ pub struct DifferencePart<'a> {
     choice: DifferenceChoice,
     classes: Classes,
     layout: RunLayout,
+    /// How an earlier variant's were coded, where these are to be coded alike.
+    known: Option<&'a KnownDifferences>,
 }
+
+/// A strip, and raw bits and table of each run.
+type StripAndTables = (EncodedStrip, Vec<(u8, usize)>);
 
 impl<'a> DifferencePart<'a> {
     /// The differences of a pair, coded as chosen.
     pub fn new(pair: Pair<'a>, choice: DifferenceChoice) -> Self {
         Self::with_facts(pair, choice, &Facts::of(pair, choice.by_row))
+    }
+
+    /// The differences of a pair, coded as those of an earlier variant, whose tables are in the pool.
+    pub fn as_known(pair: Pair<'a>, known: &'a KnownDifferences) -> Self {
+        let layout = RunLayout { lanes: known.lanes(), ..RunLayout::of_runs(pair.elements(), RUN_ELEMENTS) };
+        Self { pair, choice: known.choice(), classes: known.classes().clone(), layout, known: Some(known) }
     }
 
     fn with_facts(pair: Pair<'a>, choice: DifferenceChoice, facts: &Facts) -> Self {
@@ -243,6 +261,7 @@ impl<'a> DifferencePart<'a> {
                 offsets: Integers::Constant(0),
             },
             layout,
+            known: None,
         };
         part.classes = part.fit_classes(facts);
         part
@@ -338,20 +357,22 @@ impl<'a> DifferencePart<'a> {
         reference: BaseTensor,
         low_rank: Option<StoredLowRank>,
     ) -> Option<EncodedPart> {
-        let strips: Vec<(EncodedStrip, Vec<(u8, usize)>)> = (0..self.layout.strips())
+        let strips: Vec<StripAndTables> = (0..self.layout.strips())
             .into_par_iter()
             .map(|strip| self.encode_strip(pool, strip))
             .collect::<Option<_>>()?;
-        let mut numbers: BTreeMap<(u8, usize), i32> =
-            strips.iter().flat_map(|(_, tables)| tables).map(|&table| (table, 0)).collect();
+        // In the order of what they suit, so that the steps from run to run are small.
+        let key = |(raw_bits, table): (u8, usize)| (raw_bits, pool.class_of(table), table);
+        let mut numbers: BTreeMap<(u8, i32, usize), i32> =
+            strips.iter().flat_map(|(_, tables)| tables).map(|&table| (key(table), 0)).collect();
         for (number, local) in numbers.values_mut().enumerate() {
             *local = number as i32;
         }
         let mut before = 0;
         let steps: Vec<i32> = (strips.iter().flat_map(|(_, tables)| tables))
-            .map(|table| numbers[table] - std::mem::replace(&mut before, numbers[table]))
+            .map(|&table| numbers[&key(table)] - std::mem::replace(&mut before, numbers[&key(table)]))
             .collect();
-        let table_raw_bits: Vec<i32> = numbers.keys().map(|&(raw_bits, _)| raw_bits.into()).collect();
+        let table_raw_bits: Vec<i32> = numbers.keys().map(|&(raw_bits, ..)| raw_bits.into()).collect();
         let difference = StoredDifference {
             zero_bits: self.choice.zero_bits,
             class_shift: self.choice.class_shift,
@@ -360,14 +381,51 @@ impl<'a> DifferencePart<'a> {
             table_raw_bits: integers::encode(&table_raw_bits),
         };
         let coding = Coding::Based(BasedInfo { reference, low_rank, difference: Some(difference) });
-        let tables = numbers.into_keys().map(|(_, table)| table).collect();
+        let tables = numbers.into_keys().map(|(.., table)| table).collect();
         let strips: Vec<EncodedStrip> = strips.into_iter().map(|(strip, _)| strip).collect();
         Some(EncodedPart::of_strips(coding, self.layout, tables, &steps, &strips))
     }
 
+    /// Bytes that all strips will take coded as in an earlier variant, by some of them. `None` where these take clearly more or
+    /// less than they did, or more than with tables of their own: the tensor did not change alike.
+    pub fn bytes_as_known(&self, pool: &TablePool) -> Option<f64> {
+        let known = self.known?;
+        let strips = self.layout.strips();
+        let tried = spread_strips(strips, strips.div_ceil(TRIED_STRIPS_OF).min(TRIED_STRIPS));
+        let bytes: Vec<usize> = (tried.par_iter())
+            .map(|&strip| Some(self.encode_strip(pool, strip)?.0.length_bytes()))
+            .collect::<Option<_>>()?;
+        let now: usize = bytes.into_iter().sum();
+        let then: usize = tried.iter().map(|&strip| known.strip_bytes(strip)).sum();
+        let (classes, raw_bits) = self.count(&tried);
+        let states = 4 * self.layout.lanes * tried.len();
+        let of_their_own = states + ((classes.bits(&classes.fit()) + raw_bits) / 8.0) as usize;
+        let did_change_alike = is_alike(now, then) && is_as_short(now, of_their_own);
+        did_change_alike.then(|| known.bytes() as f64 * now as f64 / then.max(1) as f64)
+    }
+
     /// One strip, and raw bits and table of each run.
-    fn encode_strip(&self, pool: &TablePool, strip: usize) -> Option<(EncodedStrip, Vec<(u8, usize)>)> {
+    fn encode_strip(&self, pool: &TablePool, strip: usize) -> Option<StripAndTables> {
         let differences = self.strip(strip);
+        let mut as_known = None;
+        if let Some(known) = self.known
+            && known.suits_each_run(strip, differences.len())
+        {
+            let tables = known.tables_of(self.layout.strip_runs(strip));
+            let encoded = self.encode_with(pool, &differences, &tables);
+            if is_as_short(encoded.length_bytes(), known.strip_bytes(strip)) {
+                return Some((encoded, tables));
+            }
+            as_known = Some((encoded, tables));
+        }
+        let tables = self.choose_tables(pool, &differences)?;
+        let encoded = self.encode_with(pool, &differences, &tables);
+        let is_shorter = |(as_known, _): &StripAndTables| as_known.length_bytes() <= encoded.length_bytes();
+        Some(as_known.filter(is_shorter).unwrap_or((encoded, tables)))
+    }
+
+    /// Raw bits and table that code each run of a strip shortest.
+    fn choose_tables(&self, pool: &TablePool, differences: &[i32]) -> Option<Vec<(u8, usize)>> {
         let mut tables: Vec<(u8, usize)> = Vec::with_capacity(differences.len().div_ceil(RUN_ELEMENTS));
         for run in differences.chunks(RUN_ELEMENTS) {
             let elements = run.len() as f64;
@@ -399,14 +457,22 @@ impl<'a> DifferencePart<'a> {
             };
             tables.push(chosen);
         }
+        Some(tables)
+    }
+
+    /// A strip coded with these raw bits and tables of its runs.
+    fn encode_with(&self, pool: &TablePool, differences: &[i32], tables: &[(u8, usize)]) -> EncodedStrip {
         let mut placed = Placed::default();
         placed.positions.reserve(differences.len());
-        placed.raw.reserve(differences.len());
+        let has_raw_bits = tables.iter().any(|&(raw_bits, _)| raw_bits > 0);
+        if has_raw_bits {
+            placed.raw.reserve(differences.len());
+        }
         let zero_bits = u32::from(self.choice.zero_bits);
-        for (run, &(raw_bits, table)) in differences.chunks(RUN_ELEMENTS).zip(&tables) {
+        for (run, &(raw_bits, table)) in differences.chunks(RUN_ELEMENTS).zip(tables) {
             let table = pool.table(table);
             let (first, symbol_shift, raw_mask) =
-                (placed.raw.len(), u32::from(raw_bits).min(31), (1_u64 << raw_bits) - 1);
+                (placed.positions.len(), u32::from(raw_bits).min(31), (1_u64 << raw_bits) - 1);
             let exceptions = &mut placed.exceptions;
             placed.positions.extend(run.iter().enumerate().map(|(index, &difference)| {
                 let shifted = difference >> zero_bits;
@@ -418,12 +484,13 @@ impl<'a> DifferencePart<'a> {
                     table.filler()
                 })
             }));
-            placed.raw.extend(run.iter().map(|&difference| (difference >> zero_bits) as u64 & raw_mask));
+            if has_raw_bits {
+                placed.raw.extend(run.iter().map(|&difference| (difference >> zero_bits) as u64 & raw_mask));
+            }
         }
         let coding_tables: Vec<_> = tables.iter().map(|&(_, table)| &*pool.table(table).coding).collect();
         let raw_bits_of_run = |run: usize| (u32::from(tables[run].0), 0);
-        let encoded = strip_bytes(&placed, self.layout, |run, _| coding_tables[run], raw_bits_of_run);
-        Some((encoded, tables))
+        strip_bytes(&placed, self.layout, |run, _| coding_tables[run], raw_bits_of_run)
     }
 }
 

@@ -29,17 +29,17 @@ use super::keep::{Keep, kept};
 use super::low_rank::add_product;
 use super::network::FittedNetwork;
 use super::options::{AlignmentChoice, BitAllocation, PackOptions, PredictorChoice, Quantization};
+use super::profile::Profile;
 use super::report::{PackReport, TensorReport};
 use super::source::Checkpoint;
 use super::survey::{ProbedPart, Survey};
 use super::symbols::RunLayout;
-use super::treatment::{Decision, ExactStart, Fineness, Start, Treatment, is_already_quantized, is_near};
+use super::treatment::{Decision, ExactStart, Fineness, Start, Treatment, is_already_quantized, is_near, may_lose};
 use super::{sensitivity, statistics};
 use crate::archive::{Archive, content_id};
-use crate::codec::architecture::{CheckpointPlan, RecordPlan};
+use crate::codec::architecture::{BlockType, CheckpointPlan, RecordPlan};
 use crate::decode::{Engine, EngineChoice};
 use crate::format::difference::BaseTensor;
-use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// Told how far packing has come.
@@ -78,6 +78,7 @@ pub struct Encoder<'a> {
     options: &'a PackOptions,
     progress: &'a dyn Progress,
     base: Option<&'a Base>,
+    profile: Option<&'a Profile>,
     plan: CheckpointPlan,
     /// Per record, per part.
     treatments: Vec<Vec<Treatment>>,
@@ -109,12 +110,28 @@ impl<'a> Encoder<'a> {
         base: Option<&'a Base>,
         progress: &'a dyn Progress,
     ) -> Result<Self, PackError> {
+        Self::with_profile(checkpoint, options, base, None, progress)
+    }
+
+    /// The same, where an earlier variant of the same base says how tensors that change alike are coded. It does not for
+    /// tensors that may lose something.
+    ///
+    /// # Errors
+    /// When the base does not decode, or the profile cannot be read any more.
+    pub fn with_profile(
+        checkpoint: &'a Checkpoint,
+        options: &'a PackOptions,
+        base: Option<&'a Base>,
+        profile: Option<&'a Profile>,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, PackError> {
         let counterparts = base.map(|base| base.counterparts(checkpoint)).transpose()?;
         let mut encoder = Self {
             checkpoint,
             options,
             progress,
             base,
+            profile,
             based: BTreeMap::new(),
             plan: checkpoint.plan(),
             treatments: Vec::new(),
@@ -132,19 +149,10 @@ impl<'a> Encoder<'a> {
             let mut treatments = Vec::with_capacity(record.parts.len());
             for part in &record.parts {
                 let (tensor, bytes) = encoder.tensor(part.file, part.tensor);
-                let keep = kept(&options.keep, &tensor.name);
-                let mut treatment = Treatment::choose(record.block_type, tensor, bytes, keep, options);
                 let reference = counterparts.as_ref().and_then(|found| found[part.file][part.tensor]);
-                if let (Some(base), Some(reference)) = (base, reference) {
-                    let decoded = base.decoded(reference, tensor.length_bytes).map_err(BaseError::from)?;
-                    let mut based = BasedTensor::choose(base, reference, treatment, tensor, bytes, &decoded);
-                    based.is_near &= options.quantization != Quantization::ResidualVector;
-                    if let (false, Some(exact)) = (matches!(treatment, Treatment::Quantized(_)), &based.exact) {
-                        treatment = Treatment::Based(exact.choice);
-                    }
-                    if based.exact.is_some() || based.is_near {
-                        encoder.based.insert((part.file, part.tensor), based);
-                    }
+                let (treatment, based) = encoder.treat(record.block_type, (tensor, bytes), reference)?;
+                if let Some(based) = based {
+                    encoder.based.insert((part.file, part.tensor), based);
                 }
                 treatments.push(treatment);
                 encoder.finish_part(part.file, part.tensor);
@@ -154,21 +162,69 @@ impl<'a> Encoder<'a> {
         Ok(encoder)
     }
 
+    /// What is done with a tensor, and how it starts from `reference`, a tensor of the base, where it does or may.
+    fn treat(
+        &self,
+        block_type: BlockType,
+        (tensor, bytes): (&TensorInfo, &[u8]),
+        reference: Option<BaseTensor>,
+    ) -> Result<(Treatment, Option<BasedTensor>), PackError> {
+        let keep = kept(&self.options.keep, &tensor.name);
+        let choose = || Treatment::choose(block_type, tensor, bytes, keep, self.options);
+        let Some((base, reference)) = self.base.zip(reference) else { return Ok((choose(), None)) };
+        let decoded = base.decoded(reference, tensor.length_bytes).map_err(BaseError::from)?;
+        if !may_lose(keep, self.options) {
+            let exact = match base.tensor(reference).shape == tensor.shape && bytes == decoded {
+                true => Some(ExactStart::equal(reference)),
+                false => self.start_as_known((tensor, bytes), reference, &decoded)?,
+            };
+            if let Some(exact) = exact {
+                let treatment = Treatment::Based(exact.choice);
+                return Ok((treatment, Some(BasedTensor { reference, exact: Some(exact), is_near: false })));
+            }
+        }
+        let mut treatment = choose();
+        let mut based = BasedTensor::choose(base, reference, treatment, tensor, bytes, &decoded);
+        based.is_near &= self.options.quantization != Quantization::ResidualVector;
+        if let (false, Some(exact)) = (matches!(treatment, Treatment::Quantized(_)), &based.exact) {
+            treatment = Treatment::Based(exact.choice);
+        }
+        let may_start = based.exact.is_some() || based.is_near;
+        Ok((treatment, may_start.then_some(based)))
+    }
+
+    /// How a tensor starts from one of the base, `decoded` as many bytes, as it does in the profile.
+    fn start_as_known(
+        &self,
+        source: (&TensorInfo, &[u8]),
+        reference: BaseTensor,
+        decoded: &[u8],
+    ) -> Result<Option<ExactStart>, PackError> {
+        let Some(profile) = self.profile else { return Ok(None) };
+        let Some(known) = profile.part(source.0, reference)? else { return Ok(None) };
+        Ok(ExactStart::as_known(&known, profile.tables(), reference, source, decoded))
+    }
+
     /// What a tensor starts from where it is quantized or, the other way, bit-exact, decoded; `None` where it stands alone.
-    fn start(&self, file: usize, tensor: usize, is_quantized: bool) -> Result<Option<Start>, MaterializeError> {
+    fn start(&self, file: usize, tensor: usize, is_quantized: bool) -> Result<Option<Start>, PackError> {
         let (Some(base), Some(based)) = (self.base, self.based.get(&(file, tensor))) else { return Ok(None) };
-        let product = match &based.exact {
+        let exact = match &based.exact {
             _ if is_quantized && based.is_near => None,
-            Some(exact) if !is_quantized => exact.product.as_ref(),
+            Some(exact) if !is_quantized => Some(exact),
             _ => return Ok(None),
         };
         let info = self.tensor(file, tensor).0;
-        let mut predicted = base.decoded(based.reference, info.length_bytes)?;
+        let mut predicted = base.decoded(based.reference, info.length_bytes).map_err(BaseError::from)?;
+        let product = exact.and_then(|exact| exact.product.as_ref());
         if let Some(found) = product {
             add_product(&found.product, &info.dtype, &mut predicted);
         }
         let low_rank = product.map(|found| found.stored.clone());
-        Ok(Some(Start { reference: based.reference, predicted, low_rank }))
+        let known = match self.profile.filter(|_| exact.is_some_and(|exact| exact.bytes_as_known.is_some())) {
+            Some(profile) => profile.part(info, based.reference)?.map(Box::new),
+            None => None,
+        };
+        Ok(Some(Start { reference: based.reference, predicted, low_rank, known }))
     }
 
     /// Quantizes in a closed loop, with the inputs that the weights are multiplied with, and most finely what the model's
@@ -263,7 +319,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// Samples every tensor.
-    fn survey(&self) -> Result<Survey<'a>, BaseError> {
+    fn survey(&self) -> Result<Survey<'a>, PackError> {
         if let Some(surveyed) = &self.surveyed {
             return Ok(surveyed.with_options(self.options));
         }
@@ -274,7 +330,8 @@ impl<'a> Encoder<'a> {
             .map(|(part, _)| self.tensor(part.file, part.tensor).0.elements())
             .sum();
         let share = self.options.effort.surveyed_elements() as f64 / quantizable.max(1) as f64;
-        let mut survey = Survey::new(self.options);
+        let known = self.profile.map(|profile| profile.tables().clone()).unwrap_or_default();
+        let mut survey = Survey::new(self.options).with_tables(known);
         for (record, treatments) in self.plan.records.iter().zip(&self.treatments) {
             survey.begin_record();
             for (part, &treatment) in record.parts.iter().zip(treatments) {

@@ -166,9 +166,7 @@ impl ClassHistograms {
                 | StreamKind::Difference { .. } => histogram.fit(kind.has_points()),
             };
             if let Some(table) = table {
-                pool.by_class.insert((kind, class), pool.tables.len());
-                pool.tables.push(FittedTable::new(table));
-                pool.classes.push(class);
+                pool.add(kind, class, table);
             }
         }
         pool
@@ -218,6 +216,20 @@ fn join_below(joined: &mut BTreeMap<(StreamKind, i32), Histogram>, key: (StreamK
             joined.insert(key, sparse.clone());
         }
     }
+}
+
+/// The class of runs of differences that a table suits: that of a run with symbols as frequent as it says.
+pub fn class_of_table(table: &Table) -> i32 {
+    class_of_magnitude(table.codes.iter().zip(&table.frequencies).map(|(&code, &count)| (code.into(), count.into())))
+}
+
+/// A quarter octave of the mean magnitude of symbols, which for rare changes says how rare they are.
+pub fn class_of_magnitude(counted: impl Iterator<Item = (i32, u64)>) -> i32 {
+    let (sum, symbols) = counted.fold((0, 0), |(sum, symbols), (symbol, count)| {
+        (sum + u64::from(symbol.unsigned_abs().min(64)) * count, symbols + count)
+    });
+    let mean = sum as f64 / symbols.max(1) as f64;
+    (4.0 * (mean + 1e-4).log2()).round() as i32
 }
 
 /// A table with the cost of every code.
@@ -334,6 +346,34 @@ pub struct TablePool {
 }
 
 impl TablePool {
+    /// Adds a table for symbols of a class and gives its number. Where the class has one already, it goes for the next that
+    /// has none.
+    pub fn add(&mut self, kind: StreamKind, mut class: i32, table: Table) -> usize {
+        while self.by_class.contains_key(&(kind, class)) {
+            class += 1;
+        }
+        let number = self.tables.len();
+        self.by_class.insert((kind, class), number);
+        self.tables.push(FittedTable::new(table));
+        self.classes.push(class);
+        number
+    }
+
+    /// These tables under their numbers, and behind them those of `fitted`, which has no codebooks.
+    #[must_use]
+    pub fn followed_by(&self, fitted: Self) -> Self {
+        if self.tables.is_empty() {
+            return fitted;
+        }
+        let mut pool = self.clone();
+        let mut keys: Vec<((StreamKind, i32), usize)> = fitted.by_class.into_iter().collect();
+        keys.sort_by_key(|&(_, number)| number);
+        for (((kind, class), _), table) in keys.into_iter().zip(fitted.tables) {
+            pool.add(kind, class, table.coding.table().clone());
+        }
+        pool
+    }
+
     /// Adds a codebook of vectors and gives its number.
     pub fn add_codebook(&mut self, codebook: Arc<Codebook>) -> u16 {
         self.codebooks.push(codebook);
@@ -432,6 +472,35 @@ mod tests {
             counted.add(KIND, *class, histogram, 1);
         }
         counted.fit().coding_tables().len()
+    }
+
+    #[test]
+    fn a_table_suits_the_class_of_the_symbols_it_was_fitted_to() {
+        for scale in [0.2, 1.0, 4.0] {
+            let counted = symbols(8e5, scale);
+            let table = counted.fit(false).expect("something was counted");
+            let (class, fitted) = (class_of_magnitude(counted.occurring()), class_of_table(&table));
+            assert!((class - fitted).abs() <= 1, "{class}, {fitted}");
+        }
+    }
+
+    #[test]
+    fn tables_keep_their_numbers_where_others_follow_and_all_are_chosen_from() {
+        let table = |scale| symbols(8e5, scale).fit(false).expect("something was counted");
+        let (mut known, mut fitted) = (TablePool::default(), TablePool::default());
+        let class = class_of_table(&table(4.0));
+        assert_eq!(known.add(KIND, class, table(4.0)), 0);
+        fitted.add(KIND, class, table(2.0));
+        fitted.add(KIND, class - 8, table(1.0));
+        let pool = known.followed_by(fitted);
+        assert!(pool.table(0).coding.table() == &table(4.0));
+        for (scale, number) in [(4.0, 0), (2.0, 1), (1.0, 2)] {
+            let run = symbols(2e4, scale);
+            assert_eq!(
+                pool.choose(KIND, class_of_magnitude(run.occurring()), &run).map(|(table, _)| table),
+                Some(number)
+            );
+        }
     }
 
     #[test]

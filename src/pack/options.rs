@@ -40,6 +40,9 @@ use super::train::{Schedule, Training};
 use crate::codec::permutation::PermutationCoding;
 use crate::format::part::{StoredTrellis, TrellisTables};
 
+/// What the options of a run are called where an archive says how it was packed.
+pub const OPTIONS: &str = "options";
+
 /// How close the decoded weights must be to the original.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Target {
@@ -323,7 +326,7 @@ impl PackOptions {
     pub fn provenance(&self) -> Vec<(String, String)> {
         vec![
             ("tool".to_owned(), concat!("mcwc-pack ", env!("CARGO_PKG_VERSION")).to_owned()),
-            ("options".to_owned(), self.arguments()),
+            (OPTIONS.to_owned(), self.arguments()),
         ]
     }
 

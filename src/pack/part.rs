@@ -40,6 +40,13 @@ pub struct EncodedStrip {
     exceptions: usize,
 }
 
+impl EncodedStrip {
+    /// Bytes that it takes.
+    pub fn length_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
 /// A strip with what its part must know of it.
 struct PlacedStrip {
     encoded: EncodedStrip,

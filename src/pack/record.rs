@@ -196,7 +196,12 @@ impl RecordEncoder<'_> {
                 match choice.difference {
                     Some(difference) => {
                         let pair = Pair { tensor, bytes, predicted: &start.predicted };
-                        let encoded = DifferencePart::new(pair, difference).encode(self.pool, reference, low_rank);
+                        let known = start.known.as_ref().and_then(|known| known.differences.as_ref());
+                        let part = match known {
+                            Some(known) => DifferencePart::as_known(pair, known),
+                            None => DifferencePart::new(pair, difference),
+                        };
+                        let encoded = part.encode(self.pool, reference, low_rank);
                         encoded.expect("differences were counted before tables were fitted")
                     }
                     None => {

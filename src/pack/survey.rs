@@ -39,6 +39,8 @@ const LEAST_COARSEST: f64 = 0.8;
 /// What is known of every part, record by record.
 pub struct Survey<'a> {
     options: &'a PackOptions,
+    /// Tables of an earlier variant, where parts are coded as it was.
+    known: TablePool,
     parts: Vec<Vec<SurveyedPart<'a>>>,
 }
 
@@ -143,13 +145,19 @@ struct Tried {
 impl<'a> Survey<'a> {
     /// Starts with no part known; `parts` are added with [`Survey::add`], record after record.
     pub fn new(options: &'a PackOptions) -> Self {
-        Self { options, parts: Vec::new() }
+        Self { options, known: TablePool::default(), parts: Vec::new() }
     }
 
     /// The same samples for other options, as if they had just been taken.
     #[must_use]
     pub fn with_options(&self, options: &'a PackOptions) -> Self {
-        Self { options, parts: self.parts.clone() }
+        Self { options, known: self.known.clone(), parts: self.parts.clone() }
+    }
+
+    /// The same where parts are coded with these tables, under these numbers.
+    #[must_use]
+    pub fn with_tables(self, known: TablePool) -> Self {
+        Self { known, ..self }
     }
 
     /// Begins a record.
@@ -304,7 +312,7 @@ impl<'a> Survey<'a> {
                 classes.merge(counted);
             }
         }
-        let pool = classes.fit();
+        let pool = self.known.followed_by(classes.fit());
         let probed: Vec<ProbedPart> = (parts.par_iter_mut().zip(&tried))
             .map(|(part, tried)| part.probed(tried.as_ref(), &pool, settling))
             .collect();
@@ -349,6 +357,7 @@ impl State {
 
     fn based(exact: &ExactStart) -> Self {
         let CountedDifferences { classes, raw_bits, strips } = exact.counted.clone();
+        let raw_bits = exact.bytes_as_known.map_or(raw_bits, |bytes| 8.0 * bytes);
         let side_bits = exact.product.as_ref().map_or(0.0, |found| found.stored.bits());
         Self::Based { choice: exact.choice, counted: classes, raw_bits, side_bits, strips }
     }

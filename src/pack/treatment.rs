@@ -1,12 +1,15 @@
 //! What is done with each tensor: decided from the tensor, the target and the user's `--keep` rules, before any is coded.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use super::difference::{CountedDifferences, DifferenceChoice, DifferenceSearch, Pair};
+use super::difference::{CountedDifferences, DifferenceChoice, DifferencePart, DifferenceSearch, Pair};
+use super::entropy_model::TablePool;
 use super::keep::Keep;
 use super::lossless::Split;
-use super::low_rank::{FoundProduct, find_product};
+use super::low_rank::{FoundProduct, add_product, find_product, find_product_like};
 use super::options::PackOptions;
+use super::profile::KnownPart;
 use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
 use super::symbols::RunLayout;
 use crate::codec::architecture::BlockType;
@@ -63,11 +66,10 @@ impl Treatment {
         keep: Option<Keep>,
         options: &PackOptions,
     ) -> Self {
-        let fineness = match keep {
-            Some(Keep::Lossless) => None,
-            Some(Keep::Rate(bits)) => Some(Fineness::Rate(bits)),
-            None => options.target.is_lossy().then(|| Fineness::Times(refinement(block_type, options))),
-        };
+        let fineness = may_lose(keep, options).then(|| match keep {
+            Some(Keep::Rate(bits)) => Fineness::Rate(bits),
+            _ => Fineness::Times(refinement(block_type, options)),
+        });
         match fineness {
             Some(fineness)
                 if may_be_quantized(tensor) && !is_already_quantized(tensor) && is_of_weights(tensor, bytes) =>
@@ -81,6 +83,15 @@ impl Treatment {
     /// The shortest bit-exact treatment.
     pub fn exact(tensor: &TensorInfo, bytes: &[u8]) -> Self {
         Split::choose(tensor, bytes).map_or(Self::Raw, Self::Split)
+    }
+}
+
+/// Whether a tensor may lose anything. `keep` is what the user's rules say of it.
+pub fn may_lose(keep: Option<Keep>, options: &PackOptions) -> bool {
+    match keep {
+        Some(Keep::Lossless) => false,
+        Some(Keep::Rate(_)) => true,
+        None => options.target.is_lossy(),
     }
 }
 
@@ -133,7 +144,7 @@ fn is_of_weights(tensor: &TensorInfo, bytes: &[u8]) -> bool {
 }
 
 /// What the elements of a part start from.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Start {
     /// The tensor of the base.
     pub reference: BaseTensor,
@@ -141,6 +152,8 @@ pub struct Start {
     pub predicted: Vec<u8>,
     /// The product.
     pub low_rank: Option<StoredLowRank>,
+    /// How an earlier variant was coded, where the part is coded alike.
+    pub known: Option<Box<KnownPart>>,
 }
 
 /// Elements less what they start from, as binary32 has them.
@@ -257,11 +270,53 @@ pub struct ExactStart {
     pub choice: BasedChoice,
     /// What is added to the reference.
     pub product: Option<FoundProduct>,
-    /// Differences, where there are any.
+    /// Differences, where there are any and they are not coded as an earlier variant's.
     pub counted: CountedDifferences,
+    /// Bytes of the differences where they are coded as an earlier variant's, about.
+    pub bytes_as_known: Option<f64>,
 }
 
 impl ExactStart {
+    /// That a tensor equals one of the base.
+    pub fn equal(reference: BaseTensor) -> Self {
+        let choice = BasedChoice { reference, difference: None };
+        Self { choice, product: None, counted: CountedDifferences::default(), bytes_as_known: None }
+    }
+
+    /// How a tensor starts from one of the base as in an earlier variant, whose tables are `tables`. `None` where it did not
+    /// change alike.
+    pub fn as_known(
+        known: &KnownPart,
+        tables: &TablePool,
+        reference: BaseTensor,
+        (tensor, bytes): (&TensorInfo, &[u8]),
+        decoded: &[u8],
+    ) -> Option<Self> {
+        let product = match &known.product {
+            Some(before) => Some(find_product_like(before, tensor, bytes, decoded)?),
+            None => None,
+        };
+        let mut predicted = Cow::Borrowed(decoded);
+        if let Some((_, product)) = &product {
+            add_product(product, &tensor.dtype, predicted.to_mut());
+        }
+        let found = |difference| {
+            let choice = BasedChoice { reference, difference };
+            let counted = CountedDifferences::default;
+            let product = product.map(|(stored, product)| {
+                let bits = stored.bits();
+                FoundProduct { stored, product, difference, counted: counted(), bits }
+            });
+            Self { choice, product, counted: counted(), bytes_as_known: None }
+        };
+        let Some(differences) = &known.differences else {
+            return (predicted == bytes).then(|| found(None));
+        };
+        let pair = Pair { tensor, bytes, predicted: &predicted };
+        let part_bytes = DifferencePart::as_known(pair, differences).bytes_as_known(tables)?;
+        Some(Self { bytes_as_known: Some(part_bytes), ..found(Some(differences.choice())) })
+    }
+
     /// How a tensor starts from one of the base where that is shorter than `alone`, its treatment without a base. `decoded` is
     /// the base's tensor, as many bytes; `is_whole` whether it has the same shape.
     pub fn choose(
@@ -273,8 +328,7 @@ impl ExactStart {
         decoded: &[u8],
     ) -> Option<Self> {
         if is_whole && bytes == decoded {
-            let choice = BasedChoice { reference, difference: None };
-            return Some(Self { choice, product: None, counted: CountedDifferences::default() });
+            return Some(Self::equal(reference));
         }
         let alone_bits = match alone {
             Treatment::Raw => 8.0 * bytes.len() as f64,
@@ -288,7 +342,7 @@ impl ExactStart {
             .filter(|found| found.bits < alone_bits);
         let of_product = |mut found: FoundProduct| {
             let (difference, counted) = (found.difference, std::mem::take(&mut found.counted));
-            Self { choice: BasedChoice { reference, difference }, product: Some(found), counted }
+            Self { choice: BasedChoice { reference, difference }, product: Some(found), counted, bytes_as_known: None }
         };
         let product = match product {
             // Refinement does not halve.
@@ -304,7 +358,8 @@ impl ExactStart {
         let is_shorter = tensor.elements() >= LEAST_DIFFERENCES && search.bits() < alone_bits;
         is_shorter.then(|| {
             let (difference, counted) = search.found();
-            Self { choice: BasedChoice { reference, difference: Some(difference) }, product: None, counted }
+            let choice = BasedChoice { reference, difference: Some(difference) };
+            Self { choice, product: None, counted, bytes_as_known: None }
         })
     }
 }

@@ -1,5 +1,6 @@
 //! A run of differences: how many of its bits are raw, and how many of each symbol it has above them.
 
+use super::super::entropy_model::class_of_magnitude;
 use super::super::histogram::Histogram;
 
 /// Elements of a run: classes begin anywhere in the coded order, and a run that two share fits neither.
@@ -78,11 +79,9 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A quarter octave of the mean magnitude of a run's symbols, which for rare changes says how rare they are.
+/// The class of a run: how large its symbols are.
 pub fn class_of_run(run: &Histogram) -> i32 {
-    let sum: u64 = run.occurring().map(|(symbol, count)| u64::from(symbol.unsigned_abs().min(64)) * count).sum();
-    let mean = sum as f64 / run.symbols().max(1) as f64;
-    (4.0 * (mean + 1e-4).log2()).round() as i32
+    class_of_magnitude(run.occurring())
 }
 
 #[cfg(test)]

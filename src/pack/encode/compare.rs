@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::super::base::BaseError;
 use super::super::counting::sum_of_squares;
 use super::super::quantize::values_of;
 use super::super::survey::ProbedPart;
@@ -90,7 +89,7 @@ impl Encoder<'_> {
                     return Err(PackError::Mismatch { file: source.name.clone(), tensor: tensor.name.clone() });
                 }
                 errors.push((squared_error, energy));
-                if is_quantized && let Some(start) = self.start(file, number, true).map_err(BaseError::from)? {
+                if is_quantized && let Some(start) = self.start(file, number, true)? {
                     let change = sum_of_squares(&changes(tensor, bytes, &start.predicted));
                     compared.changes.insert((file, number), (squared_error, change));
                 }

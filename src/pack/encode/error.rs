@@ -6,6 +6,7 @@ use super::super::base::BaseError;
 use super::super::calibration::CalibrationError;
 use super::super::evaluation::EvaluationError;
 use super::super::part::SelfCheckError;
+use super::super::profile::ProfileError;
 use super::super::source::SourceError;
 use crate::archive::ArchiveError;
 use crate::materialize::MaterializeError;
@@ -19,6 +20,9 @@ pub enum PackError {
     /// The base cannot be read.
     #[error(transparent)]
     Base(#[from] BaseError),
+    /// An earlier variant cannot be read, or is none.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
     /// The output cannot be written.
     #[error("{path}: {source}")]
     Output {

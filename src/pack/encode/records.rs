@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::super::calibration::Calibration;
 use super::super::entropy_model::TablePool;
 use super::super::evaluation::{Evaluation, EvaluationReport};
+use super::super::options::OPTIONS;
 use super::super::part::{EncodedPart, SelfCheckError};
 use super::super::quantize::values_of;
 use super::super::record::{Below, Context, EncodedRecord, FoundMotion, RecordEncoder, decode_part};
@@ -18,8 +19,8 @@ use super::super::symbols::RunLayout;
 use super::super::train::state::StateError;
 use super::super::train::{TrainError, Trainer};
 use super::super::treatment::{Decision, Drafted, Fineness, Treatment};
-use super::Encoder;
 use super::steering::Steering;
+use super::{Encoder, PackError};
 use crate::archive::content_id;
 use crate::codec::architecture::{BlockType, RecordPlan};
 use crate::decode::Pools;
@@ -31,7 +32,6 @@ use crate::format::part::{Coding, StoredPredictor};
 use crate::format::preamble::PREAMBLE_BYTES;
 use crate::format::record::{PartEntry, RecordEntry, SideInformation};
 use crate::forward::ForwardError;
-use crate::materialize::MaterializeError;
 use crate::tensor::TensorInfo;
 
 /// Steps of training that take about as long as quantizing everything in a closed loop.
@@ -66,7 +66,7 @@ pub(super) struct Written {
 pub(super) enum WriteError {
     Io(std::io::Error),
     SelfCheck(SelfCheckError),
-    Base(MaterializeError),
+    Start(Box<PackError>),
     Forward(ForwardError),
     State(StateError),
     Interrupted,
@@ -87,9 +87,9 @@ impl From<std::io::Error> for WriteError {
     }
 }
 
-impl From<MaterializeError> for WriteError {
-    fn from(error: MaterializeError) -> Self {
-        Self::Base(error)
+impl From<PackError> for WriteError {
+    fn from(error: PackError) -> Self {
+        Self::Start(Box::new(error))
     }
 }
 
@@ -261,7 +261,7 @@ impl Encoder<'_> {
         source: &[(&'s TensorInfo, &'s [u8])],
         planned: &[ProbedPart],
         step_factors: &[f32],
-    ) -> Result<Vec<Drafted<'s>>, MaterializeError> {
+    ) -> Result<Vec<Drafted<'s>>, PackError> {
         let parts = source.iter().zip(&record.parts).zip(planned.iter().zip(step_factors));
         parts
             .map(|((&(tensor, bytes), part), (planned, &step_factor))| {
@@ -343,6 +343,11 @@ impl Encoder<'_> {
         evaluation: Option<&EvaluationReport>,
     ) -> Vec<(String, String)> {
         let mut provenance = self.options.provenance();
+        if let Some(profile) = self.profile {
+            for (_, options) in provenance.iter_mut().filter(|(key, _)| key == OPTIONS) {
+                options.push_str(&format!(" --profile '{}'", profile.name()));
+            }
+        }
         let mut add = |key: &str, value: String| provenance.push((key.to_owned(), value));
         if let Some(calibration) = &self.calibration {
             add("calibration", calibration.data().origin.to_string());

@@ -225,7 +225,7 @@ impl Encoder<'_> {
             let written = written.map_err(|error| match error {
                 WriteError::Io(source) => output(source),
                 WriteError::SelfCheck(error) => PackError::SelfCheck(error),
-                WriteError::Base(error) => PackError::Base(error.into()),
+                WriteError::Start(error) => *error,
                 WriteError::Forward(error) => PackError::Calibration(error.into()),
                 WriteError::State(error) => PackError::Output { path: error.path, source: error.source },
                 WriteError::Interrupted => PackError::Interrupted(out.to_owned()),
