@@ -16,6 +16,7 @@ use crate::hexadecimal::hex;
 use crate::pack::base::Base;
 use crate::pack::encode::{Encoder, PackError, Silent, hidden_file};
 use crate::pack::options::{Effort, PackOptions};
+use crate::pack::profile::Profile;
 use crate::pack::source::{Checkpoint, Sidecar, SourceFile};
 use crate::pack::zoo::{self, Member};
 
@@ -105,9 +106,12 @@ pub fn run(args: &ZooArgs) -> Result<ExitCode, PackCommandError> {
         // Bases first: variants are packed against what they will be decoded from.
         let (bases, variants): (Vec<usize>, Vec<usize>) =
             (0..members.len()).partition(|&member| members[member].base.is_none());
+        let mut done = Vec::new();
         for member in bases.into_iter().chain(variants) {
             progress.bar.println(members[member].path.display().to_string());
-            let packed = pack_member(args, &root, &members, member, &progress)?;
+            let profile = profile_of(&members, member, &done);
+            let packed = pack_member(args, &root, &members, member, profile, &progress)?;
+            done.push(member);
             let entry = &mut entries[member];
             entry.packed = Some(packed);
             if args.compare {
@@ -142,25 +146,36 @@ fn options(args: &ZooArgs) -> PackOptions {
     PackOptions { effort: args.effort, ..PackOptions::default() }
 }
 
-/// Packs one checkpoint, unless that was done before.
+/// The variant that says how another is coded: of those that are packed and start from the same base, the one that is about as
+/// far from it.
+fn profile_of(members: &[Member], member: usize, done: &[usize]) -> Option<usize> {
+    let (base, distance) = members[member].base?;
+    let variants = done.iter().filter_map(|&other| Some((other, members[other].base?)));
+    let of_base = variants.filter(|&(_, (other_base, _))| other_base == base);
+    let nearest = of_base.min_by(|(_, (_, a)), (_, (_, b))| (a - distance).abs().total_cmp(&(b - distance).abs()));
+    nearest.map(|(other, _)| other)
+}
+
+/// Packs one checkpoint, unless that was done before; as the member `profile` is, where there is one.
 fn pack_member(
     args: &ZooArgs,
     root: &Path,
     members: &[Member],
     member: usize,
+    profile: Option<usize>,
     progress: &Bar,
 ) -> Result<PackedEntry, PackCommandError> {
     let Member { path, base, .. } = &members[member];
     let checkpoint = Checkpoint::open(&root.join(path)).map_err(PackError::from)?;
     let directory = args.output.join(path);
     let destination = Destination::of(&directory, &checkpoint)?;
+    let archive_of = |member: usize| -> Result<PathBuf, PackCommandError> {
+        let path = &members[member].path;
+        let checkpoint = Checkpoint::open(&root.join(path)).map_err(PackError::from)?;
+        Ok(Destination::of(&args.output.join(path), &checkpoint)?.archive)
+    };
     let base = match base {
-        Some((base, _)) => {
-            let path = &members[*base].path;
-            let checkpoint = Checkpoint::open(&root.join(path)).map_err(PackError::from)?;
-            let packed = Destination::of(&args.output.join(path), &checkpoint)?;
-            Some(Base::open(&packed.archive).map_err(PackError::from)?)
-        }
+        Some((base, _)) => Some(Base::open(&archive_of(*base)?).map_err(PackError::from)?),
         None => None,
     };
     let base_id = base.as_ref().map(|base| base.reference().content_id);
@@ -172,7 +187,11 @@ fn pack_member(
     } else {
         fs::create_dir_all(&directory).map_err(super::pack::io_at(&directory))?;
         let options = options(args);
-        let encoder = Encoder::with_base(&checkpoint, &options, base.as_ref(), progress)?;
+        let profile = match (profile, &base) {
+            (Some(profile), Some(base)) => Some(Profile::open(&archive_of(profile)?, base).map_err(PackError::from)?),
+            _ => None,
+        };
+        let encoder = Encoder::with_profile(&checkpoint, &options, base.as_ref(), profile.as_ref(), progress)?;
         destination.fill(&encoder, &checkpoint.sidecars, true)?;
     }
     let archive = Archive::open(&destination.archive).map_err(PackError::from)?;
