@@ -111,7 +111,9 @@ pub fn run(args: &ZooArgs) -> Result<ExitCode, PackCommandError> {
             progress.bar.println(members[member].path.display().to_string());
             let profile = profile_of(&members, member, &done);
             let packed = pack_member(args, &root, &members, member, profile, &progress)?;
-            done.push(member);
+            if packed.base_content_id.is_some() {
+                done.push(member); // not where every tensor turned out shorter alone
+            }
             let entry = &mut entries[member];
             entry.packed = Some(packed);
             if args.compare {
@@ -147,7 +149,7 @@ fn options(args: &ZooArgs) -> PackOptions {
 }
 
 /// The variant that says how another is coded: of those that are packed and start from the same base, the one that is about as
-/// far from it.
+/// far from it. `done` are packed as variants.
 fn profile_of(members: &[Member], member: usize, done: &[usize]) -> Option<usize> {
     let (base, distance) = members[member].base?;
     let variants = done.iter().filter_map(|&other| Some((other, members[other].base?)));
