@@ -1,9 +1,9 @@
 //! Which parameters code a tensor's differences shortest, by a few of its strips.
 
+use super::pair::row_octaves;
 use super::run::RUN_ELEMENTS;
 use super::{
-    CountedDifferences, DifferenceChoice, DifferencePart, FEW_LANES, Facts, Pair, common_zero_bits, row_octaves,
-    spread_strips,
+    CountedDifferences, DifferenceChoice, DifferencePart, FEW_LANES, Facts, Pair, common_zero_bits, spread_strips,
 };
 use crate::pack::symbols::RunLayout;
 use crate::tensor::Dtype;
