@@ -40,6 +40,7 @@
 //! | chain | records of one block type from a keyframe to the next |
 //! | segment | the layers from one keyframe to the next |
 //! | base, variant | an archive, and one whose parts start from its tensors: a fine-tune of it |
+//! | profile | an earlier variant's archive that says how to code a further one |
 //! | reference | what a prediction starts from: the decoded part one layer below, or a tensor of the base |
 //! | verbatim | carried bit-exact |
 //! | engine | an implementation of decoding; all give the reference decoder's bytes |

@@ -7,8 +7,9 @@
 //! [`sensitivity`] asks where there is [`calibration`]; a sample of it in the [`survey`], on which step and tables are found
 //! ([`entropy_model`], [`counting`], [`rate`]); its record encoded ([`record`], [`mode_decision`], [`align`]), its weights moved
 //! by what [`train`] says to those before it, or coded as a [`difference`] to its [`mod@base`] and a product of [`low_rank`],
-//! strip by strip ([`mod@part`], [`symbols`]), as an earlier variant was where a [`mod@profile`] is given; and what it came to in the [`report`], which also has what the
-//! decoded model says beside the original where there is data for an [`mod@evaluation`].
+//! strip by strip ([`mod@part`], [`symbols`]), as an earlier variant was where a [`mod@profile`] is given; and what it came
+//! to in the [`report`], which also has what the decoded model says beside the original where there is data for an
+//! [`mod@evaluation`].
 
 pub mod align;
 pub mod base;

@@ -20,14 +20,15 @@ const RANK: usize = 4;
 #[derive(Clone, Copy)]
 struct Change {
     seed: u64,
-    /// Deviation of what every element of `dense` changed by.
+    /// Deviation of what every element of `dense` changed by: noise, or a product where it has a rank.
     dense: f32,
+    rank_of_dense: usize,
     /// Deviation of the product that was added to `merged`, before its sum was rounded; it has this rank.
     merged: f32,
     rank: usize,
 }
 
-const FIRST: Change = Change { seed: 1, dense: 2e-4, merged: 4e-4, rank: RANK };
+const FIRST: Change = Change { seed: 1, dense: 2e-4, rank_of_dense: 0, merged: 4e-4, rank: RANK };
 const SECOND: Change = Change { seed: 2, ..FIRST };
 
 fn base_values() -> [Vec<f32>; 3] {
@@ -45,16 +46,24 @@ fn tensors([dense, merged, same]: [Vec<f32>; 3]) -> Vec<u8> {
 fn variant(change: Change) -> Vec<u8> {
     let mut random = Random::new(100 + change.seed);
     let [mut dense, mut merged, same] = base_values();
-    for (value, by) in dense.iter_mut().zip(random.normals(ROWS * COLUMNS, 1.0)) {
-        *value += change.dense * by;
+    let noise = random.normals(ROWS * COLUMNS, 1.0);
+    if change.rank_of_dense == 0 {
+        dense.iter_mut().zip(noise).for_each(|(value, by)| *value += change.dense * by);
+    } else {
+        add_product(&mut dense, change.rank_of_dense, change.dense, &mut random);
     }
-    let left = random.normals(ROWS * change.rank, 1.0);
-    let right = random.normals(change.rank * COLUMNS, change.merged / (change.rank as f32).sqrt());
-    for (element, value) in merged.iter_mut().enumerate() {
-        let (row, column) = (element / COLUMNS, element % COLUMNS);
-        *value += (0..change.rank).map(|k| left[row * change.rank + k] * right[k * COLUMNS + column]).sum::<f32>();
-    }
+    add_product(&mut merged, change.rank, change.merged, &mut random);
     tensors([dense, merged, same])
+}
+
+/// Adds a product of two random factors whose elements have this deviation.
+fn add_product(values: &mut [f32], rank: usize, deviation: f32, random: &mut Random) {
+    let left = random.normals(ROWS * rank, 1.0);
+    let right = random.normals(rank * COLUMNS, deviation / (rank as f32).sqrt());
+    for (element, value) in values.iter_mut().enumerate() {
+        let (row, column) = (element / COLUMNS, element % COLUMNS);
+        *value += (0..rank).map(|k| left[row * rank + k] * right[k * COLUMNS + column]).sum::<f32>();
+    }
 }
 
 /// A base and variants of it, packed.
@@ -159,6 +168,7 @@ fn tensors_that_changed_in_another_way_are_decided_as_without_a_profile() {
         ("a larger product", Change { rank: 3 * RANK, ..SECOND }),
         ("a smaller product", Change { rank: 1, ..SECOND }),
         ("no product", Change { merged: 0.0, ..SECOND }),
+        ("a product as large as noise was", Change { rank_of_dense: RANK, ..SECOND }),
         ("no change", Change { dense: 0.0, ..SECOND }),
     ];
     for (number, (name, change)) in others.into_iter().enumerate() {
@@ -188,17 +198,17 @@ fn what_is_no_earlier_variant_of_the_base_is_refused() {
         assert!(said.contains(expected), "{profile}: {said}");
     };
     says("base.mcwc", &[], "starts from no base, expected an earlier variant of base.mcwc");
-    says("missing.mcwc", &[], "profile ");
+    says("missing.mcwc", &[], "missing.mcwc: ");
     says("first.safetensors", &[], "expected one of an earlier variant");
     says("first.mcwc", &["--bpp", "4"], "cannot be used with");
     fs::write(family.path("cut.mcwc"), &fs::read(family.path("first.mcwc")).expect("an archive")[..5000])
         .expect("a file");
-    says("cut.mcwc", &[], "profile ");
+    says("cut.mcwc", &[], "cut.mcwc: ");
     // The side information of the first record begins behind the preamble.
     let mut damaged = fs::read(family.path("first.mcwc")).expect("an archive");
     damaged[mcwcfs::format::preamble::PREAMBLE_BYTES as usize + 3] ^= 1;
     fs::write(family.path("damaged.mcwc"), damaged).expect("a file");
-    says("damaged.mcwc", &[], "profile ");
+    says("damaged.mcwc", &[], "damaged.mcwc: ");
     family.pack(FIRST, "lossy.mcwc", &["--bpp", "1"]);
     says("lossy.mcwc", &[], "packed with losses");
     // The same variant, but of a base that differs in one bit.

@@ -363,6 +363,11 @@ fn a_zoo_is_packed_against_the_bases_that_were_found_and_not_packed_twice() {
     let bits = |entry: &serde_json::Value| entry["packed"]["bits_per_parameter"].as_f64().expect("a number");
     let (variants, alone): (Vec<_>, Vec<_>) = packed.iter().partition(|entry| !entry["base"].is_null());
     assert!(variants.iter().all(|variant| alone.iter().all(|alone| bits(variant) < 0.9 * bits(alone))), "{packed:?}");
+    let with_profile = |entry: &&&serde_json::Value| {
+        let archive = path("packed").join(entry["packed"]["archive"].as_str().expect("a path"));
+        mcwcfs_ok(arguments!["inspect", archive]).contains("--profile")
+    };
+    assert_eq!(variants.iter().filter(with_profile).count(), 1, "the second is packed as the first was");
     let manifest = fs::read_to_string(path("packed/zoo.json")).expect("the manifest");
     assert_eq!(serde_json::from_str::<Vec<serde_json::Value>>(&manifest).expect("JSON"), packed);
     let modified = || -> Vec<_> {

@@ -24,7 +24,7 @@ use crate::pack::zoo::{self, Member};
 const MANIFEST: &str = "zoo.json";
 
 /// Packs a directory of checkpoints, losslessly: finds which are variants of one another, chooses a base for each family,
-/// and packs the others as what changed.
+/// and packs the others as what changed, each with the packed one that is about as far from their base as its profile.
 #[derive(Args, Debug)]
 pub struct ZooArgs {
     /// A directory with a directory for each checkpoint, at any depth.
@@ -190,7 +190,10 @@ fn pack_member(
         fs::create_dir_all(&directory).map_err(super::pack::io_at(&directory))?;
         let options = options(args);
         let profile = match (profile, &base) {
-            (Some(profile), Some(base)) => Some(Profile::open(&archive_of(profile)?, base).map_err(PackError::from)?),
+            // What only saves time is no reason to stop.
+            (Some(profile), Some(base)) => Profile::open(&archive_of(profile)?, base)
+                .inspect_err(|error| log::warn!("{}: packed without a profile: {error}", path.display()))
+                .ok(),
             _ => None,
         };
         let encoder = Encoder::with_profile(&checkpoint, &options, base.as_ref(), profile.as_ref(), progress)?;

@@ -224,7 +224,7 @@ impl<'a> DifferencePart<'a> {
     }
 
     /// Bytes that all strips will take coded as in an earlier variant, by some of them. `None` where these take clearly more or
-    /// less than they did, or more than with tables of their own: the tensor did not change alike.
+    /// less than they did, or more than with tables of their own in the same order: the tensor did not change alike.
     pub fn bytes_as_known(&self, pool: &TablePool) -> Option<f64> {
         let known = self.known?;
         let strips = self.layout.strips();

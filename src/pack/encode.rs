@@ -274,7 +274,7 @@ impl<'a> Encoder<'a> {
     /// Keeps what is learned of the checkpoint: it will be packed again, with [`Encoder::retarget`].
     ///
     /// # Errors
-    /// When the base does not decode.
+    /// When the base does not decode, or the profile cannot be read.
     pub fn remember(&mut self) -> Result<(), PackError> {
         self.surveyed = Some(self.survey()?);
         Ok(())

@@ -395,7 +395,7 @@ impl TablePool {
         &self.tables[number]
     }
 
-    /// The class that a table was fitted to.
+    /// The class that a table is chosen for.
     pub fn class_of(&self, number: usize) -> i32 {
         self.classes[number]
     }

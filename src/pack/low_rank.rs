@@ -70,6 +70,20 @@ pub struct FoundProduct {
 /// Finds the product that codes the tensor shortest. `decoded` is what it starts from. `None` where its change is of no low
 /// rank, or is no shorter with a product.
 pub fn find_product(tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> Option<FoundProduct> {
+    let pair = Pair { tensor, bytes, predicted: decoded };
+    let rank = paying_rank(pair)?;
+    let rows = tensor.shape[0] as usize;
+    let (change, values) = change_of(pair, rows, tensor.elements() as usize / rows)?;
+    let directions = change.directions(rank)?;
+    let intervals = Intervals::new(&tensor.dtype, &change, &values);
+    let (left, right) = refined(change, directions, &intervals);
+    quantized(pair, &left, &right)
+}
+
+/// The rank of a product that shortens the tensor, by a sample of its change; `None` where there seems to be none. Takes little
+/// time beside finding the product.
+pub fn paying_rank(pair: Pair<'_>) -> Option<usize> {
+    let tensor = pair.tensor;
     if !matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) || tensor.shape.len() < 2 {
         return None;
     }
@@ -78,7 +92,6 @@ pub fn find_product(tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> Option
     if rows.min(columns) < LEAST_EXTENT {
         return None;
     }
-    let pair = Pair { tensor, bytes, predicted: decoded };
     let Sample { change, half_units } = Sample::of(pair, rows, columns)?;
     let energy = change.energy();
     let (rank, left) = rank_of_sample(change)?;
@@ -89,11 +102,7 @@ pub fn find_product(tensor: &TensorInfo, bytes: &[u8], decoded: &[u8]) -> Option
             return None;
         }
     }
-    let (change, values) = change_of(pair, rows, columns)?;
-    let directions = change.directions(rank)?;
-    let intervals = Intervals::new(&tensor.dtype, &change, &values);
-    let (left, right) = refined(change, directions, &intervals);
-    quantized(pair, &left, &right)
+    Some(rank)
 }
 
 /// The product of a tensor that is of the rank and fineness of an earlier variant's: neither is looked for. `None` where its

@@ -87,8 +87,9 @@ pub struct Below<'a> {
     pub found: &'a mut FoundMotion,
 }
 
-/// Where the blocks and units of a record were found in the layer below. Steps differ little from one encoding to the next, so
-/// that what was found once holds for all of them: looking again takes longer than everything else.
+/// Where the blocks and units of a record were found in the layer below, by the first encoding that looked. Steps differ little
+/// from one encoding to the next, and what was found once is near enough for all of them: looking again takes longer than
+/// everything else. What it costs and saves is measured anew each time.
 #[derive(Debug, Default)]
 pub struct FoundMotion {
     /// How blocks are aligned; absent inside where they are not.

@@ -7,7 +7,7 @@ use super::difference::{CountedDifferences, DifferenceChoice, DifferencePart, Di
 use super::entropy_model::TablePool;
 use super::keep::Keep;
 use super::lossless::Split;
-use super::low_rank::{FoundProduct, add_product, find_product, find_product_like};
+use super::low_rank::{FoundProduct, add_product, find_product, find_product_like, paying_rank};
 use super::options::PackOptions;
 use super::profile::KnownPart;
 use super::quantize::{PartQuantizer, QuantizerChoice, largest_magnitude, may_be_quantized, refinement, values_of};
@@ -294,6 +294,8 @@ impl ExactStart {
     ) -> Option<Self> {
         let product = match &known.product {
             Some(before) => Some(find_product_like(before, tensor, bytes, decoded)?),
+            // The strips of differences that are as large as those before say nothing of a product that they are.
+            None if paying_rank(Pair { tensor, bytes, predicted: decoded }).is_some() => return None,
             None => None,
         };
         let mut predicted = Cow::Borrowed(decoded);

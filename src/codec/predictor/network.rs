@@ -42,7 +42,7 @@ impl Network {
     /// The output map's sums for one unit: `inputs` are `[contexts * unit]`, `outputs` `[unit]`.
     pub fn outputs(&self, kind: usize, layer: Option<usize>, inputs: &[i8], outputs: &mut [i32]) {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512bw") {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
             // SAFETY: the CPU has the instructions, here and below.
             return unsafe { self.outputs_avx512(kind, layer, inputs, outputs) };
         } else if is_x86_feature_detected!("avx2") {
